@@ -1,0 +1,161 @@
+"""Torch-free helpers: user errors, whole files, parsing and formatting."""
+
+import errno
+import functools
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+import dnnlib
+
+
+class EasyDict(dict):
+    """Dictionary whose items can be read and written as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        del self[name]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Errors
+
+
+class UserError(ValueError):
+    """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
+
+
+class CommandLine(click.Command):
+    """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time."""
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as err:
+        raise _click_error(err.format_message(), exit_code=2) from err
+    except UserError as err:
+        raise _click_error(str(err), exit_code=2) from err
+    except OSError as err:
+        name = f": {err.filename}" if err.filename is not None else ""
+        raise _click_error(f"{err.strerror or err}{name}", exit_code=1) from err
+
+
+def _click_error(message: str, exit_code: int) -> click.ClickException:
+    error = click.ClickException(message)
+    error.exit_code = exit_code
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+    """Open a file for writing that appears under its name only when it is complete.
+
+    Raises:
+        OSError: it could not be written, `filename` being the path asked for; nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as err:
+        raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@functools.cache
+def code_version() -> str:
+    """Version of this code, with the commit where it runs from a git checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return dnnlib.__version__
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return dnnlib.__version__
+    return f"{dnnlib.__version__}+{commit}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parsing and formatting
+
+
+def parse_nimg(text: str) -> int:
+    """Number of images such as '1000', '128Ki', '8Mi' or '2Gi' (powers of 1024).
+
+    Raises:
+        UserError: anything else.
+    """
+    units = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+    number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        value = float(number) * factor
+        if value < 0 or value != int(value):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"{text!r} is not a number of images: write 1000, 128Ki, 8Mi or 2Gi") from None
+    return int(value)
+
+
+def parse_int_list(text: str) -> list[int]:
+    """Integers such as '1,2,5-10' (ranges include both ends).
+
+    Raises:
+        UserError: anything else, a range that runs backwards, or nothing at all.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        try:
+            start, end = int(first), int(last or first)
+        except ValueError:
+            raise UserError(f"{text!r}: {part.strip()!r} is not a number or a range such as 0-99") from None
+        if end < start:
+            raise UserError(f"{text!r}: the range {part.strip()} runs backwards")
+        numbers.extend(range(start, end + 1))
+    return numbers
+
+
+def format_time(seconds: float) -> str:
+    """'42s', '3m 07s', '2h 05m' or '4d 03h'."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s // 60 % 60:02d}m"
+    return f"{s // 86400}d {s // 3600 % 24:02d}h"

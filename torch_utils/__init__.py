@@ -1,0 +1,1 @@
+"""Helpers around torch: processes, checkpoints, statistics."""

@@ -1,0 +1,1 @@
+"""Networks, objectives, samplers, data and the training loop."""

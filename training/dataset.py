@@ -1,0 +1,375 @@
+"""Images and latents from a folder or a ZIP file, and the order in which training sees them."""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.util import UserError
+
+PNG_HEADER = struct.Struct(">8s4x4sII")  # signature, length of the first chunk (skipped), its type, width, height
+FINGERPRINT_SAMPLES = 1024
+
+
+class _Folder:
+    """Files below a directory, by relative name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        files = (Path(root) / name for root, _dirs, names in os.walk(path) for name in names if not name.startswith("."))
+        self.names = sorted(file.relative_to(path).as_posix() for file in files)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def read_start(self, name: str, size: int) -> bytes:
+        with open(self.path / name, "rb") as f:
+            return f.read(size)
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def crc(self, name: str) -> int:
+        return zlib.crc32(self.read(name))
+
+
+class _Zip:
+    """Entries of a ZIP file. The directory is read once; entries then come from a memory map, so processes and
+    threads can read at the same time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.entries = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+        except zipfile.BadZipFile as err:
+            raise UserError(f"{path}: not a complete ZIP file ({err}): copy or convert it again") from None
+        self.names = sorted(name for name in self.entries if not Path(name).name.startswith("."))
+        self._map: mmap.mmap | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}
+
+    def _stored(self, name: str) -> memoryview:
+        """The bytes of an entry as they lie in the file."""
+        if self._map is None:
+            with open(self.path, "rb") as f:
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        info = self.entries[name]
+        # Local file header: 30 bytes, the lengths of name and extra field at 26 and 28.
+        name_len, extra_len = struct.unpack_from("<HH", self._map, info.header_offset + 26)
+        start = info.header_offset + 30 + name_len + extra_len
+        return memoryview(self._map)[start : start + info.compress_size]
+
+    def read(self, name: str) -> bytes | memoryview:
+        data, method = self._stored(name), self.entries[name].compress_type
+        if method == zipfile.ZIP_STORED:
+            return data
+        if method == zipfile.ZIP_DEFLATED:
+            return zlib.decompress(data, wbits=-15)
+        raise ValueError(f"ZIP compression method {method} is not supported: store the file uncompressed")
+
+    def read_start(self, name: str, size: int) -> bytes:
+        return bytes(self.read(name)[:size])
+
+    def size(self, name: str) -> int:
+        return self.entries[name].file_size
+
+    def crc(self, name: str) -> int:
+        return self.entries[name].CRC
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What identifies a dataset: two with equal fields train alike.
+
+    `content_hash` is the SHA-256 of all names and sizes and of the CRC-32 of up to 1024 evenly spaced entries;
+    a folder and a ZIP file of the same files agree.
+    """
+
+    count: int
+    resolution: int
+    channels: int
+    label_dim: int
+    content_hash: str
+
+
+class ImageFolderDataset(torch.utils.data.Dataset):
+    """Square images or latents of one size, with optional labels, from a folder or a ZIP file.
+
+    Images are any format that Pillow opens (uint8, 1 channel = grayscale, 3 = RGB); `.npy` files are arrays
+    [C, H, W], float latents or uint8 pixels. Labels come from `dataset.json` ({"labels": [[name, label], ...]}
+    or null): integers become one-hot vectors, lists of numbers stay as they are. Without that file, the sorted
+    names of the top-level directories are the classes.
+
+    Args:
+        path: folder or ZIP file.
+        resolution: height and width that the images must have; None = any.
+        use_labels: False = ignore labels.
+        max_size: use a random subset of this many images; None = all.
+        xflip: add a mirrored copy of every image behind the originals.
+        random_seed: selects the subset.
+        cache: keep decoded images in memory.
+
+    Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim].
+
+    Raises:
+        UserError: the path is missing or corrupt, holds no images, labels are incomplete, or, when an image is
+            read, it is damaged or differs from the first in size or channels. The message names the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        resolution: int | None = None,
+        use_labels: bool = True,
+        max_size: int | None = None,
+        xflip: bool = False,
+        random_seed: int = 0,
+        cache: bool = False,
+    ):
+        self.path = Path(path)
+        self.use_labels = use_labels
+        if self.path.is_dir():
+            self._source = _Folder(self.path)
+        elif self.path.is_file():
+            self._source = _Zip(self.path)
+        else:
+            raise UserError(f"{self.path}: no such dataset: give a ZIP file or a folder of images")
+        suffixes = {ext for ext, fmt in PIL.Image.registered_extensions().items() if fmt in PIL.Image.OPEN} | {".npy"}
+        self._names = [name for name in self._source.names if Path(name).suffix.lower() in suffixes]
+        if not self._names:
+            raise UserError(f"{self.path}: no images found (PNG, JPEG, ... or .npy)")
+        self._all_labels = self._load_labels()
+
+        indices = np.arange(len(self._names))
+        if max_size is not None and len(indices) > max_size:
+            np.random.RandomState(random_seed % (1 << 31)).shuffle(indices)
+            indices = np.sort(indices[:max_size])
+        self._indices = indices
+        self._xflip = xflip
+        self._cache: dict[int, np.ndarray] | None = {} if cache else None
+
+        first = self._decode(self._names[int(indices[0])])
+        self._shape, self._dtype = first.shape, first.dtype
+        if self._shape[1] != self._shape[2]:
+            raise UserError(f"{self.path}: {self._names[int(indices[0])]} is {_size(self._shape)}, not square")
+        if resolution is not None and resolution != self.resolution:
+            raise UserError(f"{self.path}: the images are {_size(self._shape)}, not {resolution}x{resolution}")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8 for pixels, float32 for latents."""
+        return self._dtype
+
+    @property
+    def num_channels(self) -> int:
+        return self._shape[0]
+
+    @property
+    def resolution(self) -> int:
+        return self._shape[1]
+
+    @property
+    def label_dim(self) -> int:
+        """Length of the label vectors, 0 without labels."""
+        if self._all_labels is None:
+            return 0
+        return int(self._all_labels.max()) + 1 if self._all_labels.ndim == 1 else self._all_labels.shape[1]
+
+    @property
+    def has_labels(self) -> bool:
+        return self._all_labels is not None
+
+    def __len__(self) -> int:
+        return len(self._indices) * (2 if self._xflip else 1)
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        flipped, base = divmod(range(len(self))[idx], len(self._indices))
+        raw_idx = int(self._indices[base])
+        image = self._image(raw_idx)
+        return (image[:, :, ::-1] if flipped else image).copy(), self.get_label(idx)
+
+    def get_label(self, idx: int) -> np.ndarray:
+        """Label vector of item `idx`, float32 [label_dim]."""
+        raw_idx = int(self._indices[idx % len(self._indices)])
+        if self._all_labels is None:
+            return np.zeros([0], dtype=np.float32)
+        label = self._all_labels[raw_idx]
+        if label.ndim == 0:
+            one_hot = np.zeros([self.label_dim], dtype=np.float32)
+            one_hot[label] = 1
+            return one_hot
+        return label.copy()
+
+    def verify(self) -> None:
+        """Check the size of every image without decoding it.
+
+        Raises:
+            UserError: one differs from the first; names both.
+        """
+        for raw_idx in self._indices:
+            name = self._names[int(raw_idx)]
+            start = self._source.read_start(name, PNG_HEADER.size)
+            if len(start) == PNG_HEADER.size:
+                signature, chunk, width, height = PNG_HEADER.unpack(start)
+                if signature == b"\x89PNG\r\n\x1a\n" and chunk == b"IHDR":
+                    self._check_shape(name, (self.num_channels, height, width))
+                    continue
+            self._image(int(raw_idx))
+
+    def info(self) -> DatasetInfo:
+        names = [self._names[int(i)] for i in self._indices]
+        digest = hashlib.sha256()
+        for name in names:
+            digest.update(f"{name}\0{self._source.size(name)}\0".encode())
+        for i in np.linspace(0, len(names) - 1, min(len(names), FINGERPRINT_SAMPLES)).round().astype(int):
+            digest.update(struct.pack("<I", self._source.crc(names[i])))
+        if self._all_labels is not None:
+            digest.update(np.ascontiguousarray(self._all_labels[self._indices]).tobytes())
+        return DatasetInfo(len(self), self.resolution, self.num_channels, self.label_dim, digest.hexdigest())
+
+    def _image(self, raw_idx: int) -> np.ndarray:
+        if self._cache is not None and raw_idx in self._cache:
+            return self._cache[raw_idx]
+        name = self._names[raw_idx]
+        image = self._decode(name)
+        self._check_shape(name, image.shape)
+        if self._cache is not None:
+            self._cache[raw_idx] = image
+        return image
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if shape != self._shape:
+            first = self._names[int(self._indices[0])]
+            raise UserError(f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike")
+
+    def _decode(self, name: str) -> np.ndarray:
+        try:
+            data = self._source.read(name)
+            return _decode_npy(data) if name.endswith(".npy") else _decode_image(data)
+        except (OSError, SyntaxError, ValueError, struct.error, zlib.error, PIL.Image.DecompressionBombError) as err:
+            raise UserError(f"{self.path}: cannot read {name}: {err}") from None
+
+    def _load_labels(self) -> np.ndarray | None:
+        """Labels of all files: int64 [n], float32 [n, label_dim], or None."""
+        if not self.use_labels:
+            return None
+        if "dataset.json" not in self._source.names:
+            tops = [name.split("/")[0] if "/" in name else None for name in self._names]
+            classes = sorted({top for top in tops if top is not None})
+            if not classes or None in tops:
+                return None
+            return np.int64([classes.index(top) for top in tops if top is not None])
+
+        where = f"{self.path}: dataset.json"
+        try:
+            listed = json.loads(bytes(self._source.read("dataset.json"))).get("labels")
+            labels = None if listed is None else {name.replace("\\", "/"): label for name, label in listed}
+        except (ValueError, AttributeError, TypeError, OSError) as err:
+            raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {err}") from None
+        if labels is None:
+            return None
+        missing = [name for name in self._names if name not in labels]
+        if missing:
+            raise UserError(f"{where} has no label for {len(missing)} images, such as {', '.join(missing[:3])}")
+        try:
+            array = np.array([labels[name] for name in self._names])
+        except ValueError:
+            raise UserError(f"{where}: labels differ in length") from None
+        if array.ndim == 1 and np.issubdtype(array.dtype, np.integer) and array.min() >= 0:
+            return array.astype(np.int64)
+        if array.ndim == 2 and np.issubdtype(array.dtype, np.number):
+            return array.astype(np.float32)
+        raise UserError(f"{where}: labels must be all integers from 0, or all lists of numbers")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}x{shape[1]} with {shape[0]} channel{'s' if shape[0] != 1 else ''}"
+
+
+def _decode_image(data: bytes | memoryview) -> np.ndarray:
+    """uint8 [C, H, W] of an encoded image; palettes and CMYK become RGB."""
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{image.mode} pixels have more than 8 bits: convert the image first")
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _decode_npy(data: bytes | memoryview) -> np.ndarray:
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if array.ndim != 3:
+        raise ValueError(f"expected an array [C, H, W], found shape {list(array.shape)}")
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"expected floating point latents or uint8 pixels, found {array.dtype}")
+    return array.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training order
+
+
+def dataset_indices(run_indices: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which item of a dataset of `count` items the run's images show.
+
+    Each pass over the dataset is a permutation that depends on (seed, pass) alone.
+
+    Args:
+        run_indices: indices of images in the run, int64 [n], ascending.
+    """
+    epochs, positions = np.divmod(run_indices, count)
+    result = np.empty_like(run_indices)
+    for epoch in np.unique(epochs):
+        order = np.random.default_rng([seed, int(epoch)]).permutation(count)
+        result[epochs == epoch] = order[positions[epochs == epoch]]
+    return result
+
+
+class RunSampler(torch.utils.data.Sampler[list[int]]):
+    """Endless batches of dataset indices for one process, a function of (seed, image index) alone.
+
+    Args:
+        count: items in the dataset.
+        seed: seed of the run.
+        start: index in the run of the first image of the first optimiser step.
+        batch: images per optimiser step, over all processes.
+        part: this process's share (first, last) of each step, as offsets into the step's batch.
+        round_size: images per item yielded.
+    """
+
+    def __init__(self, count: int, seed: int, start: int, batch: int, part: tuple[int, int], round_size: int):
+        self.count, self.seed, self.start, self.batch, self.part, self.round_size = count, seed, start, batch, part, round_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        nimg = self.start
+        while True:
+            run_indices = np.arange(nimg + self.part[0], nimg + self.part[1])
+            for indices in dataset_indices(run_indices, self.count, self.seed).reshape(-1, self.round_size):
+                yield indices.tolist()
+            nimg += self.batch
+
+
+def collate(items: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))

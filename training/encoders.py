@@ -1,0 +1,180 @@
+"""Encoders between stored data (pixels or raw latents) and what the diffusion model sees."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from dnnlib.util import UserError
+from training.dataset import ImageFolderDataset
+
+RandnLike = Callable[[torch.Tensor], torch.Tensor]
+FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of the published models
+
+
+class Encoder:
+    """Pixels <-> raw latents (as stored in datasets) <-> final latents (float32, what the model sees)."""
+
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """uint8 pixels [N, C, H, W] -> raw latents."""
+        raise NotImplementedError
+
+    def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        """Raw latents -> final latents; `randn_like` draws where the raw latents describe a distribution."""
+        raise NotImplementedError
+
+    def encode(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        return self.encode_latents(self.encode_pixels(x), randn_like)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Final latents -> uint8 pixels (or float32 raw latents where there are no pixels)."""
+        raise NotImplementedError
+
+    @property
+    def init_kwargs(self) -> dict:
+        """Arguments that make an equal encoder, as plain JSON values."""
+        return {}
+
+
+class StandardRGBEncoder(Encoder):
+    """uint8 pixels of any channel count <-> [-1, 1]."""
+
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        return x.float() / 127.5 - 1
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+class StabilityVAEEncoder(Encoder):
+    """Latents of Stability AI's VAE, as the published 512x512 models use them.
+
+    Raw latents are 8 channels: mean and standard deviation of 4. Final latents are a draw from them, whitened to
+    mean 0 and standard deviation 0.5. Pixels go in as [0, 1], as the published latents were made.
+
+    Args:
+        vae_name: name or folder of a diffusers AutoencoderKL, loaded when pixels are first needed.
+        raw_mean, raw_std: statistics of the raw latents, per channel.
+        batch_size: images per call of the VAE.
+    """
+
+    def __init__(
+        self,
+        vae_name: str = "stabilityai/sd-vae-ft-mse",
+        raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
+        raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
+        batch_size: int = 8,
+    ):
+        self.vae_name = vae_name
+        self.raw_mean = list(raw_mean)
+        self.raw_std = list(raw_std)
+        self.batch_size = batch_size
+        self._vae = None
+
+    @property
+    def init_kwargs(self) -> dict:
+        return dict(vae_name=self.vae_name, raw_mean=self.raw_mean, raw_std=self.raw_std)
+
+    def vae(self, device: torch.device):
+        """The VAE on `device`.
+
+        Raises:
+            UserError: diffusers is not installed, or the VAE cannot be loaded.
+        """
+        if self._vae is None:
+            try:
+                from diffusers import AutoencoderKL
+            except ImportError:
+                raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
+            try:
+                vae = AutoencoderKL.from_pretrained(self.vae_name)
+            except (OSError, ValueError) as err:
+                reason = str(err).strip().splitlines()[0]
+                raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None
+            self._vae = vae.eval().requires_grad_(False)
+        return self._vae.to(device)
+
+    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+        vae = self.vae(x.device)
+        with torch.inference_mode():
+            parts = [vae.encode(part.float() / 255).latent_dist for part in x.split(self.batch_size)]
+            return torch.cat([torch.cat([d.mean, d.std], dim=1) for d in parts])
+
+    def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        mean, std = x.float().chunk(2, dim=1)
+        return whiten(mean + std * randn_like(mean), self.raw_mean, self.raw_std)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        vae = self.vae(x.device)
+        with torch.inference_mode():
+            raw = unwhiten(x.float(), self.raw_mean, self.raw_std)
+            pixels = torch.cat([vae.decode(part).sample for part in raw.split(self.batch_size)])
+            return (pixels.clamp(0, 1) * 255).to(torch.uint8)
+
+
+class RawLatentEncoder(Encoder):
+    """Latents of unknown origin, whitened per channel with stored statistics; there are no pixels.
+
+    Args:
+        raw_mean, raw_std: statistics of the raw latents, per channel.
+    """
+
+    def __init__(self, raw_mean: Sequence[float], raw_std: Sequence[float]):
+        self.raw_mean = list(raw_mean)
+        self.raw_std = list(raw_std)
+
+    @property
+    def init_kwargs(self) -> dict:
+        return dict(raw_mean=self.raw_mean, raw_std=self.raw_std)
+
+    def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        return whiten(x.float(), self.raw_mean, self.raw_std)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return unwhiten(x.float(), self.raw_mean, self.raw_std)
+
+
+def whiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float]) -> torch.Tensor:
+    """[N, C, H, W] with the given statistics per channel -> mean 0, standard deviation 0.5."""
+    return (x - _channels(raw_mean, x)) / _channels(raw_std, x) * FINAL_STD
+
+
+def unwhiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float]) -> torch.Tensor:
+    return x / FINAL_STD * _channels(raw_std, x) + _channels(raw_mean, x)
+
+
+def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(1, -1, 1, 1)
+
+
+ENCODERS: dict[str, type[Encoder]] = {cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder, RawLatentEncoder)}
+
+
+def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
+    """The encoder that a dataset's contents call for.
+
+    Pixels: `StandardRGBEncoder`; 8-channel latents: `StabilityVAEEncoder`; other latents: `RawLatentEncoder` with
+    the statistics of up to `max_items` evenly spaced items.
+    """
+    if dataset.dtype == np.uint8:
+        return StandardRGBEncoder()
+    if dataset.num_channels == 8:
+        return StabilityVAEEncoder()
+    indices = np.linspace(0, len(dataset) - 1, min(len(dataset), max_items)).round().astype(int)
+    moments = np.zeros([2, dataset.num_channels])
+    for idx in indices:
+        image = dataset[int(idx)][0].astype(np.float64)
+        moments += [image.mean(axis=(1, 2)), np.square(image).mean(axis=(1, 2))]
+    mean, mean_square = moments / len(indices)
+    std = np.sqrt(mean_square - mean**2)
+    if not np.all(np.isfinite(std)) or np.any(std == 0):
+        raise UserError(f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)")
+    return RawLatentEncoder(mean.tolist(), std.tolist())
+
+
+def final_channels(dataset: ImageFolderDataset, encoder: Encoder) -> int:
+    """Number of channels the model sees."""
+    return dataset.num_channels // 2 if isinstance(encoder, StabilityVAEEncoder) else dataset.num_channels

@@ -1,0 +1,197 @@
+"""Power-function EMA: maths, trackers and post-hoc reconstruction.
+
+Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024
+(arXiv 2312.02696), Section 3 and Appendix C; equation numbers refer to it. This file needs only torch and
+NumPy and can be used on its own.
+
+An EMA profile is a power function of training time t: weights seen at time t count in proportion to t^gamma.
+Its relative width sigma_rel ("std" below) names the profile.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+MAX_STD = 12**-0.5  # sigma_rel of gamma = 0, the flat average; also its supremum for gamma > 0
+
+# ---------------------------------------------------------------------------------------------------------
+# Maths (float64, NumPy)
+
+
+def exp_to_std(exp):
+    """Relative width sigma_rel of exponent gamma (Eq. 123), elementwise."""
+    gamma = np.float64(exp)
+    return np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def std_to_exp(std):
+    """Exponent gamma of relative width sigma_rel (Eq. 126), elementwise: the inverse of `exp_to_std`."""
+    std = np.float64(std)
+    t = std.flatten() ** -2
+    gamma = [np.roots([1, 7, 16 - ti, 12 - ti]).real.max() for ti in t]
+    return np.float64(gamma).reshape(std.shape)
+
+
+def power_function_response(ofs, std, len, axis=0):
+    """Weight of each training time 0 .. len-1 in the EMA taken at time `ofs` (Eqs. 108 and 121).
+
+    `ofs` and `std` broadcast; the times lie along a new `axis`. Each response sums to 1.
+    """
+    ofs, std = np.broadcast_arrays(np.float64(ofs), np.float64(std))
+    gamma = np.expand_dims(std_to_exp(std), axis)
+    ofs = np.expand_dims(ofs, axis)
+    shape = [1] * ofs.ndim
+    shape[axis] = -1
+    t = np.arange(len, dtype=np.float64).reshape(shape)
+    response = np.where(t <= ofs, (np.minimum(t, ofs) / ofs) ** gamma, 0)
+    return response / response.sum(axis=axis, keepdims=True)
+
+
+def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
+    """Inner product of two continuous profiles that end at times `a_ofs` and `b_ofs` (Eq. 151), elementwise."""
+    a_ofs, b_ofs = np.float64(a_ofs), np.float64(b_ofs)
+    a_exp, b_exp = std_to_exp(a_std), std_to_exp(b_std)
+    earlier, later = np.minimum(a_ofs, b_ofs), np.maximum(a_ofs, b_ofs)
+    later_exp = np.where(a_ofs < b_ofs, b_exp, a_exp)
+    return (a_exp + 1) * (b_exp + 1) / (a_exp + b_exp + 1) * (earlier / later) ** later_exp / later
+
+
+def power_function_beta(std, t_next, t_delta):
+    """Decay of the running average for a step of length `t_delta` that ends at `t_next` (Eq. 127)."""
+    return (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
+
+
+def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
+    """Least-squares weights that turn stored averages into averages of other profiles (Algorithm 3).
+
+    Args:
+        in_ofs, in_std: end time and width of each stored average, [n].
+        out_ofs, out_std: end time and width of each average wanted, [m] (broadcast).
+
+    Returns:
+        float64 [n, m]; every column sums to 1.
+    """
+    in_ofs, in_std = (x.flatten() for x in np.broadcast_arrays(np.float64(in_ofs), np.float64(in_std)))
+    out_ofs, out_std = (x.flatten() for x in np.broadcast_arrays(np.float64(out_ofs), np.float64(out_std)))
+    A = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs[None], in_std[None])
+    B = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs[None], out_std[None])
+    X = np.linalg.solve(A, B)
+    return X / X.sum(axis=0)
+
+
+def parse_std_list(text: str) -> list[float]:
+    """Parse widths such as '0.05', '0.05,0.10' or '0.010,0.015,...,0.250' (the last = 49 even steps).
+
+    Raises:
+        ValueError: not numbers, outside (0, 0.289), or '...' that does not reach its end in even steps.
+    """
+    stds: list[float] = []
+    parts = [part.strip() for part in re.sub(r"^\[|\]$", "", text.strip()).split(",")]
+    for i, part in enumerate(parts):
+        if part == "...":
+            if len(stds) < 2 or i + 1 >= len(parts):
+                raise ValueError(f"{text!r}: '...' needs two values before it and one after it")
+            continue
+        try:
+            value = float(part)
+        except ValueError:
+            raise ValueError(f"{text!r}: {part!r} is not a number") from None
+        if not 0 < value < MAX_STD:
+            raise ValueError(f"{text!r}: an EMA std must lie between 0 and {MAX_STD:.3f}, not {part}")
+        if i > 0 and parts[i - 1] == "...":
+            first, step = stds[-1], stds[-1] - stds[-2]
+            count = round((value - first) / step) if step != 0 else 0
+            if count < 1 or abs(first + count * step - value) > 1e-6:
+                raise ValueError(f"{text!r}: even steps of {step:.6g} from {first:g} do not reach {value:g}")
+            stds += [round(first + k * step, 9) for k in range(1, count)]
+        stds.append(value)
+    return stds
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Trackers
+
+
+@torch.no_grad()
+def _lerp_parameters(ema: torch.nn.Module, net: torch.nn.Module, beta: float) -> None:
+    """ema = beta * ema + (1 - beta) * net for all parameters, in place."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+
+
+@torch.no_grad()
+def _copy_buffers(ema: torch.nn.Module, net: torch.nn.Module) -> None:
+    for dst, src in zip(ema.buffers(), net.buffers(), strict=True):
+        dst.copy_(src)
+
+
+def _frozen_copy(net: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+class PowerFunctionEMA:
+    """Running power-function averages of a network's parameters, one per width in `stds`."""
+
+    def __init__(self, net: torch.nn.Module, stds: Sequence[float] = (0.050, 0.100)):
+        self.net = net
+        self.stds = list(stds)
+        self.emas = [_frozen_copy(net) for _ in self.stds]
+
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the parameters after an optimiser step; `cur_nimg` counts the step's images too."""
+        for std, ema in zip(self.stds, self.emas, strict=True):
+            _lerp_parameters(ema, self.net, float(power_function_beta(std, cur_nimg, batch_size)))
+
+    def get(self) -> list[tuple[torch.nn.Module, str]]:
+        """The averaged networks, buffers copied from the live one, each with its file name suffix."""
+        for ema in self.emas:
+            _copy_buffers(ema, self.net)
+        return [(ema, f"-{std:.3f}") for std, ema in zip(self.stds, self.emas, strict=True)]
+
+    def state_dict(self) -> dict:
+        return {"stds": list(self.stds), "emas": [ema.state_dict() for ema in self.emas]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Raises:
+            ValueError: the state tracks other widths.
+        """
+        if list(state["stds"]) != self.stds:
+            raise ValueError(f"EMA state tracks stds {state['stds']}, not {self.stds}")
+        for ema, ema_state in zip(self.emas, state["emas"], strict=True):
+            ema.load_state_dict(ema_state)
+
+
+class TraditionalEMA:
+    """Exponential moving average with a half-life, shortened at the start of training.
+
+    Args:
+        net: the network to follow.
+        halflife_Mimg: half-life in millions of images.
+        rampup_ratio: upper limit of the half-life as a share of the images seen; None = no limit.
+    """
+
+    def __init__(self, net: torch.nn.Module, halflife_Mimg: float = 2, rampup_ratio: float | None = 0.09):
+        self.net = net
+        self.halflife_Mimg = halflife_Mimg
+        self.rampup_ratio = rampup_ratio
+        self.ema = _frozen_copy(net)
+
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the parameters after an optimiser step; `cur_nimg` counts the step's images too."""
+        halflife = self.halflife_Mimg * 1e6
+        if self.rampup_ratio is not None:
+            halflife = min(halflife, cur_nimg * self.rampup_ratio)
+        _lerp_parameters(self.ema, self.net, 0.5 ** (batch_size / max(halflife, 1e-8)))
+
+    def get(self) -> torch.nn.Module:
+        _copy_buffers(self.ema, self.net)
+        return self.ema
+
+    def state_dict(self) -> dict:
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema.load_state_dict(state)

@@ -1,0 +1,132 @@
+"""Samplers: solvers that follow a denoiser along a decreasing grid of noise levels, and their random numbers."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from training.denoiser import Denoiser
+from training.guidance import GuidedDenoiser
+from training.schedules import edm_sigmas
+
+
+class StackedRandomGenerator:
+    """One random generator per sample, so that a sample depends on its seed and not on its batch.
+
+    Args:
+        device: where the numbers are drawn.
+        seeds: one integer per sample, taken modulo 2^32.
+
+    The first dimension of every size asked for must equal the number of seeds.
+    """
+
+    def __init__(self, device: torch.device | str, seeds: Sequence[int]):
+        self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
+
+    def _stack(self, draw: Callable[..., torch.Tensor], size: Sequence[int], **kwargs) -> torch.Tensor:
+        assert size[0] == len(self.generators), f"{len(self.generators)} generators cannot fill size {list(size)}"
+        return torch.stack([draw(list(size[1:]), generator=g, device=g.device, **kwargs) for g in self.generators])
+
+    def randn(self, size: Sequence[int], **kwargs) -> torch.Tensor:
+        return self._stack(torch.randn, size, **kwargs)
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        return self.randn(x.shape, dtype=x.dtype)
+
+    def randint(self, high: int, size: Sequence[int], **kwargs) -> torch.Tensor:
+        def draw(shape: list[int], **draw_kwargs) -> torch.Tensor:
+            return torch.randint(high, shape, **draw_kwargs)
+
+        return self._stack(draw, size, **kwargs)
+
+
+def ode_sampler(
+    denoiser: Denoiser,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    order: int = 2,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = math.inf,
+    S_noise: float = 1,
+    dtype: torch.dtype = torch.float32,
+    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+) -> torch.Tensor:
+    """Solve dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Algorithms 1 and 2).
+
+    Args:
+        denoiser: D(x; sigma, labels).
+        noise: unit-variance noise [N, C, H, W].
+        sigmas: decreasing noise levels [steps + 1] on the CPU, ending in 0.
+        labels: class vectors [N, label_dim] or None.
+        order: 1 = Euler, 2 = Heun.
+        S_churn, S_min, S_max, S_noise: amount, range and scale of the noise added at each step (EDM, Algorithm 2).
+        dtype: what the solution is kept in.
+        randn_like: source of that added noise.
+
+    Returns:
+        Samples [N, C, H, W] in `dtype`.
+    """
+    assert order in (1, 2), order
+    steps = len(sigmas) - 1
+    x = noise.to(dtype) * sigmas[0].item()
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        if S_churn > 0 and S_min <= sigma <= S_max:
+            gamma = min(S_churn / steps, math.sqrt(2) - 1)
+            sigma_hat = sigma * (1 + gamma)
+            x = x + (sigma_hat**2 - sigma**2).sqrt().item() * S_noise * randn_like(x)
+            sigma = sigma_hat
+        h = (sigma_next - sigma).item()
+        d = (x - denoiser(x.float(), sigma, labels).to(dtype)) / sigma.item()
+        x_next = x + h * d
+        if order == 2 and sigma_next > 0:
+            d_next = (x_next - denoiser(x_next.float(), sigma_next, labels).to(dtype)) / sigma_next.item()
+            x_next = x + h * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+def edm_sampler(
+    net: Denoiser,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    gnet: Denoiser | None = None,
+    num_steps: int = 32,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80,
+    rho: float = 7,
+    guidance: float = 1,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = math.inf,
+    S_noise: float = 1,
+    dtype: torch.dtype = torch.float32,
+    randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    guidance_interval: tuple[float, float] = (0.0, math.inf),
+) -> torch.Tensor:
+    """Heun's method on EDM's grid of noise levels, with optional guidance and churn.
+
+    `schedules.edm_sigmas` describes `num_steps` to `rho`, `guidance.GuidedDenoiser` the guidance, and
+    `ode_sampler` the rest. The network is evaluated 2 * num_steps - 1 times.
+
+    Raises:
+        ValueError: `guidance` differs from 1 and there is no `gnet`.
+    """
+    denoiser = net
+    if guidance != 1:
+        if gnet is None:
+            raise ValueError(f"guidance {guidance} needs a guiding network (gnet)")
+        denoiser = GuidedDenoiser(net, gnet, guidance, guidance_interval)
+    return ode_sampler(
+        denoiser,
+        noise,
+        edm_sigmas(num_steps, sigma_min, sigma_max, rho),
+        labels,
+        S_churn=S_churn,
+        S_min=S_min,
+        S_max=S_max,
+        S_noise=S_noise,
+        dtype=dtype,
+        randn_like=randn_like,
+    )
