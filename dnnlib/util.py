@@ -38,6 +38,10 @@ class UserError(ValueError):
     """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
 
 
+class RunError(RuntimeError):
+    """A failure at run time that the user has to know about, told in one line."""
+
+
 class CommandLine(click.Command):
     """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time."""
 
@@ -57,7 +61,10 @@ def _one_line_errors() -> Iterator[None]:
     except click.UsageError as err:
         raise _click_error(err.format_message(), exit_code=2) from err
     except UserError as err:
-        raise _click_error(str(err), exit_code=2) from err
+        # From a loader process the message comes with a traceback before it.
+        raise _click_error(str(err).strip().splitlines()[-1].removeprefix("dnnlib.util.UserError: "), exit_code=2) from err
+    except RunError as err:
+        raise _click_error(str(err), exit_code=1) from err
     except OSError as err:
         name = f": {err.filename}" if err.filename is not None else ""
         raise _click_error(f"{err.strerror or err}{name}", exit_code=1) from err

@@ -5,6 +5,7 @@ import io
 import json
 import mmap
 import os
+import signal
 import struct
 import zipfile
 import zlib
@@ -373,3 +374,8 @@ class RunSampler(torch.utils.data.Sampler[list[int]]):
 def collate(items: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*items, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """For loader processes: Ctrl-C is the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -15,6 +15,8 @@ FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of
 class Encoder:
     """Pixels <-> raw latents (as stored in datasets) <-> final latents (float32, what the model sees)."""
 
+    output_suffix = ".png"  # file type of what `decode` returns
+
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [N, C, H, W] -> raw latents."""
         raise NotImplementedError
@@ -121,6 +123,8 @@ class RawLatentEncoder(Encoder):
     Args:
         raw_mean, raw_std: statistics of the raw latents, per channel.
     """
+
+    output_suffix = ".npy"
 
     def __init__(self, raw_mean: Sequence[float], raw_std: Sequence[float]):
         self.raw_mean = list(raw_mean)

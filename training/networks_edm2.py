@@ -29,7 +29,7 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
     count = math.prod(x.shape[d] for d in dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     magnitude = norm * (1 / math.sqrt(count)) + eps
-    return x / magnitude.to(x.dtype)
+    return x * magnitude.reciprocal().to(x.dtype)
 
 
 def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> torch.Tensor:
@@ -52,12 +52,13 @@ def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU divided by its standard deviation under a unit normal (Eq. 81)."""
-    return F.silu(x) / 0.596
+    return F.silu(x) * (1 / 0.596)
 
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
     """Blend of two uncorrelated unit-magnitude tensors, `t` being the share of `b` (Eq. 88)."""
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> torch.Tensor:
@@ -101,7 +102,9 @@ class MPConv(nn.Module):
 
     def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
         w = self.effective_weight() if self.shared_weight is None else self.shared_weight
-        w = (w * gain).to(x.dtype)
+        if isinstance(gain, torch.Tensor) or gain != 1:
+            w = w * gain
+        w = w.to(x.dtype)
         if w.ndim == 2:
             return x @ w.t()
         return F.conv2d(x, w, padding=w.shape[-1] // 2)
@@ -207,15 +210,15 @@ class Block(nn.Module):
         if self.attn_qkv is not None and self.attn_proj is not None:
             x = mp_sum(x, self.attn_proj(self.attention(self.attn_qkv(x))), t=self.attn_balance)
         if self.clip_act is not None:
-            x = x.clamp(-self.clip_act, self.clip_act)
+            x = F.hardtanh(x, -self.clip_act, self.clip_act)  # clamp, with a cheaper gradient
         return x
 
     def attention(self, qkv: torch.Tensor) -> torch.Tensor:
         """Cosine attention over all pixels: [N, 3C, H, W] -> [N, C, H, W]."""
         N, C3, H, W = qkv.shape
-        qkv = qkv.reshape(N, self.num_heads, -1, 3, H * W)
-        q, k, v = normalize(qkv, dim=2).unbind(3)  # each [N, heads, C / heads, pixels]
-        y = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+        qkv = qkv.reshape(N, self.num_heads, -1, 3, H * W).permute(3, 0, 1, 4, 2).contiguous()
+        q, k, v = normalize(qkv, dim=4)  # each [N, heads, pixels, C / heads]
+        y = F.scaled_dot_product_attention(q, k, v)
         return y.transpose(2, 3).reshape(N, C3 // 3, H, W)
 
 
@@ -325,6 +328,8 @@ class UNet(nn.Module):
         emb = mp_silu(emb).to(x.dtype)
 
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        if x.device.type != "mps":  # channels_last lets pixel norms and convolutions run along contiguous memory
+            x = x.contiguous(memory_format=torch.channels_last)
         skips = []
         for module in self.enc.values():
             x = module(x) if isinstance(module, MPConv) else module(x, emb)

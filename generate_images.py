@@ -1,0 +1,138 @@
+"""Generate images with a trained network."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import PIL.Image
+
+from dnnlib.util import CommandLine, UserError, parse_int_list
+from torch_utils import distributed, misc
+from training.generation import generate_images, image_path
+from training.snapshot import load_network
+
+
+def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """click callback that parses an option's text and names the option when that fails."""
+
+    def callback(_ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except UserError as err:
+            raise UserError(f"{param.opts[0]}: {err}") from None
+
+    return callback
+
+
+def parse_seeds(text: str) -> list[int]:
+    seeds = parse_int_list(text)
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"{text!r} names a seed twice")
+    return seeds
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    try:
+        lo, hi = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{text!r} is not of the form LO,HI") from None
+    if not 0 <= lo < hi:
+        raise UserError(f"{text!r}: LO must be less than HI, and not negative")
+    return lo, hi
+
+
+def draw_grid(path: Path, files: list[Path]) -> None:
+    """Contact sheet of saved images, nearly square."""
+    images = np.stack([_read(file) for file in files])
+    misc.save_image(path, misc.image_grid(images, columns=math.ceil(math.sqrt(len(images)))))
+
+
+def _read(file: Path) -> np.ndarray:
+    with PIL.Image.open(file) as image:
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+@click.command(cls=CommandLine)
+@click.option("--net", help="Network snapshot", metavar="FILE", required=True)
+@click.option("--gnet", help="Guiding network snapshot", metavar="FILE")
+@click.option("--outdir", help="Where to save the images", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--subdirs", help="Save in a folder per 1000 seeds", is_flag=True)
+@click.option("--seeds", help="Random seeds, such as 1,2,5-10", metavar="LIST", default="16-19", show_default=True, callback=parsed_by(parse_seeds))
+@click.option("--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int)
+@click.option("--batch", "max_batch_size", help="Images per batch and process", metavar="INT", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--steps", "num_steps", help="Sampling steps", metavar="INT", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--sigma_min", help="Lowest noise level", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=0.002, show_default=True)
+@click.option("--sigma_max", help="Highest noise level", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=80, show_default=True)
+@click.option("--rho", help="Exponent of the time steps", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, show_default=True)
+@click.option("--guidance", help="Guidance weight, 1 = none", metavar="FLOAT", type=float, default=1, show_default=True)
+@click.option("--guidance-interval", help="Noise levels at which guidance acts  [default: all]", metavar="LO,HI", callback=parsed_by(parse_interval))
+@click.option("--S_churn", "S_churn", help="Strength of added noise", metavar="FLOAT", type=click.FloatRange(min=0), default=0, show_default=True)
+@click.option("--S_min", "S_min", help="Lowest noise level at which noise is added", metavar="FLOAT", type=click.FloatRange(min=0), default=0, show_default=True)
+@click.option("--S_max", "S_max", help="Highest noise level at which noise is added", metavar="FLOAT", type=click.FloatRange(min=0), default="inf", show_default=True)
+@click.option("--S_noise", "S_noise", help="Scale of added noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, show_default=True)
+@click.option("--precision", help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
+@click.option("--device", help="Where to compute; auto = the first of cuda, mps, cpu that is there", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--skip-existing", help="Skip seeds whose image is there", is_flag=True)
+@click.option("--grid", help="Also save all images as one contact sheet", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
+def main(
+    net: str,
+    gnet: str | None,
+    outdir: Path,
+    subdirs: bool,
+    seeds: list[int],
+    device: str,
+    precision: str,
+    guidance_interval: tuple[float, float] | None,
+    skip_existing: bool,
+    grid: Path | None,
+    **opts: Any,
+) -> None:
+    """Generate one image per seed. An image depends on its seed alone, whatever the batch size and processes.
+
+    \b
+    Examples:
+      # 100 images as files and as one sheet
+      python generate_images.py --net=out/digits/network-snapshot-0000131-0.100.safetensors \\
+          --outdir=out/images --seeds=0-99 --grid=out/images.png
+      # Autoguidance, on two GPUs
+      torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors \\
+          --gnet=guide.safetensors --guidance=2 --outdir=out --seeds=0-49999 --subdirs
+    """
+    if opts["guidance"] != 1 and gnet is None:
+        raise UserError(f"--guidance={opts['guidance']:g} needs a guiding network: give --gnet")
+    if opts["sigma_min"] > opts["sigma_max"]:
+        raise UserError(f"--sigma_min={opts['sigma_min']:g} is above --sigma_max={opts['sigma_max']:g}")
+    if guidance_interval is not None:
+        opts["guidance_interval"] = guidance_interval
+    distributed.init()
+    try:
+        target = misc.select_device(device)
+        main_snapshot = load_network(net, target)
+        guide = load_network(gnet, target).net if gnet is not None else None
+        for network in (main_snapshot.net, guide):
+            if network is not None:
+                network.precision = misc.resolve_precision(precision, target)
+        suffix = main_snapshot.encoder.output_suffix
+        files = [image_path(outdir, seed, subdirs, suffix) for seed in seeds]
+        if grid is not None and suffix != ".png":
+            raise UserError("--grid needs a network that makes pixels; this one makes latents")
+        todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and file.is_file())]
+        distributed.barrier()  # all have looked before any writes
+        distributed.print0(f"Generating {len(todo)} images to {outdir}" + (f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""))
+        images = generate_images(main_snapshot.net, guide, main_snapshot.encoder, outdir, subdirs, todo, device=target, **opts)
+        for _batch in images:
+            pass
+        distributed.barrier()
+        if grid is not None and distributed.get_rank() == 0:
+            draw_grid(grid, files)
+            print(f"Contact sheet: {grid}")
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Reconstruct EMA profiles of any width after training."""
+
+from pathlib import Path
+
+import click
+
+from dnnlib.util import CommandLine, UserError
+from training.phema import parse_std_list
+from training.reconstruction import list_averages, reconstruct_phema
+
+
+def parse_stds(_ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else parse_std_list(value)
+    except ValueError as err:
+        raise UserError(f"{param.opts[0]}: {err}") from None
+
+
+@click.command(cls=CommandLine)
+@click.option("--indir", help="Directory with the snapshots of a run", metavar="DIR", type=click.Path(path_type=Path), required=True)
+@click.option("--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True)
+@click.option("--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parse_stds)
+@click.option("--outdir", help="Where to save the results  [default: --indir]", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--outprefix", help="Start of the results' names", metavar="STR", default="phema", show_default=True)
+@click.option("--outstd", help="Widths to make, such as 0.05,0.07 or 0.010,0.015,...,0.250", metavar="LIST", callback=parse_stds, required=True)
+@click.option("--outkimg", help="Training time of the results in kimg, that of a snapshot  [default: the latest]", metavar="INT", type=int)
+@click.option("--skip", help="Skip results that are there", is_flag=True)
+@click.option("--batch", help="Results made in one pass over the snapshots", metavar="INT", type=click.IntRange(min=1), default=8, show_default=True)
+def main(
+    indir: Path,
+    inprefix: str,
+    instd: list[float] | None,
+    outdir: Path | None,
+    outprefix: str,
+    outstd: list[float],
+    outkimg: int | None,
+    skip: bool,
+    batch: int,
+) -> None:
+    """Combine the snapshots of a run into EMA profiles of other widths (post-hoc EMA).
+
+    \b
+    Example:
+      python reconstruct_phema.py --indir=out/digits --outstd=0.010,0.020,...,0.200
+    """
+    inputs = list_averages(indir, inprefix, instd)
+    for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

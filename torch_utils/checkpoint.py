@@ -1,0 +1,48 @@
+"""Training state on disk: tensors and plain containers, whole files only."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnnlib.util import atomic_write
+
+
+def save_state(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, text and containers of them) under `path` once it is complete.
+
+    Raises:
+        OSError: it could not be written; nothing is left behind.
+    """
+    with atomic_write(path) as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as err:
+            # torch wraps a failed write.
+            if isinstance(err.__context__, OSError):
+                raise err.__context__ from None
+            raise
+
+
+def load_newest_state(
+    directory: str | Path, pattern: str, log: Callable[[str], None], device: torch.device | str = "cpu"
+) -> dict[str, Any] | None:
+    """Load the newest readable state of a directory.
+
+    Args:
+        pattern: regular expression that the whole file name matches, its first group a number that grows.
+        log: told about damaged files, which are skipped.
+
+    Returns:
+        The state, or None if there is none.
+    """
+    found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := re.fullmatch(pattern, path.name))]
+    for _number, path in sorted(found, reverse=True):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as err:  # a damaged file can fail in any way
+            reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+            log(f"Warning: {path} is damaged and skipped ({reason})")
+    return None

@@ -1,0 +1,102 @@
+"""Processes and ranks. The only module that knows about them; in a single process everything is a no-op."""
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def init() -> None:
+    """Join the process group when started by torchrun; otherwise do nothing. May be called again."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_local_rank() -> int:
+    """Index of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def print0(message: str) -> None:
+    if get_rank() == 0:
+        print(message, flush=True)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def rank0_first() -> Iterator[None]:
+    """Run the block on rank 0, then on all others (for files that one process prepares for everybody)."""
+    if get_rank() != 0:
+        barrier()
+    yield
+    if get_rank() == 0:
+        barrier()
+
+
+def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
+    """Copy rank 0's values to all processes, in place."""
+    if get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any process; the answer is the same on all."""
+    if get_world_size() == 1:
+        return flag
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+class SuspendSignals:
+    """Inside, SIGTERM, SIGUSR1 (cluster) and the first Ctrl-C ask to stop instead of killing the process.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self.received = False
+
+    def __enter__(self) -> "SuspendSignals":
+        self._previous = {}
+        for sig in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._previous[sig] = signal.signal(sig, self._handle)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for sig, handler in self._previous.items():
+            signal.signal(sig, handler)
+
+    def _handle(self, sig: int, _frame) -> None:
+        self.received = True
+        if sig == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

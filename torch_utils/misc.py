@@ -1,0 +1,82 @@
+"""Small helpers around tensors: devices, gradients, pictures."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.util import UserError, atomic_write
+from torch_utils import distributed
+
+MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
+GRID_GAP, GRID_GRAY = 4, 96  # width and brightness of the lines between enlarged images
+
+
+def select_device(name: str) -> torch.device:
+    """The device called 'cpu', 'cuda' or 'mps', or for 'auto' the first of CUDA, MPS and CPU that is there.
+
+    Under torchrun each process gets its own GPU.
+
+    Raises:
+        UserError: the device is not available.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, ok in available.items() if ok)
+        raise UserError(f"--device={name} is not available on this machine (available: {there})")
+    return torch.device("cuda", distributed.get_local_rank()) if name == "cuda" else torch.device(name)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """'fp32', 'bf16' or 'fp16' for a device: 'auto' is fp16 on GPUs and fp32 on CPUs, which have no fast fp16."""
+    if precision == "auto":
+        return "fp32" if device.type == "cpu" else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        distributed.print0("Note: a CPU has no fast fp16 arithmetic; using fp32.")
+        return "fp32"
+    return precision
+
+
+def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Give all parameters gradients that are views of one vector, so that one operation reaches them all."""
+    params = [p for p in parameters if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = part.view_as(p)
+    return flat
+
+
+def save_image(path: str | Path, image: np.ndarray) -> None:
+    """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG."""
+    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    with atomic_write(path) as f:
+        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png")
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Arrange uint8 [N, C, H, W] in rows: [C, height, width]. Small images are enlarged and set apart."""
+    N, C, H, W = images.shape
+    rows = math.ceil(N / columns)
+    scale = max(math.ceil(MIN_TILE / H), 1)
+    gap = GRID_GAP if scale > 1 else 0
+    tiles = np.zeros([rows * columns, C, H, W], dtype=np.uint8)
+    tiles[:N] = images
+    tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
+    tiles = np.pad(tiles, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=GRID_GRAY)
+    tiles = tiles.reshape(rows, columns, C, *tiles.shape[2:]).transpose(2, 0, 3, 1, 4)
+    grid = tiles.reshape(C, rows * (H * scale + gap), columns * (W * scale + gap))
+    return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def drawable(images: torch.Tensor) -> np.ndarray:
+    """uint8 [N, 1 or 3 or 4, H, W] for pictures: pixels as they are, latents scaled, extra channels dropped."""
+    if images.dtype != torch.uint8:
+        low, high = images.amin(), images.amax()
+        images = ((images - low) / (high - low).clamp(min=1e-8) * 255).to(torch.uint8)
+    channels = images.shape[1]
+    return images[:, : {1: 1, 2: 1, 4: 4}.get(channels, 3)].cpu().numpy()

@@ -1,0 +1,41 @@
+"""Means of training quantities between two status reports, kept on the device."""
+
+import math
+
+import torch
+
+from torch_utils import distributed
+
+
+class Collector:
+    """Accumulates count, sum and sum of squares per name, without waiting for the device."""
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.moments: dict[str, torch.Tensor] = {}
+
+    def report(self, name: str, values: torch.Tensor) -> None:
+        """Take in any number of values; those that are not finite do not count."""
+        x = values.detach().to(self.dtype)
+        finite = x.isfinite()
+        x = torch.where(finite, x, 0)
+        moments = torch.stack([finite.sum().to(self.dtype), x.sum(), x.square().sum()])
+        self.moments[name] = self.moments[name] + moments if name in self.moments else moments
+
+    def collect(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation per name over all processes since the last call (NaN without a finite value);
+        then start anew."""
+        result = {}
+        for name in sorted(self.moments):
+            count, total, squares = distributed.all_reduce_sum_(self.moments[name]).tolist()
+            mean = total / count if count > 0 else math.nan
+            result[name] = mean, math.sqrt(max(squares / count - mean**2, 0)) if count > 0 else math.nan
+        self.moments.clear()
+        return result
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self.moments)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.moments = {name: moments.to(self.device, self.dtype) for name, moments in state.items()}

@@ -1,0 +1,177 @@
+"""Train an EDM2 diffusion model."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dnnlib.util import CommandLine, UserError, parse_int_list, parse_nimg
+from torch_utils import distributed, misc
+from training.config import TrainConfig
+from training.dataset import ImageFolderDataset
+from training.encoders import encoder_for, final_channels
+from training.phema import parse_std_list
+from training.presets import TRAINING_PRESETS
+from training.training_loop import build_network, training_loop
+
+MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
+
+
+class Nimg(click.ParamType):
+    """Number of images: 1000, 128Ki, 8Mi, 2Gi."""
+
+    name = "NIMG"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return value if isinstance(value, int) else parse_nimg(value)
+
+
+def parse_ints(text: str) -> tuple[int, ...]:
+    return () if text.strip().lower() in ("", "none") else tuple(parse_int_list(text))
+
+
+def make_config(opts: dict[str, Any]) -> TrainConfig:
+    """Preset and explicit options -> a checked configuration.
+
+    Raises:
+        UserError: an option or the data does not fit; the message names it.
+    """
+    preset = opts["preset"]
+    if preset not in TRAINING_PRESETS:
+        near = difflib.get_close_matches(preset, TRAINING_PRESETS, n=3, cutoff=0.4) or list(TRAINING_PRESETS)
+        raise UserError(f"--preset: unknown preset {preset!r}; the nearest are {', '.join(near)}")
+    explicit = {key: value for key, value in opts.items() if value is not None}
+    try:
+        if "ema_std" in explicit:
+            explicit["ema_std"] = tuple(parse_std_list(explicit["ema_std"]))
+    except ValueError as err:
+        raise UserError(f"--ema-std: {err}") from None
+    for key in ("channel_mult", "attn_resolutions"):
+        if key in explicit:
+            explicit[key] = parse_ints(explicit[key])
+    if explicit.pop("fp16") is False:
+        if explicit["precision"] not in ("auto", "fp32"):
+            raise UserError(f"--fp16=0 contradicts --precision={explicit['precision']}: give one of them")
+        explicit["precision"] = "fp32"
+    explicit.setdefault("workers", 2 if misc.select_device(explicit["device"]).type == "cuda" else 0)
+
+    dataset = ImageFolderDataset(explicit["data"], use_labels=explicit["cond"])
+    if explicit["cond"] and not dataset.has_labels:
+        raise UserError(f"--cond=1 needs labels, and {explicit['data']} has none: use --cond=0, or add dataset.json")
+    config = TrainConfig(**{**TRAINING_PRESETS[preset], **explicit}, dataset=dataset.info())
+    check_numbers(config)
+    dataset.verify()
+    return config
+
+
+def check_numbers(config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: sizes that do not fit one another, the number of processes or the resolution.
+    """
+    for name in ("batch", "duration", "channels", "num_blocks"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"--dropout must be at least 0 and less than 1, not {config.dropout}")
+    for name in ("lr", "P_std", "ls"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{name} must be positive, not {getattr(config, name)}")
+    if not config.channel_mult or min(config.channel_mult) < 1:
+        raise UserError("--channel-mult needs one positive number per level, such as 1,2,3,4")
+    processes = distributed.get_world_size()
+    share = processes * config.batch_gpu if config.batch_gpu else processes
+    if config.batch % share != 0:
+        what = f"{processes} processes x --batch-gpu={config.batch_gpu}" if config.batch_gpu else f"{processes} processes"
+        raise UserError(f"--batch={config.batch} is not divisible by {what} = {share}")
+    for name in ("status", "snapshot", "checkpoint"):
+        if getattr(config, name) % config.batch != 0:
+            raise UserError(f"--{name}={getattr(config, name)} is not a multiple of --batch={config.batch}")
+        if name != "status" and 0 < getattr(config, name) < MIN_INTERVAL:
+            raise UserError(f"--{name} must be at least {MIN_INTERVAL} images (file names count thousands), or 0 = only at the end")
+    resolution, levels = config.dataset.resolution, len(config.channel_mult)
+    if resolution % 2 ** (levels - 1) != 0:
+        raise UserError(
+            f"{config.data}: resolution {resolution} is not divisible by {2 ** (levels - 1)}, as a network of {levels} levels "
+            f"needs: give fewer levels with --channel-mult, or convert the images to another resolution"
+        )
+
+
+def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
+    with torch.device("meta"):  # only counted
+        net = build_network(config, img_channels)
+    options = {key: value for key, value in config.to_json().items() if key != "dataset"}
+    distributed.print0(json.dumps({"outdir": str(outdir), **options}, indent=2))
+    data = config.dataset
+    distributed.print0(f"Dataset:     {data.count} images, {data.resolution}x{data.resolution}x{data.channels}, {data.label_dim} classes")
+    distributed.print0(f"Network:     {sum(p.numel() for p in net.parameters())} parameters")
+    distributed.print0(f"Processes:   {distributed.get_world_size()} on {misc.select_device(config.device)}")
+    resolutions = {data.resolution >> level for level in range(len(config.channel_mult))}
+    if config.attn_resolutions and not resolutions & set(config.attn_resolutions):
+        distributed.print0(
+            f"Note: no level has a resolution of --attn-resolutions={','.join(map(str, config.attn_resolutions))} "
+            f"(levels: {', '.join(map(str, sorted(resolutions, reverse=True)))}); only the coarsest block has attention"
+        )
+
+
+@click.command(cls=CommandLine)
+@click.option("--outdir", help="Where to save the run", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option("--data", help="Training images: folder or ZIP file", metavar="ZIP|DIR", required=True)
+@click.option("--cond", help="Train a class-conditional model", metavar="BOOL", type=bool, default=True, show_default=True)
+@click.option("--preset", help="Configuration preset", metavar="STR", default="edm2-img512-s", show_default=True)
+@click.option("--duration", help="Training duration  [default: from preset]", metavar="NIMG", type=Nimg())
+@click.option("--batch", help="Images per optimiser step, over all processes  [default: from preset]", metavar="NIMG", type=Nimg())
+@click.option("--channels", help="Base number of channels  [default: from preset]", metavar="INT", type=int)
+@click.option("--dropout", help="Dropout probability  [default: from preset]", metavar="FLOAT", type=float)
+@click.option("--P_mean", "P_mean", help="Mean of ln(sigma) in training  [default: from preset]", metavar="FLOAT", type=float)
+@click.option("--P_std", "P_std", help="Standard deviation of ln(sigma)  [default: from preset]", metavar="FLOAT", type=float)
+@click.option("--lr", help="Reference learning rate  [default: from preset]", metavar="FLOAT", type=float)
+@click.option("--decay", help="Batches before the learning rate decays, 0 = never  [default: from preset]", metavar="BATCHES", type=click.FloatRange(min=0))
+@click.option("--channel-mult", help="Channel multiple per level, finest first  [default: from preset]", metavar="LIST")
+@click.option("--num-blocks", help="Residual blocks per level  [default: from preset]", metavar="INT", type=int)
+@click.option("--attn-resolutions", help="Resolutions with self-attention, or 'none'  [default: from preset]", metavar="LIST")
+@click.option("--ema-std", help="Widths of the tracked EMA profiles  [default: 0.05,0.10]", metavar="LIST")
+@click.option("--batch-gpu", help="Limit of images per process and round, 0 = none", metavar="NIMG", type=Nimg(), default=0, show_default=True)
+@click.option("--precision", help="What the network computes in; auto = fp16 on GPUs, fp32 on CPUs", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
+@click.option("--fp16", help="Published alias: 0 = --precision=fp32", metavar="BOOL", type=bool, default=True, show_default=True)
+@click.option("--ls", help="Loss scaling", metavar="FLOAT", type=float, default=1, show_default=True)
+@click.option("--bench", help="Let cuDNN choose its fastest kernels", metavar="BOOL", type=bool, default=True, show_default=True)
+@click.option("--device", help="Where to train; auto = the first of cuda, mps, cpu that is there", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--workers", help="Loader processes per training process  [default: 2 on CUDA, else 0]", metavar="INT", type=click.IntRange(min=0))
+@click.option("--status", help="Interval of status lines, 0 = only at the end  [default: 128Ki; digits: 4Ki]", metavar="NIMG", type=Nimg())
+@click.option("--snapshot", help="Interval of network snapshots  [default: 8Mi; digits: 32Ki]", metavar="NIMG", type=Nimg())
+@click.option("--checkpoint", help="Interval of training states  [default: 128Mi; digits: 64Ki]", metavar="NIMG", type=Nimg())
+@click.option("--seed", help="Random seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True)
+@click.option("-n", "--dry-run", help="Print the configuration and exit", is_flag=True)
+def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
+    """Train an EDM2 model on a folder or ZIP file of images.
+
+    Repeating a command continues its run where it stopped. NIMG values may end in Ki, Mi or Gi (powers of 1024).
+
+    \b
+    Examples:
+      # A class-conditional model of handwritten digits, on any laptop
+      python train_edm2.py --outdir=out/digits --data=datasets/digits.zip --preset=digits
+      # EDM2-S on ImageNet latents with 8 GPUs
+      torchrun --standalone --nproc_per_node=8 train_edm2.py \\
+          --outdir=training-runs/img512-s --data=datasets/img512-sd.zip --preset=edm2-img512-s --batch-gpu=32
+    """
+    distributed.init()
+    try:
+        config = make_config(opts)
+        dataset = ImageFolderDataset(config.data, use_labels=config.cond)
+        summarize(config, outdir, final_channels(dataset, encoder_for(dataset)))
+        if dry_run:
+            distributed.print0("Dry run; exiting.")
+            return
+        training_loop(config, outdir, resume)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Post-hoc EMA on snapshot files: stored averages -> averages of other widths."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from tqdm import tqdm
+
+from dnnlib.util import UserError
+from training.phema import solve_posthoc_coefficients
+from training.snapshot import load_network, read_metadata, save_tensors
+
+
+@dataclass(frozen=True)
+class StoredAverage:
+    """A snapshot file and the profile that it holds."""
+
+    path: Path
+    nimg: int
+    std: float
+    metadata: dict[str, Any]
+
+
+def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None) -> list[StoredAverage]:
+    """The snapshots `{prefix}-{kimg:07d}-{std:.3f}.safetensors` of a directory, oldest first.
+
+    Args:
+        stds: widths to use; None = all.
+
+    Raises:
+        UserError: none found, or one of them is damaged.
+    """
+    if not indir.is_dir():
+        raise UserError(f"--indir={indir}: no such directory")
+    pattern = re.compile(re.escape(prefix) + r"-\d+-\d\.\d{3}\.safetensors")
+    found = []
+    for path in sorted(path for path in indir.iterdir() if pattern.fullmatch(path.name)):
+        metadata = read_metadata(path)
+        nimg, std = metadata.get("nimg"), metadata.get("ema_std")
+        if not isinstance(nimg, int) or not isinstance(std, float):
+            raise UserError(f"{path}: the file does not say its training time and EMA width")
+        found.append(StoredAverage(path, nimg, std, metadata))
+    if not found:
+        raise UserError(f"--indir={indir}: no snapshots named {prefix}-*-*.safetensors")
+    if stds is not None:
+        missing = [std for std in stds if not any(np.isclose(std, avg.std) for avg in found)]
+        if missing:
+            there = ", ".join(f"{std:.3f}" for std in sorted({avg.std for avg in found}))
+            raise UserError(f"--instd: no snapshots of width {missing[0]:.3f} in {indir} (there are {there})")
+        found = [avg for avg in found if any(np.isclose(std, avg.std) for std in stds)]
+    return sorted(found, key=lambda avg: (avg.nimg, avg.std))
+
+
+def reconstruct_phema(
+    inputs: Sequence[StoredAverage],
+    outdir: Path,
+    outprefix: str,
+    outstds: Sequence[float],
+    outkimg: int | None = None,
+    skip: bool = False,
+    batch: int = 8,
+) -> list[Path]:
+    """Write the averages of widths `outstds` (EDM2, Algorithm 3).
+
+    Args:
+        outkimg: training time of the output in thousands of images, one of the inputs'; None = the latest.
+            Later inputs are ignored.
+        skip: leave out what exists already.
+        batch: widths made in one pass over the inputs.
+
+    Returns:
+        All output files, `{outprefix}-{kimg:07d}-{std:.3f}.safetensors`.
+
+    Raises:
+        UserError: `outkimg` is no input's time, or the inputs are not of one network.
+    """
+    times = sorted({avg.nimg for avg in inputs})
+    if outkimg is not None and outkimg not in [nimg // 1000 for nimg in times]:
+        there = ", ".join(str(nimg // 1000) for nimg in times)
+        raise UserError(f"--outkimg={outkimg}: there is no snapshot of that time (there are {there})")
+    out_nimg = times[-1] if outkimg is None else max(nimg for nimg in times if nimg // 1000 == outkimg)
+    inputs = [avg for avg in inputs if avg.nimg <= out_nimg]
+    newest = next(avg for avg in inputs if avg.nimg == out_nimg)
+    for avg in inputs:
+        if avg.metadata["architecture"] != newest.metadata["architecture"]:
+            raise UserError(f"{avg.path} holds another network than {newest.path}: keep one run per directory")
+
+    paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}.safetensors" for std in outstds}
+    if len(set(paths.values())) < len(outstds):
+        raise UserError("--outstd: two widths share a file name (three decimals count)")
+    overwritten = next((path for path in paths.values() if any(path.resolve() == avg.path.resolve() for avg in inputs)), None)
+    if overwritten is not None:
+        raise UserError(f"--outprefix={outprefix} would overwrite the input {overwritten}")
+    todo = [std for std in outstds if not (skip and paths[std].is_file())]
+    for start in tqdm(range(0, len(todo), batch), unit="pass", disable=not todo, dynamic_ncols=True):
+        stds = todo[start : start + batch]
+        coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
+        outputs = _combine(inputs, newest, torch.from_numpy(coefs).float())
+        for std, tensors in zip(stds, outputs, strict=True):
+            metadata = {**newest.metadata, "ema_std": std, "reconstructed_from": [avg.path.name for avg in inputs]}
+            save_tensors(paths[std], tensors, metadata)
+    return list(paths.values())
+
+
+def _combine(inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Weighted sums of the inputs' parameters, one per column of `coefs` [n, m]; buffers are those of `newest`."""
+    parameters = {name for name, _ in load_network(newest.path).net.named_parameters()}
+    outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(coefs.shape[1])]
+    files = [safetensors.safe_open(avg.path, framework="pt") for avg in inputs]
+    template = files[inputs.index(newest)]
+    for name in template.keys():
+        reference = template.get_tensor(name)
+        if name not in parameters:
+            for tensors in outputs:
+                tensors[name] = reference
+            continue
+        sums = torch.zeros([coefs.shape[1], reference.numel()])
+        for file, weights, avg in zip(files, coefs, inputs, strict=True):
+            try:
+                sums.addr_(weights, file.get_tensor(name).flatten().float())
+            except (safetensors.SafetensorError, RuntimeError) as err:
+                raise UserError(f"{avg.path}: tensor {name} does not fit: {err}") from None
+        for tensors, total in zip(outputs, sums, strict=True):
+            tensors[name] = total.reshape(reference.shape).to(reference.dtype)
+    return outputs

@@ -1,0 +1,266 @@
+"""The training loop."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from dnnlib.util import RunError, UserError, atomic_write, code_version, format_time
+from torch_utils import checkpoint, distributed, misc
+from torch_utils.training_stats import Collector
+from training.config import TrainConfig
+from training.dataset import ImageFolderDataset, RunSampler, collate, ignore_interrupts
+from training.encoders import encoder_for, final_channels
+from training.losses import EDM2Loss
+from training.lr import learning_rate_schedule
+from training.networks_edm2 import Precond, effective_weights, normalize_weights_
+from training.phema import PowerFunctionEMA
+from training.previews import Previews
+from training.samplers import StackedRandomGenerator
+from training.snapshot import save_network
+
+STATE_PATTERN = r"training-state-(\d+)\.pt"
+CACHE_BYTES = 1 << 26  # datasets up to this decoded size are kept in memory
+SIGMA_DATA = 0.5
+
+
+def build_network(config: TrainConfig, channels: int) -> Precond:
+    """A freshly initialised network: the same for the same seed, on every device and process."""
+    torch.manual_seed(config.seed)
+    return Precond(config.dataset.resolution, channels, precision="fp32", sigma_data=SIGMA_DATA, **config.network_kwargs())
+
+
+def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
+    """Random seed of each image of a run, int64 [n]: all noise that an image meets depends on it alone."""
+    return (seed * 0x9E3779B1 + run_indices) % 2**32
+
+
+def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> None:
+    """Train until `config.duration` images, continuing what `outdir` holds.
+
+    Progress is counted in images (nimg). Data order, noise levels and noise are functions of (seed, index of the
+    image in the run), so a resumed run continues as if it had never stopped, on any number of processes.
+    Dropout masks depend on the index of the first image of their round: to continue exactly with dropout on
+    another number of processes, keep `batch_gpu`.
+
+    Raises:
+        UserError: `outdir` holds another configuration, or a run although `resume` is False.
+        RunError: no image since the last status report had a finite loss.
+    """
+    device = misc.select_device(config.device)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = config.bench
+    options_path = outdir / "training_options.json"
+    if options_path.is_file():
+        if not resume:
+            raise UserError(f"{outdir} already holds a run: choose another --outdir, or continue it with --resume")
+        config.check_resumable(TrainConfig.load(options_path), outdir)
+    distributed.barrier()  # all have looked before rank 0 writes
+    if rank == 0:
+        config.save(options_path)
+
+    progress = tqdm(unit="img", unit_scale=True, disable=rank != 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def log(message: str) -> None:
+        if rank == 0:
+            progress.write(message)
+            with open(outdir / "log.txt", "a") as f:
+                f.write(message + "\n")
+
+    # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
+    batch_process = config.batch // world_size
+    batch_gpu = min(config.batch_gpu or batch_process, batch_process)
+    rounds = batch_process // batch_gpu
+    assert config.batch == batch_gpu * rounds * world_size
+    part = (rank * batch_process, (rank + 1) * batch_process)
+
+    # Data, network, optimiser.
+    dataset = ImageFolderDataset(config.data, use_labels=config.cond)
+    if len(dataset) * int(np.prod(dataset.image_shape)) * dataset.dtype.itemsize <= CACHE_BYTES:
+        dataset = ImageFolderDataset(config.data, use_labels=config.cond, cache=True)
+    encoder = encoder_for(dataset)
+    net = build_network(config, final_channels(dataset, encoder)).to(device)
+    net.precision = misc.resolve_precision(config.precision, device)
+    ema = PowerFunctionEMA(net, config.ema_std)
+    loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
+    gradients = misc.flat_gradients(net.parameters())
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=device.type != "mps")
+    stats = Collector(device)
+    nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
+    nimg, seconds = 0, 0.0
+
+    state = checkpoint.load_newest_state(outdir, STATE_PATTERN, log, device)
+    if state is not None:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        stats.load_state_dict(state["stats"])
+        nonfinite.fill_(state["nonfinite"])
+        nimg, seconds = state["nimg"], state["seconds"]
+        del state
+        if rank == 0:
+            _drop_later_lines(outdir / "stats.jsonl", nimg)
+        log(f"Resuming at {nimg} images from {outdir}")
+        if nimg >= config.duration:
+            log(f"Nothing to do: the run has its {config.duration} images. A longer --duration continues it.")
+            return
+    distributed.broadcast_([*net.parameters(), *net.buffers()])
+    log(
+        f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
+        f"{config.dataset.label_dim} classes: {sum(p.numel() for p in net.parameters())} parameters, {net.precision}, "
+        f"{world_size} x {device.type}, {rounds} round{'s' * (rounds > 1)} of {batch_gpu} images per step"
+    )
+
+    sampler = RunSampler(len(dataset), config.seed, nimg, config.batch, part, batch_gpu)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="spawn" if config.workers > 0 else None,
+    )
+    batches = iter(loader)
+    previews = None
+    if rank == 0:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
+
+        tensorboard = SummaryWriter(outdir, purge_step=nimg)
+        previews = Previews(dataset, encoder, device, outdir, log)
+    progress.reset(config.duration)
+    progress.update(nimg)
+    started, start_nimg, tick_time, tick_nimg, tick_nonfinite = time.time() - seconds, nimg, time.time(), nimg, 0
+    net.train()
+
+    with distributed.SuspendSignals() as suspend:
+        while True:
+            suspended = distributed.any_rank(suspend.received)
+            done = nimg >= config.duration
+            stopping = done or suspended
+
+            def due(interval: int) -> bool:
+                return nimg > start_nimg and (done or (interval > 0 and nimg % interval == 0))
+
+            # Status: stats.jsonl, TensorBoard, log.txt.
+            if due(config.status):
+                means = stats.collect()
+                now = time.time()
+                fields = {
+                    "nimg": nimg,
+                    **{key: value for name, (mean, std) in means.items() for key, value in ((name, mean), (f"{name}_std", std))},
+                    "lr": learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg),
+                    "nonfinite_gradients": int(nonfinite),
+                    "images_per_second": (nimg - tick_nimg) / (now - tick_time),
+                    "seconds": now - started,
+                    "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
+                    "gpu_mem_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
+                    "time": time.time(),
+                }
+                if rank == 0:
+                    with open(outdir / "stats.jsonl", "a") as f:
+                        f.write(json.dumps({k: v if np.isfinite(v) else None for k, v in fields.items()}) + "\n")
+                    for key, value in fields.items():
+                        tensorboard.add_scalar(key, value, global_step=nimg)
+                left = (config.duration - nimg) / fields["images_per_second"]
+                log(
+                    f"nimg {nimg:<10d} loss {fields.get('loss', float('nan')):<8.4f} lr {fields['lr']:<8.5f} "
+                    f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(now - started)}  left {format_time(left)}  "
+                    f"mem {fields['cpu_mem_gb']:.1f} GB" + (f" gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else "")
+                )
+                if fields["nonfinite_gradients"] > tick_nonfinite:
+                    log(f"Warning: {fields['nonfinite_gradients'] - tick_nonfinite} non-finite gradient elements were replaced by 0")
+                if "loss" in fields and not np.isfinite(fields["loss"]):
+                    raise RunError(
+                        f"the loss is not finite at {nimg} images: lower --lr or --ls, or use --precision=bf16 or fp32; "
+                        f"repeating the command continues from the last training state in {outdir}"
+                    )
+                tick_time, tick_nimg, tick_nonfinite = now, nimg, fields["nonfinite_gradients"]
+
+            # Network snapshots and a picture of what they make.
+            if rank == 0 and previews is not None and due(config.snapshot):
+                averaged = ema.get()
+                for std, (ema_net, suffix) in zip(ema.stds, averaged, strict=True):
+                    metadata = {
+                        "nimg": nimg,
+                        "ema_std": std,
+                        "config": config.to_json(),
+                        "dataset": dataclasses.asdict(config.dataset),
+                    }
+                    path = outdir / f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
+                    save_network(path, _as_precond(ema_net), encoder, metadata)
+                previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
+
+            # Training state.
+            if rank == 0 and nimg > start_nimg and (due(config.checkpoint) or stopping):
+                path = outdir / f"training-state-{nimg // 1000:07d}.pt"
+                checkpoint.save_state(
+                    path,
+                    {
+                        "net": net.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "ema": ema.state_dict(),
+                        "stats": stats.state_dict(),
+                        "nonfinite": int(nonfinite),
+                        "nimg": nimg,
+                        "seconds": time.time() - started,
+                        "code_version": code_version(),
+                    },
+                )
+            if stopping:
+                break
+
+            # One optimiser step on `batch` images.
+            gradients.zero_()
+            normalize_weights_(net)
+            with effective_weights(net):
+                for first in range(nimg + part[0], nimg + part[1], batch_gpu):
+                    seeds = image_seeds(config.seed, np.arange(first, first + batch_gpu))
+                    rnd = StackedRandomGenerator(device, seeds.tolist())
+                    if config.dropout > 0:
+                        torch.manual_seed(int(seeds[0]))
+                    images, labels = next(batches)
+                    images = encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
+                    sigma = loss_fn.noise_levels(rnd.randn([batch_gpu]))
+                    noise = rnd.randn(images.shape)
+                    loss = loss_fn(net, images, labels.to(device, non_blocking=True), sigma=sigma, noise=noise)
+                    stats.report("loss", loss.mean(dim=(1, 2, 3)))
+                    (loss.sum() * (config.ls / config.batch)).backward()
+            distributed.all_reduce_sum_(gradients)
+            if config.ls != 1:
+                gradients /= config.ls
+            nonfinite += (~gradients.isfinite()).sum()
+            torch.nan_to_num(gradients, nan=0, posinf=0, neginf=0, out=gradients)
+            lr = learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            nimg += config.batch
+            ema.update(nimg, config.batch)
+            progress.update(config.batch)
+
+    progress.close()
+    if rank == 0:
+        tensorboard.close()
+    log(f"Suspended at {nimg} images; repeat the command to continue" if not done else f"Done: {nimg} images in {outdir}")
+
+
+def _as_precond(net: torch.nn.Module) -> Precond:
+    assert isinstance(net, Precond)
+    return net
+
+
+def _drop_later_lines(path: Path, nimg: int) -> None:
+    """Remove status lines beyond `nimg`: the resumed run writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["nimg"] <= nimg]
+        with atomic_write(path, "w") as f:
+            f.writelines(line + "\n" for line in lines)
