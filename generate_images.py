@@ -59,25 +59,131 @@ def _read(file: Path) -> np.ndarray:
 @click.command(cls=CommandLine)
 @click.option("--net", help="Network snapshot", metavar="FILE", required=True)
 @click.option("--gnet", help="Guiding network snapshot", metavar="FILE")
-@click.option("--outdir", help="Where to save the images", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option(
+    "--outdir",
+    help="Where to save the images",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+)
 @click.option("--subdirs", help="Save in a folder per 1000 seeds", is_flag=True)
-@click.option("--seeds", help="Random seeds, such as 1,2,5-10", metavar="LIST", default="16-19", show_default=True, callback=parsed_by(parse_seeds))
-@click.option("--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int)
-@click.option("--batch", "max_batch_size", help="Images per batch and process", metavar="INT", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--steps", "num_steps", help="Sampling steps", metavar="INT", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--sigma_min", help="Lowest noise level", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=0.002, show_default=True)
-@click.option("--sigma_max", help="Highest noise level", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=80, show_default=True)
-@click.option("--rho", help="Exponent of the time steps", metavar="FLOAT", type=click.FloatRange(min=0, min_open=True), default=7, show_default=True)
+@click.option(
+    "--seeds",
+    help="Random seeds, such as 1,2,5-10",
+    metavar="LIST",
+    default="16-19",
+    show_default=True,
+    callback=parsed_by(parse_seeds),
+)
+@click.option(
+    "--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int
+)
+@click.option(
+    "--batch",
+    "max_batch_size",
+    help="Images per batch and process",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+)
+@click.option(
+    "--steps",
+    "num_steps",
+    help="Sampling steps",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+)
+@click.option(
+    "--sigma_min",
+    help="Lowest noise level",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.002,
+    show_default=True,
+)
+@click.option(
+    "--sigma_max",
+    help="Highest noise level",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=80,
+    show_default=True,
+)
+@click.option(
+    "--rho",
+    help="Exponent of the time steps",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=7,
+    show_default=True,
+)
 @click.option("--guidance", help="Guidance weight, 1 = none", metavar="FLOAT", type=float, default=1, show_default=True)
-@click.option("--guidance-interval", help="Noise levels at which guidance acts  [default: all]", metavar="LO,HI", callback=parsed_by(parse_interval))
-@click.option("--S_churn", "S_churn", help="Strength of added noise", metavar="FLOAT", type=click.FloatRange(min=0), default=0, show_default=True)
-@click.option("--S_min", "S_min", help="Lowest noise level at which noise is added", metavar="FLOAT", type=click.FloatRange(min=0), default=0, show_default=True)
-@click.option("--S_max", "S_max", help="Highest noise level at which noise is added", metavar="FLOAT", type=click.FloatRange(min=0), default="inf", show_default=True)
-@click.option("--S_noise", "S_noise", help="Scale of added noise", metavar="FLOAT", type=click.FloatRange(min=0), default=1, show_default=True)
-@click.option("--precision", help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
-@click.option("--device", help="Where to compute; auto = the first of cuda, mps, cpu that is there", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option(
+    "--guidance-interval",
+    help="Noise levels at which guidance acts  [default: all]",
+    metavar="LO,HI",
+    callback=parsed_by(parse_interval),
+)
+@click.option(
+    "--S_churn",
+    "S_churn",
+    help="Strength of added noise",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+)
+@click.option(
+    "--S_min",
+    "S_min",
+    help="Lowest noise level at which noise is added",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0),
+    default=0,
+    show_default=True,
+)
+@click.option(
+    "--S_max",
+    "S_max",
+    help="Highest noise level at which noise is added",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0),
+    default="inf",
+    show_default=True,
+)
+@click.option(
+    "--S_noise",
+    "S_noise",
+    help="Scale of added noise",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0),
+    default=1,
+    show_default=True,
+)
+@click.option(
+    "--precision",
+    help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--device",
+    help="Where to compute; auto = the first of cuda, mps, cpu that is there",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
 @click.option("--skip-existing", help="Skip seeds whose image is there", is_flag=True)
-@click.option("--grid", help="Also save all images as one contact sheet", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--grid",
+    help="Also save all images as one contact sheet",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+)
 def main(
     net: str,
     gnet: str | None,
@@ -122,8 +228,13 @@ def main(
             raise UserError("--grid needs a network that makes pixels; this one makes latents")
         todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and file.is_file())]
         distributed.barrier()  # all have looked before any writes
-        distributed.print0(f"Generating {len(todo)} images to {outdir}" + (f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""))
-        images = generate_images(main_snapshot.net, guide, main_snapshot.encoder, outdir, subdirs, todo, device=target, **opts)
+        distributed.print0(
+            f"Generating {len(todo)} images to {outdir}"
+            + (f" ({len(seeds) - len(todo)} are there)" if skip_existing else "")
+        )
+        images = generate_images(
+            main_snapshot.net, guide, main_snapshot.encoder, outdir, subdirs, todo, device=target, **opts
+        )
         for _batch in images:
             pass
         distributed.barrier()

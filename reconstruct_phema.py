@@ -17,15 +17,46 @@ def parse_stds(_ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @click.command(cls=CommandLine)
-@click.option("--indir", help="Directory with the snapshots of a run", metavar="DIR", type=click.Path(path_type=Path), required=True)
-@click.option("--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True)
+@click.option(
+    "--indir",
+    help="Directory with the snapshots of a run",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+)
+@click.option(
+    "--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True
+)
 @click.option("--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parse_stds)
-@click.option("--outdir", help="Where to save the results  [default: --indir]", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--outdir",
+    help="Where to save the results  [default: --indir]",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+)
 @click.option("--outprefix", help="Start of the results' names", metavar="STR", default="phema", show_default=True)
-@click.option("--outstd", help="Widths to make, such as 0.05,0.07 or 0.010,0.015,...,0.250", metavar="LIST", callback=parse_stds, required=True)
-@click.option("--outkimg", help="Training time of the results in kimg, that of a snapshot  [default: the latest]", metavar="INT", type=int)
+@click.option(
+    "--outstd",
+    help="Widths to make, such as 0.05,0.07 or 0.010,0.015,...,0.250",
+    metavar="LIST",
+    callback=parse_stds,
+    required=True,
+)
+@click.option(
+    "--outkimg",
+    help="Training time of the results in kimg, that of a snapshot  [default: the latest]",
+    metavar="INT",
+    type=int,
+)
 @click.option("--skip", help="Skip results that are there", is_flag=True)
-@click.option("--batch", help="Results made in one pass over the snapshots", metavar="INT", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--batch",
+    help="Results made in one pass over the snapshots",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+)
 def main(
     indir: Path,
     inprefix: str,

@@ -85,18 +85,22 @@ def check_numbers(config: TrainConfig) -> None:
     processes = distributed.get_world_size()
     share = processes * config.batch_gpu if config.batch_gpu else processes
     if config.batch % share != 0:
-        what = f"{processes} processes x --batch-gpu={config.batch_gpu}" if config.batch_gpu else f"{processes} processes"
+        what = (
+            f"{processes} processes x --batch-gpu={config.batch_gpu}" if config.batch_gpu else f"{processes} processes"
+        )
         raise UserError(f"--batch={config.batch} is not divisible by {what} = {share}")
     for name in ("status", "snapshot", "checkpoint"):
         if getattr(config, name) % config.batch != 0:
             raise UserError(f"--{name}={getattr(config, name)} is not a multiple of --batch={config.batch}")
         if name != "status" and 0 < getattr(config, name) < MIN_INTERVAL:
-            raise UserError(f"--{name} must be at least {MIN_INTERVAL} images (file names count thousands), or 0 = only at the end")
+            raise UserError(
+                f"--{name} must be at least {MIN_INTERVAL} images (names count thousands), or 0 = only at the end"
+            )
     resolution, levels = config.dataset.resolution, len(config.channel_mult)
     if resolution % 2 ** (levels - 1) != 0:
         raise UserError(
-            f"{config.data}: resolution {resolution} is not divisible by {2 ** (levels - 1)}, as a network of {levels} levels "
-            f"needs: give fewer levels with --channel-mult, or convert the images to another resolution"
+            f"{config.data}: resolution {resolution} is not divisible by {2 ** (levels - 1)}, as a network of {levels} "
+            f"levels needs: give fewer levels with --channel-mult, or convert the images to another resolution"
         )
 
 
@@ -106,7 +110,10 @@ def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
     options = {key: value for key, value in config.to_json().items() if key != "dataset"}
     distributed.print0(json.dumps({"outdir": str(outdir), **options}, indent=2))
     data = config.dataset
-    distributed.print0(f"Dataset:     {data.count} images, {data.resolution}x{data.resolution}x{data.channels}, {data.label_dim} classes")
+    distributed.print0(
+        f"Dataset:     {data.count} images, {data.resolution}x{data.resolution}x{data.channels}, "
+        f"{data.label_dim} classes"
+    )
     distributed.print0(f"Network:     {sum(p.numel() for p in net.parameters())} parameters")
     distributed.print0(f"Processes:   {distributed.get_world_size()} on {misc.select_device(config.device)}")
     resolutions = {data.resolution >> level for level in range(len(config.channel_mult))}
@@ -118,34 +125,94 @@ def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
 
 
 @click.command(cls=CommandLine)
-@click.option("--outdir", help="Where to save the run", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), required=True)
+@click.option(
+    "--outdir",
+    help="Where to save the run",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+)
 @click.option("--data", help="Training images: folder or ZIP file", metavar="ZIP|DIR", required=True)
-@click.option("--cond", help="Train a class-conditional model", metavar="BOOL", type=bool, default=True, show_default=True)
+@click.option(
+    "--cond", help="Train a class-conditional model", metavar="BOOL", type=bool, default=True, show_default=True
+)
 @click.option("--preset", help="Configuration preset", metavar="STR", default="edm2-img512-s", show_default=True)
 @click.option("--duration", help="Training duration  [default: from preset]", metavar="NIMG", type=Nimg())
-@click.option("--batch", help="Images per optimiser step, over all processes  [default: from preset]", metavar="NIMG", type=Nimg())
+@click.option(
+    "--batch", help="Images per optimiser step, over all processes  [default: from preset]", metavar="NIMG", type=Nimg()
+)
 @click.option("--channels", help="Base number of channels  [default: from preset]", metavar="INT", type=int)
 @click.option("--dropout", help="Dropout probability  [default: from preset]", metavar="FLOAT", type=float)
-@click.option("--P_mean", "P_mean", help="Mean of ln(sigma) in training  [default: from preset]", metavar="FLOAT", type=float)
-@click.option("--P_std", "P_std", help="Standard deviation of ln(sigma)  [default: from preset]", metavar="FLOAT", type=float)
+@click.option(
+    "--P_mean", "P_mean", help="Mean of ln(sigma) in training  [default: from preset]", metavar="FLOAT", type=float
+)
+@click.option(
+    "--P_std", "P_std", help="Standard deviation of ln(sigma)  [default: from preset]", metavar="FLOAT", type=float
+)
 @click.option("--lr", help="Reference learning rate  [default: from preset]", metavar="FLOAT", type=float)
-@click.option("--decay", help="Batches before the learning rate decays, 0 = never  [default: from preset]", metavar="BATCHES", type=click.FloatRange(min=0))
+@click.option(
+    "--decay",
+    help="Batches before the learning rate decays, 0 = never  [default: from preset]",
+    metavar="BATCHES",
+    type=click.FloatRange(min=0),
+)
 @click.option("--channel-mult", help="Channel multiple per level, finest first  [default: from preset]", metavar="LIST")
 @click.option("--num-blocks", help="Residual blocks per level  [default: from preset]", metavar="INT", type=int)
-@click.option("--attn-resolutions", help="Resolutions with self-attention, or 'none'  [default: from preset]", metavar="LIST")
+@click.option(
+    "--attn-resolutions", help="Resolutions with self-attention, or 'none'  [default: from preset]", metavar="LIST"
+)
 @click.option("--ema-std", help="Widths of the tracked EMA profiles  [default: 0.05,0.10]", metavar="LIST")
-@click.option("--batch-gpu", help="Limit of images per process and round, 0 = none", metavar="NIMG", type=Nimg(), default=0, show_default=True)
-@click.option("--precision", help="What the network computes in; auto = fp16 on GPUs, fp32 on CPUs", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
-@click.option("--fp16", help="Published alias: 0 = --precision=fp32", metavar="BOOL", type=bool, default=True, show_default=True)
+@click.option(
+    "--batch-gpu",
+    help="Limit of images per process and round, 0 = none",
+    metavar="NIMG",
+    type=Nimg(),
+    default=0,
+    show_default=True,
+)
+@click.option(
+    "--precision",
+    help="What the network computes in; auto = fp16 on GPUs, fp32 on CPUs",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--fp16", help="Published alias: 0 = --precision=fp32", metavar="BOOL", type=bool, default=True, show_default=True
+)
 @click.option("--ls", help="Loss scaling", metavar="FLOAT", type=float, default=1, show_default=True)
-@click.option("--bench", help="Let cuDNN choose its fastest kernels", metavar="BOOL", type=bool, default=True, show_default=True)
-@click.option("--device", help="Where to train; auto = the first of cuda, mps, cpu that is there", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
-@click.option("--workers", help="Loader processes per training process  [default: 2 on CUDA, else 0]", metavar="INT", type=click.IntRange(min=0))
-@click.option("--status", help="Interval of status lines, 0 = only at the end  [default: 128Ki; digits: 4Ki]", metavar="NIMG", type=Nimg())
-@click.option("--snapshot", help="Interval of network snapshots  [default: 8Mi; digits: 32Ki]", metavar="NIMG", type=Nimg())
-@click.option("--checkpoint", help="Interval of training states  [default: 128Mi; digits: 64Ki]", metavar="NIMG", type=Nimg())
+@click.option(
+    "--bench", help="Let cuDNN choose its fastest kernels", metavar="BOOL", type=bool, default=True, show_default=True
+)
+@click.option(
+    "--device",
+    help="Where to train; auto = the first of cuda, mps, cpu that is there",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
+@click.option(
+    "--workers",
+    help="Loader processes per training process  [default: 2 on CUDA, else 0]",
+    metavar="INT",
+    type=click.IntRange(min=0),
+)
+@click.option(
+    "--status",
+    help="Interval of status lines, 0 = only at the end  [default: 128Ki; digits: 4Ki]",
+    metavar="NIMG",
+    type=Nimg(),
+)
+@click.option(
+    "--snapshot", help="Interval of network snapshots  [default: 8Mi; digits: 32Ki]", metavar="NIMG", type=Nimg()
+)
+@click.option(
+    "--checkpoint", help="Interval of training states  [default: 128Mi; digits: 64Ki]", metavar="NIMG", type=Nimg()
+)
 @click.option("--seed", help="Random seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True)
+@click.option(
+    "--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True
+)
 @click.option("-n", "--dry-run", help="Print the configuration and exit", is_flag=True)
 def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
     """Train an EDM2 model on a folder or ZIP file of images.

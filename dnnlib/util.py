@@ -59,21 +59,19 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except click.UsageError as err:
-        raise _click_error(err.format_message(), exit_code=2) from err
+        raise _BadInput(err.format_message()) from err
     except UserError as err:
         # From a loader process the message comes with a traceback before it.
-        raise _click_error(str(err).strip().splitlines()[-1].removeprefix("dnnlib.util.UserError: "), exit_code=2) from err
+        raise _BadInput(str(err).strip().splitlines()[-1].removeprefix("dnnlib.util.UserError: ")) from err
     except RunError as err:
-        raise _click_error(str(err), exit_code=1) from err
+        raise click.ClickException(str(err)) from err
     except OSError as err:
         name = f": {err.filename}" if err.filename is not None else ""
-        raise _click_error(f"{err.strerror or err}{name}", exit_code=1) from err
+        raise click.ClickException(f"{err.strerror or err}{name}") from err
 
 
-def _click_error(message: str, exit_code: int) -> click.ClickException:
-    error = click.ClickException(message)
-    error.exit_code = exit_code
-    return error
+class _BadInput(click.ClickException):
+    exit_code = 2
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -81,8 +79,11 @@ def _click_error(message: str, exit_code: int) -> click.ClickException:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -> Iterator[IO]:
     """Open a file for writing that appears under its name only when it is complete.
+
+    Args:
+        sync: wait until the disk has it, so that even a power failure leaves no half file. Slow for many small ones.
 
     Raises:
         OSError: it could not be written, `filename` being the path asked for; nothing is left behind.
@@ -94,7 +95,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         with open(partial, mode) as f:
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         os.replace(partial, path)
     except OSError as err:
         raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err

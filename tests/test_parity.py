@@ -159,7 +159,12 @@ def test_loss(check):
 
 def test_learning_rate(check):
     g = Golden("loss_and_lr")
-    for batch, lr, batches, rampup in [(2048, 0.012, 70000, 10), (2048, 0.01, 35000, 10), (128, 0.017, 1000, 0), (512, 0.01, 0, 1)]:
+    for batch, lr, batches, rampup in [
+        (2048, 0.012, 70000, 10),
+        (2048, 0.01, 35000, 10),
+        (128, 0.017, 1000, 0),
+        (512, 0.01, 0, 1),
+    ]:
         expected = g[f"lr_batch{batch}_ref{lr}_batches{batches}_rampup{rampup}"]
         actual = [learning_rate_schedule(int(n), batch, lr, batches, rampup) for n in g["lr_nimg"]]
         check(actual, expected, 1e-12)
@@ -176,7 +181,9 @@ def test_phema_maths(check):
     for std in [0.05, 0.10]:
         beta = phema.power_function_beta(std, g["beta_t_next"], 2048)
         check(beta, g[f"beta_std{std:.2f}_delta2048"], 1e-9)
-    coefs = phema.solve_posthoc_coefficients(g["solve_in_ofs"], g["solve_in_std"], g["solve_out_ofs"], g["solve_out_std"])
+    coefs = phema.solve_posthoc_coefficients(
+        g["solve_in_ofs"], g["solve_in_std"], g["solve_out_ofs"], g["solve_out_std"]
+    )
     check(coefs, g["solve_coefs"], 1e-6)
     check(phema.parse_std_list("0.010,0.015,...,0.250"), g["parse_std"], 1e-12)
 
@@ -198,7 +205,17 @@ def test_sampler(check):
         out = edm_sampler(net, noise, labels, num_steps=6, sigma_min=0.01, sigma_max=10, rho=5, dtype=torch.float64)
         check(out, g["heun6_f64"], TRAJECTORY)
         churn = StackedRandomGenerator("cpu", seeds)
-        out = edm_sampler(net, noise, labels, num_steps=8, S_churn=40, S_min=0.05, S_max=50, S_noise=1.003, randn_like=churn.randn_like)
+        out = edm_sampler(
+            net,
+            noise,
+            labels,
+            num_steps=8,
+            S_churn=40,
+            S_min=0.05,
+            S_max=50,
+            S_noise=1.003,
+            randn_like=churn.randn_like,
+        )
         check(out, g["churn_heun8"], TRAJECTORY)
 
 

@@ -54,7 +54,7 @@ def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
 def save_image(path: str | Path, image: np.ndarray) -> None:
     """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG."""
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    with atomic_write(path) as f:
+    with atomic_write(path, sync=False) as f:
         PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png")
 
 

@@ -1,9 +1,14 @@
-"""Means of training quantities between two status reports, kept on the device."""
+"""What a training run tells: means kept on the device between reports, and the files and lines they go to."""
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from dnnlib.util import atomic_write
 from torch_utils import distributed
 
 
@@ -23,14 +28,15 @@ class Collector:
         moments = torch.stack([finite.sum().to(self.dtype), x.sum(), x.square().sum()])
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments
 
-    def collect(self) -> dict[str, tuple[float, float]]:
-        """Mean and standard deviation per name over all processes since the last call (NaN without a finite value);
-        then start anew."""
+    def collect(self) -> dict[str, float]:
+        """Mean (`name`) and standard deviation (`name_std`) over all processes since the last call, NaN without a
+        finite value; then start anew."""
         result = {}
         for name in sorted(self.moments):
             count, total, squares = distributed.all_reduce_sum_(self.moments[name]).tolist()
             mean = total / count if count > 0 else math.nan
-            result[name] = mean, math.sqrt(max(squares / count - mean**2, 0)) if count > 0 else math.nan
+            result[name] = mean
+            result[f"{name}_std"] = math.sqrt(max(squares / count - mean**2, 0)) if count > 0 else math.nan
         self.moments.clear()
         return result
 
@@ -39,3 +45,53 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.moments = {name: moments.to(self.device, self.dtype) for name, moments in state.items()}
+
+
+class Journal:
+    """A run's progress bar, log.txt, stats.jsonl and TensorBoard events; only the first process shows and writes."""
+
+    def __init__(self, outdir: Path):
+        self.outdir = outdir
+        self.active = distributed.get_rank() == 0
+        hidden = not self.active or not sys.stderr.isatty()
+        self.progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
+        self.tensorboard = None
+
+    def log(self, message: str) -> None:
+        """Show a line and add it to log.txt."""
+        if self.active:
+            self.progress.write(message)
+            with open(self.outdir / "log.txt", "a") as f:
+                f.write(message + "\n")
+
+    def start(self, nimg: int, duration: int) -> None:
+        """Begin, or go on, at `nimg` of `duration` images: what was told about later ones is withdrawn."""
+        if self.active:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
+
+            self.tensorboard = SummaryWriter(self.outdir, purge_step=nimg)
+            path = self.outdir / "stats.jsonl"
+            if path.is_file():
+                lines = [line for line in path.read_text().splitlines() if json.loads(line)["nimg"] <= nimg]
+                with atomic_write(path, "w") as f:
+                    f.writelines(line + "\n" for line in lines)
+        self.progress.reset(duration)
+        self.progress.update(nimg)
+
+    def advance(self, count: int) -> None:
+        self.progress.update(count)
+
+    def report(self, fields: dict[str, float]) -> None:
+        """Record numbers; `fields["nimg"]` says when."""
+        if self.tensorboard is not None:
+            with open(self.outdir / "stats.jsonl", "a") as f:
+                # NaN and infinity are no JSON.
+                f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in fields.items()}) + "\n")
+            for name, value in fields.items():
+                self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()

@@ -10,7 +10,19 @@ from dnnlib.util import UserError, atomic_write
 from training.dataset import DatasetInfo
 
 # Fields that may differ between the stored and the given options when a run is resumed.
-MAY_CHANGE = {"data", "preset", "duration", "batch_gpu", "device", "precision", "bench", "workers", "status", "snapshot", "checkpoint"}
+MAY_CHANGE = {
+    "data",
+    "preset",
+    "duration",
+    "batch_gpu",
+    "device",
+    "precision",
+    "bench",
+    "workers",
+    "status",
+    "snapshot",
+    "checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -94,9 +106,15 @@ class TrainConfig:
             if field.name in MAY_CHANGE or ours == theirs:
                 continue
             if field.name == "dataset":
-                raise UserError(f"{outdir} was trained on other data than --data={self.data}: restore the data or choose another --outdir")
+                raise UserError(
+                    f"{outdir} was trained on other data than --data={self.data}: "
+                    f"restore the data or choose another --outdir"
+                )
             option = "--" + field.name.replace("_", "-") if field.name not in ("P_mean", "P_std") else "--" + field.name
-            raise UserError(f"{outdir} was trained with {option}={_show(theirs)}, not {_show(ours)}: repeat its options or choose another --outdir")
+            raise UserError(
+                f"{outdir} was trained with {option}={_show(theirs)}, not {_show(ours)}: "
+                f"repeat its options or choose another --outdir"
+            )
 
 
 def _show(value: Any) -> str:

@@ -29,7 +29,9 @@ class _Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        files = (Path(root) / name for root, _dirs, names in os.walk(path) for name in names if not name.startswith("."))
+        files = (
+            Path(root) / name for root, _dirs, names in os.walk(path) for name in names if not name.startswith(".")
+        )
         self.names = sorted(file.relative_to(path).as_posix() for file in files)
 
     def read(self, name: str) -> bytes:
@@ -259,7 +261,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if shape != self._shape:
             first = self._names[int(self._indices[0])]
-            raise UserError(f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike")
+            raise UserError(
+                f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike"
+            )
 
     def _decode(self, name: str) -> np.ndarray:
         try:
@@ -277,7 +281,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             classes = sorted({top for top in tops if top is not None})
             if not classes or None in tops:
                 return None
-            return np.int64([classes.index(top) for top in tops if top is not None])
+            return np.array([classes.index(top) for top in tops if top is not None])
 
         where = f"{self.path}: dataset.json"
         try:
@@ -360,7 +364,14 @@ class RunSampler(torch.utils.data.Sampler[list[int]]):
     """
 
     def __init__(self, count: int, seed: int, start: int, batch: int, part: tuple[int, int], round_size: int):
-        self.count, self.seed, self.start, self.batch, self.part, self.round_size = count, seed, start, batch, part, round_size
+        self.count, self.seed, self.start, self.batch, self.part, self.round_size = (
+            count,
+            seed,
+            start,
+            batch,
+            part,
+            round_size,
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         nimg = self.start

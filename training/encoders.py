@@ -1,6 +1,7 @@
 """Encoders between stored data (pixels or raw latents) and what the diffusion model sees."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,13 +75,13 @@ class StabilityVAEEncoder(Encoder):
         self.raw_mean = list(raw_mean)
         self.raw_std = list(raw_std)
         self.batch_size = batch_size
-        self._vae = None
+        self._vae: Any = None
 
     @property
     def init_kwargs(self) -> dict:
         return dict(vae_name=self.vae_name, raw_mean=self.raw_mean, raw_std=self.raw_std)
 
-    def vae(self, device: torch.device):
+    def vae(self, device: torch.device) -> Any:
         """The VAE on `device`.
 
         Raises:
@@ -154,7 +155,9 @@ def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(1, -1, 1, 1)
 
 
-ENCODERS: dict[str, type[Encoder]] = {cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder, RawLatentEncoder)}
+ENCODERS: dict[str, type[Encoder]] = {
+    cls.__name__: cls for cls in (StandardRGBEncoder, StabilityVAEEncoder, RawLatentEncoder)
+}
 
 
 def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
@@ -175,7 +178,9 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
     mean, mean_square = moments / len(indices)
     std = np.sqrt(mean_square - mean**2)
     if not np.all(np.isfinite(std)) or np.any(std == 0):
-        raise UserError(f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)")
+        raise UserError(
+            f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)"
+        )
     return RawLatentEncoder(mean.tolist(), std.tolist())
 
 

@@ -29,15 +29,22 @@ def check_guide(net: Precond, gnet: Precond) -> None:
     """
     for name, what in [("img_resolution", "resolution"), ("img_channels", "number of channels")]:
         if getattr(net, name) != getattr(gnet, name):
-            raise UserError(f"--gnet has {what} {getattr(gnet, name)}, but --net has {getattr(net, name)}: they must agree")
+            raise UserError(
+                f"--gnet has {what} {getattr(gnet, name)}, but --net has {getattr(net, name)}: they must agree"
+            )
     if gnet.label_dim not in (0, net.label_dim):
-        raise UserError(f"--gnet has {gnet.label_dim} classes, but --net has {net.label_dim}: they must agree, or the guide have none")
+        raise UserError(
+            f"--gnet has {gnet.label_dim} classes, but --net has {net.label_dim}: "
+            f"they must agree, or the guide have none"
+        )
 
 
 class ImageBatches:
     """This process's share of the batches that `generate_images` makes, generated as they are asked for."""
 
-    def __init__(self, batches: list[np.ndarray], seeds: Sequence[int], make: Callable[[EasyDict], None], verbose: bool):
+    def __init__(
+        self, batches: list[np.ndarray], seeds: Sequence[int], make: Callable[[EasyDict], None], verbose: bool
+    ):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         self.num_batches = len(batches)
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
@@ -49,7 +56,7 @@ class ImageBatches:
         return len(self.own)
 
     def __iter__(self) -> Iterator[EasyDict]:
-        disable = not self.verbose or distributed.get_rank() != 0
+        disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
         for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
             r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
             r.indices = indices
@@ -109,7 +116,9 @@ def generate_images(
                 classes = torch.full_like(classes, class_idx)
             r.labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
         with torch.inference_mode(), effective_weights(net), effective_weights(gnet or torch.nn.Identity()):
-            latents = sampler_fn(net=net, noise=r.noise, labels=r.labels, gnet=gnet, randn_like=rnd.randn_like, **sampler_kwargs)
+            latents = sampler_fn(
+                net=net, noise=r.noise, labels=r.labels, gnet=gnet, randn_like=rnd.randn_like, **sampler_kwargs
+            )
             r.images = encoder.decode(latents)
         if outdir is not None:
             for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
@@ -126,5 +135,5 @@ def _save(path: Path, image: np.ndarray) -> None:
     if path.suffix == ".png":
         misc.save_image(path, image)
         return
-    with atomic_write(path) as f:
+    with atomic_write(path, sync=False) as f:
         np.save(f, image)

@@ -26,7 +26,7 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
     The magnitude is computed in float32; the result has the dtype and shape of `x`.
     """
     dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     magnitude = norm * (1 / math.sqrt(count)) + eps
     return x * magnitude.reciprocal().to(x.dtype)
@@ -136,7 +136,11 @@ def effective_weights(net: nn.Module) -> Iterator[None]:
     try:
         yield
         leaves = [conv.shared_weight for conv in convs]
-        used = [(w, leaf.grad) for w, leaf in zip(weights, leaves, strict=True) if leaf is not None and leaf.grad is not None]
+        used = [
+            (w, leaf.grad)
+            for w, leaf in zip(weights, leaves, strict=True)
+            if leaf is not None and leaf.grad is not None
+        ]
         if used:
             torch.autograd.backward([w for w, _ in used], [grad for _, grad in used])
     finally:
@@ -387,7 +391,13 @@ class Precond(nn.Module):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
 
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None, return_logvar: bool = False):
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_logvar: bool = False,
+    ):
         """
         Args:
             x: noisy images [N, img_channels, img_resolution, img_resolution].

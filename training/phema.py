@@ -32,7 +32,7 @@ def std_to_exp(std):
     std = np.float64(std)
     t = std.flatten() ** -2
     gamma = [np.roots([1, 7, 16 - ti, 12 - ti]).real.max() for ti in t]
-    return np.float64(gamma).reshape(std.shape)
+    return np.array(gamma).reshape(std.shape)
 
 
 def power_function_response(ofs, std, len, axis=0):

@@ -6,7 +6,9 @@ Mi = 1 << 20
 Ki = 1 << 10
 
 
-def _edm2(duration: int, channels: int, lr: float, dropout: float, P_mean: float, P_std: float, decay: float) -> dict[str, Any]:
+def _edm2(
+    duration: int, channels: int, lr: float, dropout: float, P_mean: float, P_std: float, decay: float
+) -> dict[str, Any]:
     """A configuration of EDM2, Table 6: batch 2048, config G."""
     return dict(
         duration=duration * Mi,

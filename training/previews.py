@@ -27,7 +27,14 @@ class Previews:
     no more classes than columns.
     """
 
-    def __init__(self, dataset: ImageFolderDataset, encoder: Encoder, device: torch.device, outdir: Path, log: Callable[[str], None]):
+    def __init__(
+        self,
+        dataset: ImageFolderDataset,
+        encoder: Encoder,
+        device: torch.device,
+        outdir: Path,
+        log: Callable[[str], None],
+    ):
         self.encoder = encoder
         self.device = device
         self.log = log
@@ -72,7 +79,9 @@ def _choose(dataset: ImageFolderDataset, columns: int, rows: int) -> list[int]:
     chosen = []
     for _row in range(rows):
         for column in range(columns):
-            of_class = by_class[column % dataset.label_dim] or next((items for items in by_class.values() if items), None)
+            of_class = by_class[column % dataset.label_dim] or next(
+                (items for items in by_class.values() if items), None
+            )
             if of_class:
                 chosen.append(of_class.pop())
     return chosen

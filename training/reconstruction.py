@@ -93,11 +93,13 @@ def reconstruct_phema(
     paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}.safetensors" for std in outstds}
     if len(set(paths.values())) < len(outstds):
         raise UserError("--outstd: two widths share a file name (three decimals count)")
-    overwritten = next((path for path in paths.values() if any(path.resolve() == avg.path.resolve() for avg in inputs)), None)
+    overwritten = next(
+        (path for path in paths.values() if any(path.resolve() == avg.path.resolve() for avg in inputs)), None
+    )
     if overwritten is not None:
         raise UserError(f"--outprefix={outprefix} would overwrite the input {overwritten}")
     todo = [std for std in outstds if not (skip and paths[std].is_file())]
-    for start in tqdm(range(0, len(todo), batch), unit="pass", disable=not todo, dynamic_ncols=True):
+    for start in tqdm(range(0, len(todo), batch), unit="pass", disable=None, dynamic_ncols=True):
         stds = todo[start : start + batch]
         coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
         outputs = _combine(inputs, newest, torch.from_numpy(coefs).float())
@@ -107,7 +109,9 @@ def reconstruct_phema(
     return list(paths.values())
 
 
-def _combine(inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+def _combine(
+    inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor
+) -> list[dict[str, torch.Tensor]]:
     """Weighted sums of the inputs' parameters, one per column of `coefs` [n, m]; buffers are those of `newest`."""
     parameters = {name for name, _ in load_network(newest.path).net.named_parameters()}
     outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(coefs.shape[1])]

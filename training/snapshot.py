@@ -124,7 +124,9 @@ def load_network(path_or_url: str | Path, device: torch.device | str = "cpu", wh
         net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return Snapshot(net.eval().requires_grad_(False), encoder_class(**encoder_kwargs), metadata)
     except (TypeError, ValueError, RuntimeError) as err:
-        raise UserError(f"{path}: the weights do not fit the architecture: {' '.join(str(err).split())[:300]}") from None
+        raise UserError(
+            f"{path}: the weights do not fit the architecture: {' '.join(str(err).split())[:300]}"
+        ) from None
 
 
 def _check_suffix(path: str | Path) -> None:

@@ -1,19 +1,17 @@
 """The training loop."""
 
 import dataclasses
-import json
-import sys
+import math
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from tqdm import tqdm
 
-from dnnlib.util import RunError, UserError, atomic_write, code_version, format_time
+from dnnlib.util import RunError, UserError, code_version, format_time
 from torch_utils import checkpoint, distributed, misc
-from torch_utils.training_stats import Collector
+from torch_utils.training_stats import Collector, Journal
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, RunSampler, collate, ignore_interrupts
 from training.encoders import encoder_for, final_channels
@@ -33,7 +31,9 @@ SIGMA_DATA = 0.5
 def build_network(config: TrainConfig, channels: int) -> Precond:
     """A freshly initialised network: the same for the same seed, on every device and process."""
     torch.manual_seed(config.seed)
-    return Precond(config.dataset.resolution, channels, precision="fp32", sigma_data=SIGMA_DATA, **config.network_kwargs())
+    return Precond(
+        config.dataset.resolution, channels, precision="fp32", sigma_data=SIGMA_DATA, **config.network_kwargs()
+    )
 
 
 def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
@@ -67,13 +67,7 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
     if rank == 0:
         config.save(options_path)
 
-    progress = tqdm(unit="img", unit_scale=True, disable=rank != 0 or not sys.stderr.isatty(), dynamic_ncols=True)
-
-    def log(message: str) -> None:
-        if rank == 0:
-            progress.write(message)
-            with open(outdir / "log.txt", "a") as f:
-                f.write(message + "\n")
+    journal = Journal(outdir)
 
     # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
     batch_process = config.batch // world_size
@@ -92,12 +86,14 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
     ema = PowerFunctionEMA(net, config.ema_std)
     loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
     gradients = misc.flat_gradients(net.parameters())
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=device.type != "mps")
+    optimizer = torch.optim.Adam(
+        net.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=device.type != "mps"
+    )
     stats = Collector(device)
     nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
     nimg, seconds = 0, 0.0
 
-    state = checkpoint.load_newest_state(outdir, STATE_PATTERN, log, device)
+    state = checkpoint.load_newest_state(outdir, STATE_PATTERN, journal.log, device)
     if state is not None:
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
@@ -106,14 +102,12 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
         nonfinite.fill_(state["nonfinite"])
         nimg, seconds = state["nimg"], state["seconds"]
         del state
-        if rank == 0:
-            _drop_later_lines(outdir / "stats.jsonl", nimg)
-        log(f"Resuming at {nimg} images from {outdir}")
+        journal.log(f"Resuming at {nimg} images from {outdir}")
         if nimg >= config.duration:
-            log(f"Nothing to do: the run has its {config.duration} images. A longer --duration continues it.")
+            journal.log(f"Nothing to do: the run has its {config.duration} images. A longer --duration continues it.")
             return
     distributed.broadcast_([*net.parameters(), *net.buffers()])
-    log(
+    journal.log(
         f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
         f"{config.dataset.label_dim} classes: {sum(p.numel() for p in net.parameters())} parameters, {net.precision}, "
         f"{world_size} x {device.type}, {rounds} round{'s' * (rounds > 1)} of {batch_gpu} images per step"
@@ -130,63 +124,47 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
         multiprocessing_context="spawn" if config.workers > 0 else None,
     )
     batches = iter(loader)
-    previews = None
-    if rank == 0:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
-
-        tensorboard = SummaryWriter(outdir, purge_step=nimg)
-        previews = Previews(dataset, encoder, device, outdir, log)
-    progress.reset(config.duration)
-    progress.update(nimg)
-    started, start_nimg, tick_time, tick_nimg, tick_nonfinite = time.time() - seconds, nimg, time.time(), nimg, 0
+    previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
+    journal.start(nimg, config.duration)
+    start_nimg, tick_nimg, tick_nonfinite = nimg, nimg, int(nonfinite)
+    start_time, tick_time = time.time() - seconds, time.time()
     net.train()
+
+    def due(interval: int, nimg: int) -> bool:
+        return nimg > start_nimg and (nimg >= config.duration or (interval > 0 and nimg % interval == 0))
 
     with distributed.SuspendSignals() as suspend:
         while True:
-            suspended = distributed.any_rank(suspend.received)
             done = nimg >= config.duration
-            stopping = done or suspended
+            suspended = distributed.any_rank(suspend.received)
 
-            def due(interval: int) -> bool:
-                return nimg > start_nimg and (done or (interval > 0 and nimg % interval == 0))
-
-            # Status: stats.jsonl, TensorBoard, log.txt.
-            if due(config.status):
-                means = stats.collect()
+            # Status: what happened since the last one.
+            if due(config.status, nimg):
                 now = time.time()
                 fields = {
                     "nimg": nimg,
-                    **{key: value for name, (mean, std) in means.items() for key, value in ((name, mean), (f"{name}_std", std))},
+                    **stats.collect(),
                     "lr": learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg),
-                    "nonfinite_gradients": int(nonfinite),
+                    "nonfinite_gradients": int(nonfinite) - tick_nonfinite,
                     "images_per_second": (nimg - tick_nimg) / (now - tick_time),
-                    "seconds": now - started,
+                    "seconds": now - start_time,
                     "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
                     "gpu_mem_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
-                    "time": time.time(),
+                    "time": now,
                 }
-                if rank == 0:
-                    with open(outdir / "stats.jsonl", "a") as f:
-                        f.write(json.dumps({k: v if np.isfinite(v) else None for k, v in fields.items()}) + "\n")
-                    for key, value in fields.items():
-                        tensorboard.add_scalar(key, value, global_step=nimg)
-                left = (config.duration - nimg) / fields["images_per_second"]
-                log(
-                    f"nimg {nimg:<10d} loss {fields.get('loss', float('nan')):<8.4f} lr {fields['lr']:<8.5f} "
-                    f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(now - started)}  left {format_time(left)}  "
-                    f"mem {fields['cpu_mem_gb']:.1f} GB" + (f" gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else "")
-                )
-                if fields["nonfinite_gradients"] > tick_nonfinite:
-                    log(f"Warning: {fields['nonfinite_gradients'] - tick_nonfinite} non-finite gradient elements were replaced by 0")
-                if "loss" in fields and not np.isfinite(fields["loss"]):
+                journal.report(fields)
+                journal.log(status_line(fields, config.duration))
+                if fields["nonfinite_gradients"] > 0:
+                    journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
+                if math.isnan(fields["loss"]):
                     raise RunError(
-                        f"the loss is not finite at {nimg} images: lower --lr or --ls, or use --precision=bf16 or fp32; "
-                        f"repeating the command continues from the last training state in {outdir}"
+                        f"the loss is not finite at {nimg} images: lower --lr or --ls, or use --precision=bf16 or "
+                        f"fp32; repeating the command continues from the last training state in {outdir}"
                     )
-                tick_time, tick_nimg, tick_nonfinite = now, nimg, fields["nonfinite_gradients"]
+                tick_time, tick_nimg, tick_nonfinite = now, nimg, int(nonfinite)
 
             # Network snapshots and a picture of what they make.
-            if rank == 0 and previews is not None and due(config.snapshot):
+            if rank == 0 and previews is not None and due(config.snapshot, nimg):
                 averaged = ema.get()
                 for std, (ema_net, suffix) in zip(ema.stds, averaged, strict=True):
                     metadata = {
@@ -200,7 +178,7 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
                 previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
 
             # Training state.
-            if rank == 0 and nimg > start_nimg and (due(config.checkpoint) or stopping):
+            if rank == 0 and nimg > start_nimg and (due(config.checkpoint, nimg) or suspended):
                 path = outdir / f"training-state-{nimg // 1000:07d}.pt"
                 checkpoint.save_state(
                     path,
@@ -211,11 +189,11 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
                         "stats": stats.state_dict(),
                         "nonfinite": int(nonfinite),
                         "nimg": nimg,
-                        "seconds": time.time() - started,
+                        "seconds": time.time() - start_time,
                         "code_version": code_version(),
                     },
                 )
-            if stopping:
+            if done or suspended:
                 break
 
             # One optimiser step on `batch` images.
@@ -245,22 +223,24 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
             optimizer.step()
             nimg += config.batch
             ema.update(nimg, config.batch)
-            progress.update(config.batch)
+            journal.advance(config.batch)
 
-    progress.close()
-    if rank == 0:
-        tensorboard.close()
-    log(f"Suspended at {nimg} images; repeat the command to continue" if not done else f"Done: {nimg} images in {outdir}")
+    journal.log(
+        f"Done: {nimg} images in {outdir}" if done else f"Suspended at {nimg} images; repeat the command to go on"
+    )
+    journal.close()
+
+
+def status_line(fields: dict[str, float], duration: int) -> str:
+    left = (duration - fields["nimg"]) / fields["images_per_second"]
+    gpu = f"  gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else ""
+    return (
+        f"nimg {fields['nimg']:<10d} loss {fields['loss']:<8.4f} lr {fields['lr']:<8.5f} "
+        f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(fields['seconds'])}  "
+        f"left {format_time(left)}  mem {fields['cpu_mem_gb']:.1f} GB{gpu}"
+    )
 
 
 def _as_precond(net: torch.nn.Module) -> Precond:
     assert isinstance(net, Precond)
     return net
-
-
-def _drop_later_lines(path: Path, nimg: int) -> None:
-    """Remove status lines beyond `nimg`: the resumed run writes them again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["nimg"] <= nimg]
-        with atomic_write(path, "w") as f:
-            f.writelines(line + "\n" for line in lines)

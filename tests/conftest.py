@@ -1,0 +1,113 @@
+"""Shared fixtures: tiny data, networks and runs."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from training.encoders import StandardRGBEncoder
+from training.networks_edm2 import Precond
+from training.snapshot import save_network
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "datasets" / "digits.zip"
+# Options of a training run of about a second.
+TINY = [
+    "--preset=digits",
+    "--channels=4",
+    "--channel-mult=1",
+    "--batch=256",
+    "--duration=1024",
+    "--status=512",
+    "--snapshot=1024",
+    "--checkpoint=1024",
+]
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)
+
+
+def png(image: np.ndarray) -> bytes:
+    """PNG file of uint8 [H, W] or [H, W, C]."""
+    f = io.BytesIO()
+    PIL.Image.fromarray(image).save(f, format="png")
+    return f.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    f = io.BytesIO()
+    np.save(f, array)
+    return f.getvalue()
+
+
+def make_dataset(path: Path, files: dict[str, bytes], labels=None, compression=zipfile.ZIP_STORED) -> Path:
+    """Write a dataset as a ZIP file (by suffix) or a folder; `labels` maps names to labels."""
+    if labels is not None:
+        files = {**files, "dataset.json": json.dumps({"labels": list(labels.items())}).encode()}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        for name, data in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(data)
+    return path
+
+
+def random_images(count: int, size: int = 8, channels: int | None = 3, seed: int = 0) -> dict[str, bytes]:
+    """Files of random PNG images, `channels=None` for grayscale."""
+    rng = np.random.default_rng(seed)
+    shape = [size, size] if channels is None else [size, size, channels]
+    return {f"00000/img{i:08d}.png": png(rng.integers(0, 256, shape, dtype=np.uint8)) for i in range(count)}
+
+
+def tiny_network(seed: int = 0, **kwargs) -> Precond:
+    """A small network whose output is not zero."""
+    torch.manual_seed(seed)
+    defaults = dict(
+        img_resolution=8,
+        img_channels=1,
+        label_dim=10,
+        model_channels=8,
+        channel_mult=[1, 2],
+        num_blocks=1,
+        attn_resolutions=[],
+        channels_per_head=8,
+    )
+    net = Precond(**{**defaults, **kwargs}, precision="fp32").eval().requires_grad_(False)
+    for name, parameter in net.named_parameters():
+        if name.endswith("gain"):
+            parameter.fill_(0.5)
+    return net
+
+
+@pytest.fixture
+def snapshot_file(tmp_path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save_network(path, tiny_network(), StandardRGBEncoder(), {"nimg": 1024, "ema_std": 0.05})
+    return path
+
+
+def run_cli(command, *args) -> Result:
+    """Run a command line in this process; an error that is not the user's fails the test."""
+    result = CliRunner().invoke(command, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def fails_with(result: Result, *fragments: str, exit_code: int = 2) -> None:
+    """Assert that a command ended with one clear line that holds all fragments."""
+    assert result.exit_code == exit_code, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.output
+    for fragment in fragments:
+        assert fragment in lines[0], f"{fragment!r} is not in {lines[0]!r}"

@@ -1,0 +1,118 @@
+"""The import rule of the code base: imports point down, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"dnnlib", "dnnlib.util"},
+    {
+        "torch_utils",
+        "torch_utils.distributed",
+        "torch_utils.checkpoint",
+        "torch_utils.training_stats",
+        "torch_utils.misc",
+    },
+    {"training", "training.schedules"},
+    {"training.denoiser"},
+    {
+        "training.networks_edm2",
+        "training.losses",
+        "training.samplers",
+        "training.guidance",
+        "training.phema",
+        "training.lr",
+        "training.dataset",
+        "training.encoders",
+        "training.snapshot",
+    },
+    {"training.config"},
+    {"training.presets", "training.previews"},
+    {"training.training_loop", "training.generation", "training.reconstruction"},
+    {"train_edm2", "generate_images", "reconstruct_phema"},
+]
+LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
+SCRIPTS = LAYERS[-1]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(p): p
+    for p in [*ROOT.glob("*.py"), *(p for d in ("dnnlib", "torch_utils", "training") for p in (ROOT / d).glob("*.py"))]
+}
+
+
+def imports(module: str) -> set[str]:
+    """Modules of ours that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(SOURCES)
+
+
+def test_every_module_has_a_layer():
+    assert set(SOURCES) == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_point_down(module):
+    for imported in imports(module) - {module}:
+        assert LAYER_OF[imported] <= LAYER_OF[module], f"{module} imports {imported} from above"
+        assert imported not in SCRIPTS, f"{module} imports the script {imported}"
+
+
+def test_no_import_cycles():
+    # A package's __init__ may name its own modules.
+    graph = {module: {i for i in imports(module) if not i.startswith(module + ".")} for module in SOURCES}
+    graph = {module: {i for i in targets if not module.startswith(i + ".")} for module, targets in graph.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import cycle {' -> '.join([*path, module])}"
+        if module not in done:
+            for imported in graph[module] - {module}:
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", sorted(set(SOURCES) - {"torch_utils.distributed"}))
+def test_only_distributed_knows_ranks(module):
+    text = SOURCES[module].read_text()
+    assert "torch.distributed" not in text and "WORLD_SIZE" not in text
+
+
+def test_phema_stands_alone():
+    assert imports("training.phema") == set()
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_nothing_happens_at_import(module):
+    """Module level code reads neither the environment nor the command line, and starts no CUDA."""
+    for node in ast.parse(SOURCES[module].read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
+            continue
+        text = ast.unparse(node)
+        assert not any(word in text for word in ("os.environ", "getenv", "sys.argv", "cuda.")), f"{module}: {text}"
+
+
+def test_import_starts_no_cuda():
+    code = (
+        "import torch, "
+        + ", ".join(sorted(SOURCES))
+        + "; assert not torch.cuda.is_initialized(); assert not torch.distributed.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
