@@ -1,7 +1,6 @@
 """Generate images with a trained network."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +8,10 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, parse_int_list
+from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by
 from torch_utils import distributed, misc
 from training.generation import generate_images, image_path
 from training.snapshot import load_network
-
-
-def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
-    """click callback that parses an option's text and names the option when that fails."""
-
-    def callback(_ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-        try:
-            return None if value is None else parse(value)
-        except UserError as err:
-            raise UserError(f"{param.opts[0]}: {err}") from None
-
-    return callback
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -4,16 +4,9 @@ from pathlib import Path
 
 import click
 
-from dnnlib.util import CommandLine, UserError
+from dnnlib.util import CommandLine, parsed_by
 from training.phema import parse_std_list
 from training.reconstruction import list_averages, reconstruct_phema
-
-
-def parse_stds(_ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
-    try:
-        return None if value is None else parse_std_list(value)
-    except ValueError as err:
-        raise UserError(f"{param.opts[0]}: {err}") from None
 
 
 @click.command(cls=CommandLine)
@@ -27,7 +20,9 @@ def parse_stds(_ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True
 )
-@click.option("--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parse_stds)
+@click.option(
+    "--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parsed_by(parse_std_list)
+)
 @click.option(
     "--outdir",
     help="Where to save the results  [default: --indir]",
@@ -39,7 +34,7 @@ def parse_stds(_ctx: click.Context, param: click.Parameter, value: str | None) -
     "--outstd",
     help="Widths to make, such as 0.05,0.07 or 0.010,0.015,...,0.250",
     metavar="LIST",
-    callback=parse_stds,
+    callback=parsed_by(parse_std_list),
     required=True,
 )
 @click.option(

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.util import CommandLine, UserError, parse_int_list, parse_nimg
+from dnnlib.util import CommandLine, UserError, parse_int_list, parse_nimg, parsed_by
 from torch_utils import distributed, misc
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
@@ -20,17 +20,15 @@ from training.training_loop import build_network, training_loop
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 
 
-class Nimg(click.ParamType):
-    """Number of images: 1000, 128Ki, 8Mi, 2Gi."""
-
-    name = "NIMG"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return value if isinstance(value, int) else parse_nimg(value)
-
-
 def parse_ints(text: str) -> tuple[int, ...]:
     return () if text.strip().lower() in ("", "none") else tuple(parse_int_list(text))
+
+
+def parse_stds(text: str) -> tuple[float, ...]:
+    stds = tuple(parse_std_list(text))
+    if len({f"{std:.3f}" for std in stds}) < len(stds):
+        raise UserError(f"{text!r}: two widths share a file name (three decimals count)")
+    return stds
 
 
 def make_config(opts: dict[str, Any]) -> TrainConfig:
@@ -44,14 +42,6 @@ def make_config(opts: dict[str, Any]) -> TrainConfig:
         near = difflib.get_close_matches(preset, TRAINING_PRESETS, n=3, cutoff=0.4) or list(TRAINING_PRESETS)
         raise UserError(f"--preset: unknown preset {preset!r}; the nearest are {', '.join(near)}")
     explicit = {key: value for key, value in opts.items() if value is not None}
-    try:
-        if "ema_std" in explicit:
-            explicit["ema_std"] = tuple(parse_std_list(explicit["ema_std"]))
-    except ValueError as err:
-        raise UserError(f"--ema-std: {err}") from None
-    for key in ("channel_mult", "attn_resolutions"):
-        if key in explicit:
-            explicit[key] = parse_ints(explicit[key])
     if explicit.pop("fp16") is False:
         if explicit["precision"] not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={explicit['precision']}: give one of them")
@@ -137,9 +127,14 @@ def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
     "--cond", help="Train a class-conditional model", metavar="BOOL", type=bool, default=True, show_default=True
 )
 @click.option("--preset", help="Configuration preset", metavar="STR", default="edm2-img512-s", show_default=True)
-@click.option("--duration", help="Training duration  [default: from preset]", metavar="NIMG", type=Nimg())
 @click.option(
-    "--batch", help="Images per optimiser step, over all processes  [default: from preset]", metavar="NIMG", type=Nimg()
+    "--duration", help="Training duration  [default: from preset]", metavar="NIMG", callback=parsed_by(parse_nimg)
+)
+@click.option(
+    "--batch",
+    help="Images per optimiser step, over all processes  [default: from preset]",
+    metavar="NIMG",
+    callback=parsed_by(parse_nimg),
 )
 @click.option("--channels", help="Base number of channels  [default: from preset]", metavar="INT", type=int)
 @click.option("--dropout", help="Dropout probability  [default: from preset]", metavar="FLOAT", type=float)
@@ -156,18 +151,31 @@ def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
     metavar="BATCHES",
     type=click.FloatRange(min=0),
 )
-@click.option("--channel-mult", help="Channel multiple per level, finest first  [default: from preset]", metavar="LIST")
+@click.option(
+    "--channel-mult",
+    help="Channel multiple per level, finest first  [default: from preset]",
+    metavar="LIST",
+    callback=parsed_by(parse_ints),
+)
 @click.option("--num-blocks", help="Residual blocks per level  [default: from preset]", metavar="INT", type=int)
 @click.option(
-    "--attn-resolutions", help="Resolutions with self-attention, or 'none'  [default: from preset]", metavar="LIST"
+    "--attn-resolutions",
+    help="Resolutions with self-attention, or 'none'  [default: from preset]",
+    metavar="LIST",
+    callback=parsed_by(parse_ints),
 )
-@click.option("--ema-std", help="Widths of the tracked EMA profiles  [default: 0.05,0.10]", metavar="LIST")
+@click.option(
+    "--ema-std",
+    help="Widths of the tracked EMA profiles  [default: 0.05,0.10]",
+    metavar="LIST",
+    callback=parsed_by(parse_stds),
+)
 @click.option(
     "--batch-gpu",
     help="Limit of images per process and round, 0 = none",
     metavar="NIMG",
-    type=Nimg(),
-    default=0,
+    callback=parsed_by(parse_nimg),
+    default="0",
     show_default=True,
 )
 @click.option(
@@ -201,13 +209,19 @@ def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
     "--status",
     help="Interval of status lines, 0 = only at the end  [default: 128Ki; digits: 4Ki]",
     metavar="NIMG",
-    type=Nimg(),
+    callback=parsed_by(parse_nimg),
 )
 @click.option(
-    "--snapshot", help="Interval of network snapshots  [default: 8Mi; digits: 32Ki]", metavar="NIMG", type=Nimg()
+    "--snapshot",
+    help="Interval of network snapshots  [default: 8Mi; digits: 32Ki]",
+    metavar="NIMG",
+    callback=parsed_by(parse_nimg),
 )
 @click.option(
-    "--checkpoint", help="Interval of training states  [default: 128Mi; digits: 64Ki]", metavar="NIMG", type=Nimg()
+    "--checkpoint",
+    help="Interval of training states  [default: 128Mi; digits: 64Ki]",
+    metavar="NIMG",
+    callback=parsed_by(parse_nimg),
 )
 @click.option("--seed", help="Random seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(

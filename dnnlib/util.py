@@ -4,7 +4,7 @@ import errno
 import functools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +68,18 @@ def _one_line_errors() -> Iterator[None]:
     except OSError as err:
         name = f": {err.filename}" if err.filename is not None else ""
         raise click.ClickException(f"{err.strerror or err}{name}") from err
+
+
+def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """click callback that parses an option's text; where that fails (ValueError), the error names the option."""
+
+    def callback(_ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else parse(value)
+        except ValueError as err:
+            raise UserError(f"{param.opts[0]}: {err}") from None
+
+    return callback
 
 
 class _BadInput(click.ClickException):

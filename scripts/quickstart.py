@@ -58,33 +58,32 @@ class Samples:
         self.nearest_distance, nearest = distances.min(dim=1)
         self.agreement = (real_classes[nearest] == self.classes).float().mean().item()
 
-    def by_class(self, rows: int) -> np.ndarray:
-        """The first `rows` samples of each class as a picture, one column per class."""
-        order = [torch.nonzero(self.classes == c).flatten()[:rows] for c in range(CLASSES)]
-        return image_grid(self.images[torch.stack(order, dim=1).flatten()].numpy(), columns=CLASSES)[0]
+    def by_class(self, columns: int) -> np.ndarray:
+        """The first `columns` samples of each class as a picture, one row per class."""
+        return class_rows(self.images.numpy(), self.classes, columns)
+
+
+def class_rows(images: np.ndarray, classes: torch.Tensor, columns: int) -> np.ndarray:
+    order = [torch.nonzero(classes == c).flatten()[:columns] for c in range(CLASSES)]
+    return image_grid(images[torch.cat(order).numpy()], columns)[0]
 
 
 def draw_report(
     path: Path, results: dict[str, Any], stats: list[dict], reals: np.ndarray, models: dict[str, Samples]
 ) -> None:
-    fig = plt.figure(figsize=(16, 12.6), layout="constrained")
-    grid = fig.add_gridspec(2, 6, height_ratios=[1, 1.25])
-    names = list(models)
-
-    axes = fig.add_subplot(grid[0, :2])
-    axes.plot([s["nimg"] / 1000 for s in stats], [s["loss"] for s in stats], color="tab:blue")
-    axes.set(xlabel="thousand images seen", ylabel="training loss", title="Training loss")
-    axes.grid(alpha=0.3)
-    for position, name in zip((grid[0, 2:4], grid[0, 4:6]), names[2:], strict=True):
-        picture(fig.add_subplot(position), models[name].by_class(6), name)
-    picture(fig.add_subplot(grid[1, :2]), reals, "Real digits")
-    for position, name in zip((grid[1, 2:4], grid[1, 4:6]), names[:2], strict=True):
-        picture(fig.add_subplot(position), models[name].by_class(10), name)
+    fig, axes = plt.subplots(2, 3, figsize=(16, 11.8), layout="constrained")
+    loss, *pictures = axes.flat
+    loss.plot([s["nimg"] / 1000 for s in stats], [s["loss"] for s in stats], color="tab:blue")
+    loss.set(xlabel="thousand images seen", ylabel="loss", title="Training loss", ylim=(0, None))
+    loss.set_box_aspect(1)
+    loss.grid(alpha=0.3)
+    picture(pictures[0], reals, "Real digits")
+    for place, (name, samples) in zip(pictures[1:], models.items(), strict=True):
+        picture(place, samples.by_class(10), f"{name}: {samples.agreement:.1%} of the class asked for")
     fig.suptitle(
-        f"EDM2 on 1,797 handwritten digits: {results['train_seconds']:.0f} s of training\n"
-        f"Nearest real image has the requested class: {results['class_agreement']:.1%}, "
-        f"with autoguidance {results['class_agreement_guided']:.1%}.   "
-        f"Distance to it, over that between real images: {results['nn_distance_ratio']:.2f} (copies would have 0)",
+        f"EDM2 on 1,797 handwritten digits of 8x8 pixels, after {results['train_seconds']:.0f} s of training\n"
+        f"{results['samples']} samples per model, judged by their nearest real image. Its distance, relative to that "
+        f"between real images: {results['nn_distance_ratio']:.2f} (copies would have 0)",
         fontsize=14,
     )
     fig.savefig(path, dpi=100)
@@ -92,7 +91,7 @@ def draw_report(
 
 def picture(axes: Any, image: np.ndarray, title: str) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-    axes.set_title(title)
+    axes.set_title(title, fontsize=11)
     axes.axis("off")
 
 
@@ -157,8 +156,7 @@ def main(outdir: Path) -> None:
         "train_seconds": train_seconds,
     }
     stats = [json.loads(line) for line in (out / "main" / "stats.jsonl").read_text().splitlines()]
-    shown = [torch.nonzero(real_classes == c).flatten()[:10] for c in range(CLASSES)]
-    real_grid = image_grid(np.stack(images)[torch.stack(shown, dim=1).flatten().numpy()], columns=CLASSES)[0]
+    real_grid = class_rows(np.stack(images), real_classes, columns=10)
     draw_report(out / "report.png", results, stats, real_grid, models)
     results["total_seconds"] = time.time() - start
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")

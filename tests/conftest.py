@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -32,6 +33,13 @@ TINY = [
 
 def pytest_configure(config):
     torch.set_num_threads(2)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # tests need no network
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def png(image: np.ndarray) -> bytes:

@@ -12,7 +12,7 @@ from dnnlib.util import UserError, atomic_write
 from torch_utils import distributed
 
 MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
-GRID_GAP, GRID_GRAY = 4, 96  # width and brightness of the lines between enlarged images
+GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
 
 
 def select_device(name: str) -> torch.device:

@@ -115,7 +115,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     Images are any format that Pillow opens (uint8, 1 channel = grayscale, 3 = RGB); `.npy` files are arrays
     [C, H, W], float latents or uint8 pixels. Labels come from `dataset.json` ({"labels": [[name, label], ...]}
     or null): integers become one-hot vectors, lists of numbers stay as they are. Without that file, the sorted
-    names of the top-level directories are the classes.
+    names of the top-level directories, if there are several, are the classes.
 
     Args:
         path: folder or ZIP file.
@@ -279,7 +279,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if "dataset.json" not in self._source.names:
             tops = [name.split("/")[0] if "/" in name else None for name in self._names]
             classes = sorted({top for top in tops if top is not None})
-            if not classes or None in tops:
+            if len(classes) < 2 or None in tops:
                 return None
             return np.array([classes.index(top) for top in tops if top is not None])
 

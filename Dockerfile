@@ -1,0 +1,14 @@
+# PyTorch with CUDA, by NVIDIA, pinned.
+FROM nvcr.io/nvidia/pytorch:25.01-py3
+
+ENV PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1
+
+# The image brings torch, NumPy and most of the rest; these may be missing.
+RUN pip install "click>=8.1" "Pillow>=10.1" "psutil>=5.9" "safetensors>=0.4.3" "tensorboard>=2.15" "tqdm>=4.65" \
+        "matplotlib>=3.8" "diffusers>=0.30"
+
+RUN useradd --create-home researcher
+USER researcher
+WORKDIR /workspace
+COPY --chown=researcher . /workspace

@@ -1,0 +1,507 @@
+"""The command lines: every option, every preset, and what bad input is told."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import DIGITS, ROOT, TINY, fails_with, make_dataset, png, random_images, run_cli, tiny_network
+from write_cli_docs import render
+
+from generate_images import main as generate
+from reconstruct_phema import main as reconstruct
+from train_edm2 import main as train
+from training.config import TrainConfig
+from training.encoders import RawLatentEncoder, StandardRGBEncoder
+from training.presets import TRAINING_PRESETS
+from training.snapshot import load_network, save_network
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+COMMANDS = {"train_edm2": train, "generate_images": generate, "reconstruct_phema": reconstruct}
+
+
+def images_in(folder: Path) -> dict[str, np.ndarray]:
+    return {str(p.relative_to(folder)): np.asarray(PIL.Image.open(p)) for p in sorted(folder.rglob("*.png"))}
+
+
+def options_of(command, args: list[str]) -> set[str]:
+    """Names of the parameters that a command line sets."""
+    names = {option: p.name for p in command.params for option in [*p.opts, *p.secondary_opts]}
+    return {names[arg.split("=")[0]] for arg in args if arg.startswith("-")}
+
+
+def assert_all_options(command, args: list[str]) -> None:
+    assert options_of(command, args) == {p.name for p in command.params if p.name != "help"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run with snapshots at three times."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    result = run_cli(train, f"--outdir={path}", f"--data={DIGITS}", *TINY, "--duration=3Ki")
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def test_help_equals_docs():
+    assert (ROOT / "docs" / "cli.md").read_text() == render(), "run python scripts/write_cli_docs.py"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_through_the_shell(name):
+    done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: {name}.py [OPTIONS]")
+    assert done.stderr == ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# train_edm2.py
+
+
+@pytest.mark.parametrize("preset", TRAINING_PRESETS)
+def test_presets_dry_run(preset, tmp_path):
+    size = {"edm2-img512": 64, "edm2-img64": 64, "digits": 8}[preset.rsplit("-", 1)[0]]
+    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", random_images(1, size=size))
+    result = run_cli(
+        train,
+        f"--outdir={tmp_path / 'run'}",
+        f"--data={data}",
+        f"--cond={int(preset == 'digits')}",
+        f"--preset={preset}",
+        "-n",
+    )
+    assert result.exit_code == 0, result.output
+    assert "Dry run; exiting." in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_training_options(tmp_path):
+    args = [
+        f"--outdir={tmp_path}", f"--data={DIGITS}", "--cond=1", "--preset=digits", "--duration=64", "--batch=32", "--channels=8",
+        "--dropout=0.1", "--P_mean=-0.8", "--P_std=1.6", "--lr=0.02", "--decay=100", "--batch-gpu=16", "--fp16=1", "--ls=2",
+        "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
+        "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume",
+    ]  # fmt: skip
+    result = run_cli(train, *args)
+    assert result.exit_code == 0, result.output
+    assert_all_options(train, [*args, "-n"])
+    config = TrainConfig.load(tmp_path / "training_options.json")
+    expected = dict(
+        cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
+        batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
+        channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1,
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert len(list(tmp_path.glob("network-snapshot-*"))) == 4
+    net = load_network(tmp_path / "network-snapshot-0000000-0.010.safetensors").net
+    assert "unet.enc.4x4_block1.attn_qkv.weight" in net.state_dict()
+
+
+def test_units(tmp_path):
+    result = run_cli(
+        train, f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits", "--duration=1.5Gi", "--snapshot=2Mi", "-n"
+    )
+    assert '"duration": 1610612736' in result.output
+    assert '"snapshot": 2097152' in result.output
+
+
+def test_fp16_alias(tmp_path):
+    common = [f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits", "-n"]
+    assert '"precision": "fp32"' in run_cli(train, *common, "--fp16=0").output
+    fails_with(run_cli(train, *common, "--fp16=0", "--precision=bf16"), "--fp16=0 contradicts --precision=bf16")
+
+
+def test_attention_that_is_nowhere_is_noted(tmp_path):
+    result = run_cli(
+        train, f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits", "--attn-resolutions=16", "-n"
+    )
+    assert "no level has a resolution of --attn-resolutions=16 (levels: 8, 4)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs"]),
+        (["--batch=100", "--batch-gpu=33"], ["--batch=100 is not divisible by 1 processes x --batch-gpu=33"]),
+        (["--status=100"], ["--status=100 is not a multiple of --batch=128"]),
+        (["--snapshot=1000"], ["--snapshot=1000 is not a multiple of --batch=128"]),
+        (["--checkpoint=129"], ["--checkpoint=129 is not a multiple"]),
+        (["--snapshot=512"], ["--snapshot must be at least 1000 images"]),
+        (["--duration=12Xi"], ["--duration", "'12Xi' is not a number of images"]),
+        (["--duration=0"], ["--duration must be at least 1"]),
+        (["--batch=-1"], ["--batch", "'-1' is not a number of images"]),
+        (["--duration=1e400"], ["--duration", "is not a number of images"]),
+        (["--channel-mult=1,2,3,4,5"], ["resolution 8 is not divisible by 16", "--channel-mult"]),
+        (["--channel-mult=1,x"], ["--channel-mult", "'x' is not a number"]),
+        (["--channel-mult=none"], ["--channel-mult needs one positive number per level"]),
+        (["--attn-resolutions=8;4"], ["--attn-resolutions"]),
+        (["--ema-std=0.05,2"], ["--ema-std", "between 0 and 0.289"]),
+        (["--dropout=1"], ["--dropout must be at least 0 and less than 1"]),
+        (["--lr=0"], ["--lr must be positive"]),
+        (["--P_std=nan"], ["--P_std must be positive"]),
+        (["--channels=0"], ["--channels must be at least 1"]),
+        (["--seed=-1"], ["--seed"]),
+        (["--precision=fp8"], ["--precision", "fp8"]),
+        (["--device=tpu"], ["--device"]),
+        (["--bogus"], ["--bogus"]),
+        (["--data=nowhere.zip"], ["nowhere.zip: no such dataset"]),
+    ],
+)  # fmt: skip
+def test_bad_training_options(tmp_path, options, fragments):
+    result = run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={DIGITS}", "--preset=digits", *options)
+    fails_with(result, *fragments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_options_are_one_line():
+    fails_with(run_cli(train), "--outdir")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_device_that_is_not_there(tmp_path):
+    fails_with(
+        run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", "--device=cuda"), "--device=cuda is not available"
+    )
+
+
+def test_bad_data(tmp_path):
+    def try_data(files, labels=None):
+        data = make_dataset(tmp_path / f"{len(list(tmp_path.iterdir()))}.zip", files, labels)
+        return run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={data}", "--preset=digits")
+
+    fails_with(try_data(random_images(2)), "--cond=1 needs labels")
+    odd = {**random_images(2), "odd.png": png(np.zeros([16, 16, 3], np.uint8))}
+    fails_with(
+        try_data(odd, {name: 0 for name in odd}), "odd.png is 16x16 with 3 channels, but 00000/img00000000.png is 8x8"
+    )
+    oblong = {"a.png": png(np.zeros([8, 9], np.uint8))}
+    fails_with(try_data(oblong, {"a.png": 0}), "a.png is 9x8 with 1 channel, not square")
+    (tmp_path / "text.zip").write_text("no zip")
+    fails_with(
+        run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={tmp_path / 'text.zip'}"),
+        "text.zip: not a complete ZIP",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_image_in_a_loader_process(tmp_path):
+    files = random_images(40)
+    files["00000/img00000007.png"] = files["00000/img00000007.png"][:100]
+    data = make_dataset(tmp_path / "data.zip", files)
+    for workers in (0, 1):
+        result = run_cli(
+            train, f"--outdir={tmp_path / 'run'}", f"--data={data}", "--cond=0", *TINY, f"--workers={workers}"
+        )
+        fails_with(result, f"{data}: cannot read 00000/img00000007.png")
+
+
+def test_outdir_of_another_run(run):
+    def again(*options):
+        return run_cli(train, f"--outdir={run}", f"--data={DIGITS}", *TINY, "--duration=3Ki", *options)
+
+    for options, fragment in [
+        (["--lr=0.1"], "was trained with --lr=0.04, not 0.1"),
+        (["--batch=128"], "--batch=256, not 128"),
+        (["--channel-mult=1,1"], "--channel-mult=1, not 1,1"),
+        (["--seed=1"], "--seed=0, not 1"),
+        (["--P_mean=0"], "--P_mean=-0.4, not 0.0"),
+        (["--ema-std=0.05"], "--ema-std=0.05,0.1, not 0.05"),
+        (["--cond=0"], "--cond=1, not 0"),
+        (["--no-resume"], "already holds a run"),
+    ]:
+        fails_with(again(*options), str(run), fragment)
+    changeable = again(
+        "--status=256",
+        "--snapshot=0",
+        "--checkpoint=0",
+        "--batch-gpu=128",
+        "--device=cpu",
+        "--precision=bf16",
+        "--workers=1",
+    )
+    assert changeable.exit_code == 0, changeable.output
+
+
+def test_other_data_under_the_same_name(run, tmp_path):
+    files = random_images(10, channels=None)
+    data = make_dataset(tmp_path / "other.zip", files, {name: i for i, name in enumerate(files)})
+    result = run_cli(train, f"--outdir={run}", f"--data={data}", *TINY, "--duration=3Ki")
+    fails_with(result, "was trained on other data")
+    moved = shutil.copy(DIGITS, tmp_path / "moved.zip")
+    assert run_cli(train, f"--outdir={run}", f"--data={moved}", *TINY, "--duration=3Ki").exit_code == 0
+
+
+def test_damaged_options_file(tmp_path):
+    (tmp_path / "training_options.json").write_text("{")
+    fails_with(
+        run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY), "training_options.json: not the options"
+    )
+
+
+def test_outdir_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    fails_with(run_cli(train, f"--outdir={tmp_path / 'file'}", f"--data={DIGITS}", *TINY), "--outdir", "is a file")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# generate_images.py
+
+
+def test_all_generation_options(run, tmp_path):
+    net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
+    args = [
+        f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / 'out'}", "--subdirs", "--seeds=1,2,999-1001", "--class=3",
+        "--batch=2", "--steps=4", "--sigma_min=0.01", "--sigma_max=40", "--rho=5", "--guidance=2", "--S_churn=5", "--S_min=0.1",
+        "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--device=cpu",
+        f"--grid={tmp_path / 'grid.png'}", "--skip-existing",
+    ]  # fmt: skip
+    result = run_cli(generate, *args)
+    assert result.exit_code == 0, result.output
+    assert_all_options(generate, args)
+    names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
+    images = images_in(tmp_path / "out")
+    assert images.keys() == names
+    assert all(image.shape == (8, 8) and image.dtype == np.uint8 for image in images.values())
+    with PIL.Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (3 * 72 - 8, 2 * 72 - 8)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--class=3", "--sigma_min=0.1", "--sigma_max=20", "--rho=3", "--S_churn=8", "--guidance=3", "--steps=5"],
+)
+def test_each_option_changes_the_image(run, tmp_path, option):
+    net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
+    for name, extra in [("plain", []), ("changed", [option])]:
+        run_cli(
+            generate, f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / name}", "--seeds=7", "--steps=4", *extra
+        )
+    assert not np.array_equal(
+        images_in(tmp_path / "plain")["000007.png"], images_in(tmp_path / "changed")["000007.png"]
+    )
+
+
+def test_an_image_depends_on_its_seed_alone(snapshot_file, tmp_path):
+    """Batch sizes, other seeds, their order, and one against two processes."""
+    common = ["--steps=6", "--S_churn=10"]
+    for name, options in [
+        ("a", ["--seeds=0-6", "--batch=7"]),
+        ("b", ["--seeds=5,3,0-2", "--batch=2"]),
+        ("c", ["--seeds=6,4", "--batch=1"]),
+    ]:
+        assert (
+            run_cli(generate, f"--net={snapshot_file}", f"--outdir={tmp_path / name}", *common, *options).exit_code == 0
+        )
+    args = [
+        "generate_images.py",
+        f"--net={snapshot_file}",
+        f"--outdir={tmp_path / 'd'}",
+        *common,
+        "--seeds=0-6",
+        "--batch=2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *args,
+        f"--grid={tmp_path / 'd.png'}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    a, b, c, d = (images_in(tmp_path / name) for name in "abcd")
+    assert a.keys() == d.keys() == b.keys() | c.keys()
+    for name, image in {**b, **c}.items():
+        assert np.abs(image.astype(int) - a[name]).max() <= 1
+        assert np.abs(image.astype(int) - d[name]).max() <= 1
+    assert len({image.tobytes() for image in a.values()}) == 7
+
+
+def test_interrupted_generation_continues(snapshot_file, tmp_path):
+    args = [f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}", "--seeds=0-3", "--steps=3", "--skip-existing"]
+    run_cli(generate, *args)
+    (tmp_path / "out" / "000002.png").unlink()
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    result = run_cli(generate, *args)
+    assert "Generating 1 images" in result.output
+    assert "(3 are there)" in result.output
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir() if p.name in times} == times
+    assert (tmp_path / "out" / "000002.png").is_file()
+    assert run_cli(generate, *args, f"--grid={tmp_path / 'grid.png'}").exit_code == 0  # nothing left to generate
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_color_and_latents(tmp_path):
+    save_network(tmp_path / "rgb.safetensors", tiny_network(img_channels=3, label_dim=0), StandardRGBEncoder(), {})
+    run_cli(
+        generate,
+        f"--net={tmp_path / 'rgb.safetensors'}",
+        f"--outdir={tmp_path / 'rgb'}",
+        "--seeds=1",
+        "--steps=2",
+        f"--grid={tmp_path / 'grid.png'}",
+    )
+    assert images_in(tmp_path / "rgb")["000001.png"].shape == (8, 8, 3)
+    save_network(
+        tmp_path / "raw.safetensors", tiny_network(img_channels=2), RawLatentEncoder([0.0, 1.0], [1.0, 2.0]), {}
+    )
+    args = [f"--net={tmp_path / 'raw.safetensors'}", f"--outdir={tmp_path / 'raw'}", "--seeds=1", "--steps=2"]
+    assert run_cli(generate, *args).exit_code == 0
+    assert np.load(tmp_path / "raw" / "000001.npy").shape == (2, 8, 8)
+    fails_with(run_cli(generate, *args, f"--grid={tmp_path / 'grid.png'}"), "--grid needs a network that makes pixels")
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--seeds="], ["--seeds", "is not a number"]),
+        (["--seeds=1-x"], ["--seeds", "'1-x' is not a number or a range"]),
+        (["--seeds=5-1"], ["--seeds", "the range 5-1 runs backwards"]),
+        (["--seeds=1,1"], ["--seeds", "names a seed twice"]),
+        (["--class=10"], ["--class=10 is out of range: the classes are 0 to 9"]),
+        (["--class=-1"], ["--class=-1 is out of range"]),
+        (["--guidance=2"], ["--guidance=2 needs a guiding network: give --gnet"]),
+        (["--guidance-interval=2,1"], ["--guidance-interval", "LO must be less than HI"]),
+        (["--guidance-interval=a"], ["--guidance-interval", "is not of the form LO,HI"]),
+        (["--sigma_min=100"], ["--sigma_min=100 is above --sigma_max=80"]),
+        (["--steps=0"], ["--steps"]),
+        (["--batch=0"], ["--batch"]),
+        (["--net=nowhere.safetensors"], ["nowhere.safetensors: no such snapshot"]),
+        (["--gnet=nowhere.safetensors"], ["nowhere.safetensors: no such snapshot"]),
+    ],
+)  # fmt: skip
+def test_bad_generation_options(snapshot_file, tmp_path, options, fragments):
+    fails_with(run_cli(generate, f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}", *options), *fragments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "fragment"),
+    [
+        (dict(img_resolution=16), "--gnet has resolution 16, but --net has 8"),
+        (dict(img_channels=3), "--gnet has number of channels 3, but --net has 1"),
+        (dict(label_dim=7), "--gnet has 7 classes, but --net has 10"),
+    ],
+)
+def test_guide_that_does_not_fit(snapshot_file, tmp_path, kwargs, fragment):
+    save_network(tmp_path / "guide.safetensors", tiny_network(**kwargs), StandardRGBEncoder(), {})
+    args = [
+        f"--net={snapshot_file}",
+        f"--gnet={tmp_path / 'guide.safetensors'}",
+        f"--outdir={tmp_path / 'out'}",
+        "--guidance=2",
+    ]
+    fails_with(run_cli(generate, *args), fragment)
+
+
+def test_unconditional_guide_is_classifier_free_guidance(snapshot_file, tmp_path):
+    save_network(tmp_path / "guide.safetensors", tiny_network(label_dim=0), StandardRGBEncoder(), {})
+    args = [
+        f"--net={snapshot_file}",
+        f"--gnet={tmp_path / 'guide.safetensors'}",
+        f"--outdir={tmp_path / 'out'}",
+        "--guidance=2",
+        "--seeds=0",
+        "--steps=2",
+    ]
+    assert run_cli(generate, *args).exit_code == 0
+    fails_with(
+        run_cli(generate, f"--net={tmp_path / 'guide.safetensors'}", f"--outdir={tmp_path}", "--class=0"),
+        "knows no classes",
+    )
+
+
+def test_truncated_snapshot(snapshot_file, tmp_path):
+    snapshot_file.write_bytes(snapshot_file.read_bytes()[:-100])
+    fails_with(
+        run_cli(generate, f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}"), str(snapshot_file), "truncated"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reconstruct_phema.py
+
+
+def test_all_reconstruction_options(run, tmp_path):
+    args = [
+        f"--indir={run}", "--inprefix=network-snapshot", "--instd=0.05,0.1", f"--outdir={tmp_path}", "--outprefix=posthoc",
+        "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2",
+    ]  # fmt: skip
+    result = run_cli(reconstruct, *args)
+    assert result.exit_code == 0, result.output
+    assert_all_options(reconstruct, args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"posthoc-0000002-0.{std}.safetensors" for std in ("050", "100", "150", "200")
+    ]
+    metadata = load_network(tmp_path / "posthoc-0000002-0.150.safetensors").metadata
+    assert metadata["ema_std"] == 0.15
+    assert metadata["nimg"] == 2048
+    # Skipped when there.
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    run_cli(reconstruct, *args)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == times
+
+
+@pytest.mark.parametrize("kimg", [2, 3])
+def test_tracked_width_is_reproduced(run, tmp_path, kimg):
+    run_cli(reconstruct, f"--indir={run}", f"--outdir={tmp_path}", "--outstd=0.05,0.1", f"--outkimg={kimg}")
+    for std in ("0.050", "0.100"):
+        made, stored = (
+            load_network(d / f"{p}-{kimg:07d}-{std}.safetensors").net
+            for d, p in [(tmp_path, "phema"), (run, "network-snapshot")]
+        )
+        for name, tensor in stored.state_dict().items():
+            torch.testing.assert_close(made.state_dict()[name], tensor, rtol=2**-10, atol=2**-14)
+
+
+def test_batch_of_outputs_does_not_matter(run, tmp_path):
+    for batch in (1, 8):
+        run_cli(
+            reconstruct, f"--indir={run}", f"--outdir={tmp_path / str(batch)}", "--outstd=0.03,0.15", f"--batch={batch}"
+        )
+    for std in ("0.030", "0.150"):
+        a, b = (load_network(tmp_path / batch / f"phema-0000003-{std}.safetensors").net.state_dict() for batch in "18")
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=2**-10, atol=2**-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--outstd=0.5"], ["--outstd", "between 0 and 0.289"]),
+        (["--outstd=0.1,0.2,...,0.25"], ["--outstd", "even steps"]),
+        (["--outstd=0.1,0.1001"], ["two widths share a file name"]),
+        (["--outstd=0.1", "--outkimg=7"], ["--outkimg=7: there is no snapshot of that time (there are 1, 2, 3)"]),
+        (["--outstd=0.1", "--instd=0.07"], ["--instd: no snapshots of width 0.070", "(there are 0.050, 0.100)"]),
+        (["--outstd=0.1", "--inprefix=bogus"], ["no snapshots named bogus-"]),
+        (["--outstd=0.1", "--outprefix=network-snapshot"], ["would overwrite the input"]),
+        (["--outstd=0.1", "--indir=nowhere"], ["--indir=nowhere: no such directory"]),
+        ([], ["--outstd"]),
+    ],
+)
+def test_bad_reconstruction_options(run, options, fragments):
+    before = set(run.iterdir())
+    fails_with(run_cli(reconstruct, f"--indir={run}", *options), *fragments)
+    assert set(run.iterdir()) == before
+
+
+def test_snapshots_of_two_runs(run, tmp_path):
+    shutil.copy(run / "network-snapshot-0000003-0.050.safetensors", tmp_path)
+    save_network(
+        tmp_path / "network-snapshot-0000001-0.050.safetensors",
+        tiny_network(),
+        StandardRGBEncoder(),
+        {"nimg": 1024, "ema_std": 0.05},
+    )
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "holds another network")
+    save_network(tmp_path / "network-snapshot-0000001-0.050.safetensors", tiny_network(), StandardRGBEncoder(), {})
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "does not say its training time")
