@@ -6,9 +6,8 @@ ENV PYTHONUNBUFFERED=1 \
 
 # The image brings torch, NumPy and most of the rest; these may be missing.
 RUN pip install "click>=8.1" "Pillow>=10.1" "psutil>=5.9" "safetensors>=0.4.3" "tensorboard>=2.15" "tqdm>=4.65" \
-        "matplotlib>=3.8" "diffusers>=0.30"
-
-RUN useradd --create-home researcher
-USER researcher
+        "matplotlib>=3.8" "diffusers>=0.30" \
+    && useradd --create-home --uid 1001 researcher
+USER 1001
 WORKDIR /workspace
-COPY --chown=researcher . /workspace
+COPY --chown=1001 . /workspace

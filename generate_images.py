@@ -33,8 +33,15 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 def draw_grid(path: Path, files: list[Path]) -> None:
     """Contact sheet of saved images, nearly square."""
-    images = np.stack([_read(file) for file in files])
-    misc.save_image(path, misc.image_grid(images, columns=math.ceil(math.sqrt(len(images)))))
+    images = [_read(file) for file in files]
+    odd = next((file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape), None)
+    if odd is not None:
+        raise UserError(f"--grid: {odd} differs in size from {files[0]}: generate both with one network")
+    misc.save_image(path, misc.image_grid(np.stack(images), columns=math.ceil(math.sqrt(len(images)))))
+
+
+def _is_there(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0
 
 
 def _read(file: Path) -> np.ndarray:
@@ -189,7 +196,7 @@ def main(
     \b
     Examples:
       # 100 images as files and as one sheet
-      python generate_images.py --net=out/digits/network-snapshot-0000131-0.100.safetensors \\
+      python generate_images.py --net=out/digits/network-snapshot-0000147-0.100.safetensors \\
           --outdir=out/images --seeds=0-99 --grid=out/images.png
       # Autoguidance, on two GPUs
       torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors \\
@@ -205,15 +212,18 @@ def main(
     try:
         target = misc.select_device(device)
         main_snapshot = load_network(net, target)
-        guide = load_network(gnet, target).net if gnet is not None else None
+        guide_snapshot = load_network(gnet, target) if gnet is not None else None
+        if guide_snapshot is not None and guide_snapshot.metadata["encoder"] != main_snapshot.metadata["encoder"]:
+            raise UserError(f"--gnet={gnet} works on other latents than --net={net}: they must share an encoder")
+        guide = guide_snapshot.net if guide_snapshot is not None else None
         for network in (main_snapshot.net, guide):
             if network is not None:
                 network.precision = misc.resolve_precision(precision, target)
-        suffix = main_snapshot.encoder.output_suffix
+        suffix = main_snapshot.encoder.output_suffix(main_snapshot.net.img_channels)
         files = [image_path(outdir, seed, subdirs, suffix) for seed in seeds]
         if grid is not None and suffix != ".png":
             raise UserError("--grid needs a network that makes pixels; this one makes latents")
-        todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and file.is_file())]
+        todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
         distributed.barrier()  # all have looked before any writes
         distributed.print0(
             f"Generating {len(todo)} images to {outdir}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dnnlib.util import CommandLine, parsed_by
+from dnnlib.util import CommandLine, UserError, parsed_by
 from training.phema import parse_std_list
 from training.reconstruction import list_averages, reconstruct_phema
 
@@ -69,6 +69,8 @@ def main(
     Example:
       python reconstruct_phema.py --indir=out/digits --outstd=0.010,0.020,...,0.200
     """
+    if outprefix == inprefix and (outdir or indir).resolve() == indir.resolve():
+        raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than --inprefix")
     inputs = list_averages(indir, inprefix, instd)
     for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch):
         print(path)

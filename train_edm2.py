@@ -73,15 +73,17 @@ def check_numbers(config: TrainConfig) -> None:
     if not config.channel_mult or min(config.channel_mult) < 1:
         raise UserError("--channel-mult needs one positive number per level, such as 1,2,3,4")
     processes = distributed.get_world_size()
-    share = processes * config.batch_gpu if config.batch_gpu else processes
-    if config.batch % share != 0:
-        what = (
-            f"{processes} processes x --batch-gpu={config.batch_gpu}" if config.batch_gpu else f"{processes} processes"
+    batch_gpu = min(config.batch_gpu or config.batch, config.batch // processes)
+    if batch_gpu == 0 or config.batch % (processes * batch_gpu) != 0:
+        raise UserError(
+            f"--batch={config.batch} is not divisible by processes x --batch-gpu = {processes} x {batch_gpu}: "
+            f"change one of them"
         )
-        raise UserError(f"--batch={config.batch} is not divisible by {what} = {share}")
     for name in ("status", "snapshot", "checkpoint"):
         if getattr(config, name) % config.batch != 0:
-            raise UserError(f"--{name}={getattr(config, name)} is not a multiple of --batch={config.batch}")
+            raise UserError(
+                f"--{name}={getattr(config, name)} is not a multiple of --batch={config.batch}: change one of them"
+            )
         if name != "status" and 0 < getattr(config, name) < MIN_INTERVAL:
             raise UserError(
                 f"--{name} must be at least {MIN_INTERVAL} images (names count thousands), or 0 = only at the end"
@@ -213,17 +215,19 @@ def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
 )
 @click.option(
     "--snapshot",
-    help="Interval of network snapshots  [default: 8Mi; digits: 32Ki]",
+    help="Interval of network snapshots  [default: 8Mi; digits: 16Ki]",
     metavar="NIMG",
     callback=parsed_by(parse_nimg),
 )
 @click.option(
     "--checkpoint",
-    help="Interval of training states  [default: 128Mi; digits: 64Ki]",
+    help="Interval of training states  [default: 128Mi; digits: 48Ki]",
     metavar="NIMG",
     callback=parsed_by(parse_nimg),
 )
-@click.option("--seed", help="Random seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed", help="Random seed", metavar="INT", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
+)
 @click.option(
     "--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True
 )

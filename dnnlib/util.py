@@ -2,10 +2,12 @@
 
 import errno
 import functools
+import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +40,9 @@ class UserError(ValueError):
     """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
 
 
+OUT_OF_MEMORY = "out of memory: use smaller batches (--batch-gpu in training, --batch elsewhere) or a smaller network"
+
+
 class RunError(RuntimeError):
     """A failure at run time that the user has to know about, told in one line."""
 
@@ -51,6 +56,14 @@ class CommandLine(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         with _one_line_errors():
+            for param in self.params:
+                value = ctx.params.get(param.name or "")
+                if (
+                    isinstance(value, float)
+                    and not math.isfinite(value)
+                    and value != float(param.get_default(ctx) or 0)
+                ):
+                    raise UserError(f"{param.opts[0]} must be a finite number, not {value}")
             return super().invoke(ctx)
 
 
@@ -65,6 +78,15 @@ def _one_line_errors() -> Iterator[None]:
         raise _BadInput(str(err).strip().splitlines()[-1].removeprefix("dnnlib.util.UserError: ")) from err
     except RunError as err:
         raise click.ClickException(str(err)) from err
+    except MemoryError as err:
+        raise click.ClickException(OUT_OF_MEMORY) from err
+    except RuntimeError as err:
+        # torch has no finer types for these.
+        if "memory" in str(err) and "alloc" in str(err):
+            raise click.ClickException(OUT_OF_MEMORY) from err
+        if str(err).startswith("DataLoader worker"):
+            raise click.ClickException(f"{str(err).splitlines()[0]} Repeat the command to continue.") from err
+        raise
     except OSError as err:
         name = f": {err.filename}" if err.filename is not None else ""
         raise click.ClickException(f"{err.strerror or err}{name}") from err
@@ -113,7 +135,21 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -
     except OSError as err:
         raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    try:
+        with open(path, "a") as f:
+            f.write(line + "\n")
+    except OSError as err:
+        raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
 
 
 @functools.cache
@@ -134,6 +170,9 @@ def code_version() -> str:
 # Parsing and formatting
 
 
+MAX_RANGE = 10_000_000
+
+
 def parse_nimg(text: str) -> int:
     """Number of images such as '1000', '128Ki', '8Mi' or '2Gi' (powers of 1024).
 
@@ -144,7 +183,7 @@ def parse_nimg(text: str) -> int:
     number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
     try:
         value = float(number) * factor
-        if value < 0 or value != int(value):
+        if not 0 <= value < 2**62 or value != int(value):
             raise ValueError
     except (ValueError, OverflowError):
         raise UserError(f"{text!r} is not a number of images: write 1000, 128Ki, 8Mi or 2Gi") from None
@@ -152,20 +191,21 @@ def parse_nimg(text: str) -> int:
 
 
 def parse_int_list(text: str) -> list[int]:
-    """Integers such as '1,2,5-10' (ranges include both ends).
+    """Integers from 0, such as '1,2,5-10' (ranges include both ends).
 
     Raises:
         UserError: anything else, a range that runs backwards, or nothing at all.
     """
     numbers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        try:
-            start, end = int(first), int(last or first)
-        except ValueError:
-            raise UserError(f"{text!r}: {part.strip()!r} is not a number or a range such as 0-99") from None
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise UserError(f"{text!r}: {part.strip()!r} is not a number or a range such as 0-99")
+        start, end = int(match[1]), int(match[2] or match[1])
         if end < start:
             raise UserError(f"{text!r}: the range {part.strip()} runs backwards")
+        if end - start >= MAX_RANGE:
+            raise UserError(f"{text!r}: the range {part.strip()} is longer than {MAX_RANGE}")
         numbers.extend(range(start, end + 1))
     return numbers
 

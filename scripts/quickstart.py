@@ -113,7 +113,6 @@ def main(outdir: Path) -> None:
         "--preset=digits",
         "--channels=8",
         "--duration=16Ki",
-        "--snapshot=16Ki",
     )
     net_file = newest(out / "main", "network-snapshot-*-0.100.safetensors")
     gnet_file = newest(out / "guide", "network-snapshot-*-0.100.safetensors")

@@ -128,7 +128,7 @@ def test_attention_that_is_nowhere_is_noted(tmp_path):
     ("options", "fragments"),
     [
         (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs"]),
-        (["--batch=100", "--batch-gpu=33"], ["--batch=100 is not divisible by 1 processes x --batch-gpu=33"]),
+        (["--batch=100", "--batch-gpu=33"], ["--batch=100 is not divisible by processes x --batch-gpu = 1 x 33"]),
         (["--status=100"], ["--status=100 is not a multiple of --batch=128"]),
         (["--snapshot=1000"], ["--snapshot=1000 is not a multiple of --batch=128"]),
         (["--checkpoint=129"], ["--checkpoint=129 is not a multiple"]),
@@ -141,10 +141,17 @@ def test_attention_that_is_nowhere_is_noted(tmp_path):
         (["--channel-mult=1,x"], ["--channel-mult", "'x' is not a number"]),
         (["--channel-mult=none"], ["--channel-mult needs one positive number per level"]),
         (["--attn-resolutions=8;4"], ["--attn-resolutions"]),
-        (["--ema-std=0.05,2"], ["--ema-std", "between 0 and 0.289"]),
+        (["--ema-std=0.05,2"], ["--ema-std", "between 0.001 and 0.289"]),
         (["--dropout=1"], ["--dropout must be at least 0 and less than 1"]),
         (["--lr=0"], ["--lr must be positive"]),
-        (["--P_std=nan"], ["--P_std must be positive"]),
+        (["--P_std=0"], ["--P_std must be positive"]),
+        (["--P_mean=nan"], ["--P_mean must be a finite number, not nan"]),
+        (["--ls=inf"], ["--ls must be a finite number"]),
+        (["--decay=inf"], ["--decay must be a finite number"]),
+        (["--duration=1e99"], ["--duration", "is not a number of images"]),
+        (["--ema-std=0.0501,0.0502"], ["--ema-std", "share a file name"]),
+        (["--ema-std=0.1,0.1000000000001,...,0.2"], ["--ema-std", "even steps"]),
+        (["--seed=4294967296"], ["--seed"]),
         (["--channels=0"], ["--channels must be at least 1"]),
         (["--seed=-1"], ["--seed"]),
         (["--precision=fp8"], ["--precision", "fp8"]),
@@ -365,6 +372,13 @@ def test_color_and_latents(tmp_path):
     [
         (["--seeds="], ["--seeds", "is not a number"]),
         (["--seeds=1-x"], ["--seeds", "'1-x' is not a number or a range"]),
+        (["--seeds=5-"], ["--seeds", "'5-' is not a number or a range"]),
+        (["--seeds=-3"], ["--seeds", "'-3' is not a number or a range"]),
+        (["--seeds=0-99999999999"], ["--seeds", "is longer than"]),
+        (["--sigma_max=inf"], ["--sigma_max must be a finite number"]),
+        (["--S_noise=nan"], ["--S_noise must be a finite number"]),
+        (["--S_max=nan"], ["--S_max must be a finite number"]),
+        (["--rho=1e-300"], ["rho=1e-300", "no finite noise levels"]),
         (["--seeds=5-1"], ["--seeds", "the range 5-1 runs backwards"]),
         (["--seeds=1,1"], ["--seeds", "names a seed twice"]),
         (["--class=10"], ["--class=10 is out of range: the classes are 0 to 9"]),
@@ -401,6 +415,44 @@ def test_guide_that_does_not_fit(snapshot_file, tmp_path, kwargs, fragment):
         "--guidance=2",
     ]
     fails_with(run_cli(generate, *args), fragment)
+
+
+def test_guide_for_other_latents(snapshot_file, tmp_path):
+    save_network(tmp_path / "guide.safetensors", tiny_network(), RawLatentEncoder([0.0], [1.0]), {})
+    args = [
+        f"--net={snapshot_file}",
+        f"--gnet={tmp_path / 'guide.safetensors'}",
+        f"--outdir={tmp_path / 'out'}",
+        "--guidance=2",
+    ]
+    fails_with(run_cli(generate, *args), "works on other latents")
+
+
+def test_grid_of_images_of_two_networks(snapshot_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000001.png").write_bytes(png(np.zeros([9, 9], np.uint8)))
+    (tmp_path / "out" / "000002.png").write_bytes(b"")  # not an image: made again
+    args = [
+        f"--net={snapshot_file}",
+        f"--outdir={tmp_path / 'out'}",
+        "--seeds=0-2",
+        "--steps=2",
+        "--skip-existing",
+        f"--grid={tmp_path / 'g.png'}",
+    ]
+    fails_with(run_cli(generate, *args), "000001.png differs in size")
+    assert images_in(tmp_path / "out")["000002.png"].shape == (8, 8)
+
+
+def test_many_channels_are_saved_as_arrays(tmp_path):
+    save_network(tmp_path / "net.safetensors", tiny_network(img_channels=5, label_dim=0), StandardRGBEncoder(), {})
+    assert (
+        run_cli(
+            generate, f"--net={tmp_path / 'net.safetensors'}", f"--outdir={tmp_path}", "--seeds=0", "--steps=2"
+        ).exit_code
+        == 0
+    )
+    assert np.load(tmp_path / "000000.npy").dtype == np.uint8
 
 
 def test_unconditional_guide_is_classifier_free_guidance(snapshot_file, tmp_path):
@@ -477,13 +529,13 @@ def test_batch_of_outputs_does_not_matter(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        (["--outstd=0.5"], ["--outstd", "between 0 and 0.289"]),
+        (["--outstd=0.5"], ["--outstd", "between 0.001 and 0.289"]),
         (["--outstd=0.1,0.2,...,0.25"], ["--outstd", "even steps"]),
         (["--outstd=0.1,0.1001"], ["two widths share a file name"]),
         (["--outstd=0.1", "--outkimg=7"], ["--outkimg=7: there is no snapshot of that time (there are 1, 2, 3)"]),
         (["--outstd=0.1", "--instd=0.07"], ["--instd: no snapshots of width 0.070", "(there are 0.050, 0.100)"]),
         (["--outstd=0.1", "--inprefix=bogus"], ["no snapshots named bogus-"]),
-        (["--outstd=0.1", "--outprefix=network-snapshot"], ["would overwrite the input"]),
+        (["--outstd=0.1", "--outprefix=network-snapshot"], ["results in --indir need another prefix"]),
         (["--outstd=0.1", "--indir=nowhere"], ["--indir=nowhere: no such directory"]),
         ([], ["--outstd"]),
     ],
@@ -492,6 +544,20 @@ def test_bad_reconstruction_options(run, options, fragments):
     before = set(run.iterdir())
     fails_with(run_cli(reconstruct, f"--indir={run}", *options), *fragments)
     assert set(run.iterdir()) == before
+
+
+def test_reconstruction_overwrites_nothing_but_reconstructions(run, tmp_path):
+    for name in ("0000003-0.050", "0000003-0.100"):
+        shutil.copy(run / f"network-snapshot-{name}.safetensors", tmp_path)
+    args = [f"--indir={run}", f"--outdir={tmp_path}", "--instd=0.05", "--outstd=0.1"]
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    fails_with(
+        run_cli(reconstruct, *args, "--outprefix=network-snapshot"),
+        "network-snapshot-0000003-0.100.safetensors exists and is no reconstruction",
+    )
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    for _again in range(2):
+        assert run_cli(reconstruct, *args).exit_code == 0
 
 
 def test_snapshots_of_two_runs(run, tmp_path):
@@ -505,3 +571,7 @@ def test_snapshots_of_two_runs(run, tmp_path):
     fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "holds another network")
     save_network(tmp_path / "network-snapshot-0000001-0.050.safetensors", tiny_network(), StandardRGBEncoder(), {})
     fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "does not say its training time")
+    shutil.copy(
+        run / "network-snapshot-0000003-0.050.safetensors", tmp_path / "network-snapshot-0000001-0.050.safetensors"
+    )
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "are of the same time and width")

@@ -223,6 +223,8 @@ def test_deep_pixels_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
+        (np.full([1, 4, 4], np.nan, np.float32), "a.npy: the latents hold NaN"),
+        (np.zeros([0, 4, 4], np.float32), r"shape \[0, 4, 4\]"),
         (np.zeros([4, 4], np.float32), r"shape \[4, 4\]"),
         (np.zeros([4, 4, 4], np.int32), "found int32"),
         (np.array([{}]), "cannot read"),
@@ -240,6 +242,10 @@ def test_bad_latents(tmp_path, array, message):
         (b"[]", "is not of the form"),
         (b'{"labels": [["00000/img00000000.png", 1]]}', "has no label for 1 images, such as 00000/img00000001.png"),
         (b'{"labels": [["00000/img00000000.png", -1], ["00000/img00000001.png", 0]]}', "integers from 0"),
+        (b'{"labels": [["00000/img00000000.png", 1000000000], ["00000/img00000001.png", 0]]}', "integers from 0"),
+        (b'{"labels": [["00000/img00000000.png", [NaN]], ["00000/img00000001.png", [0]]]}', "finite numbers"),
+        (b'{"labels": [["00000/img00000000.png", []], ["00000/img00000001.png", []]]}', "finite numbers"),
+        (b"[" * 100000, "is not of the form"),
         (b'{"labels": [["00000/img00000000.png", "a"], ["00000/img00000001.png", "b"]]}', "integers from 0"),
         (b'{"labels": [["00000/img00000000.png", [1, 2]], ["00000/img00000001.png", [1]]]}', "differ in length"),
     ],
@@ -350,3 +356,44 @@ def test_missing_vae_is_one_line(tmp_path):
     with pytest.raises(UserError, match="could not be loaded") as err:
         encoder.decode(torch.zeros(1, 4, 2, 2))
     assert "\n" not in str(err.value)
+
+
+def test_pixels_and_latents_do_not_mix(tmp_path):
+    files = {**random_images(1), "b.npy": npy(np.zeros([3, 8, 8], np.float32))}
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "data", files))
+    with pytest.raises(UserError, match="b.npy holds float32, but 00000/img00000000.png uint8"):
+        dataset.verify()
+
+
+def test_verify_finds_other_kinds_of_pixels(tmp_path):
+    for i, odd in enumerate([np.zeros([8, 8], np.uint8), np.zeros([8, 8], np.uint16)]):
+        dataset = ImageFolderDataset(make_dataset(tmp_path / f"{i}.zip", {**random_images(1), "odd.png": png(odd)}))
+        with pytest.raises(UserError, match="odd.png"):
+            dataset.verify()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x93NUMPY",
+        b"PK\x03\x04",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (99999999, 99999, 9999), }"
+        + b" " * 40
+        + b"\n",
+    ],
+)
+def test_damaged_arrays(tmp_path, data):
+    with pytest.raises(UserError, match="cannot read a.NPY: "):
+        ImageFolderDataset(make_dataset(tmp_path / "data", {"a.NPY": data}))
+
+
+def test_damaged_compressed_entry(tmp_path):
+    path = make_dataset(tmp_path / "data.zip", random_images(2), compression=zipfile.ZIP_DEFLATED)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.infolist()[1].header_offset
+    data[offset + 60 : offset + 90] = b"\xff" * 30
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="cannot read 00000/img00000001.png"):
+        ImageFolderDataset(path).verify()

@@ -84,6 +84,15 @@ def test_truncated(snapshot_file, keep):
         (dict(architecture={"name": "edm2.Precond"}), "incomplete"),
         (dict(architecture={"name": "edm2.Precond", "kwargs": {"bogus": 1}}), "do not fit"),
         (dict(encoder={"name": "StandardRGBEncoder", "kwargs": {"bogus": 1}}), "do not fit"),
+        (
+            dict(
+                architecture={
+                    "name": "edm2.Precond",
+                    "kwargs": {"img_resolution": 8, "img_channels": 1, "label_dim": 0, "channel_mult": []},
+                }
+            ),
+            "do not fit",
+        ),
     ],
 )
 def test_unknown_content(snapshot_file, changes, message):
@@ -153,16 +162,27 @@ PATTERN = r"state-(\d+)\.pt"
 
 
 def test_newest_state_that_loads(tmp_path):
-    messages = []
-    assert checkpoint.load_newest_state(tmp_path, PATTERN, messages.append) is None
-    for i in (1, 2, 10):
+    messages, restored = [], []
+
+    def newest() -> bool:
+        return checkpoint.restore_newest_state(
+            tmp_path, PATTERN, lambda state: restored.append(state["i"]), messages.append
+        )
+
+    assert not newest()
+    for i in (1, 2, 3, 10):
         checkpoint.save_state(tmp_path / f"state-{i}.pt", {"i": i, "x": torch.tensor([float(i)])})
     (tmp_path / "state-11.pt.tmp").write_bytes(b"")
-    assert checkpoint.load_newest_state(tmp_path, PATTERN, messages.append)["i"] == 10
+    assert newest()
     (tmp_path / "state-10.pt").write_bytes((tmp_path / "state-10.pt").read_bytes()[:500])
-    (tmp_path / "state-2.pt").write_bytes(b"")
-    assert checkpoint.load_newest_state(tmp_path, PATTERN, messages.append)["i"] == 1
-    assert ["state-10.pt is damaged" in messages[0], "state-2.pt is damaged" in messages[1]] == [True, True]
+    (tmp_path / "state-3.pt").write_bytes(b"")
+    checkpoint.save_state(tmp_path / "state-2.pt", {"bogus": 1})  # loads, but cannot be restored
+    assert newest()
+    assert restored == [10, 1]
+    assert [next(i for i in (10, 3, 2) if f"state-{i}.pt is damaged" in m) for m in messages] == [10, 3, 2]
+    (tmp_path / "state-1.pt").unlink()
+    with pytest.raises(UserError, match="no training state can be read"):
+        newest()
 
 
 class Hostile:
@@ -172,7 +192,16 @@ class Hostile:
 
 def test_states_run_no_code(tmp_path, capsys):
     torch.save({"x": Hostile()}, tmp_path / "state-1.pt")
-    messages = []
-    assert checkpoint.load_newest_state(tmp_path, PATTERN, messages.append) is None
-    assert "damaged" in messages[0]
-    assert "executed" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no training state can be read"):
+        checkpoint.restore_newest_state(tmp_path, PATTERN, lambda state: None, print)
+    output = capsys.readouterr().out
+    assert "is damaged and skipped" in output
+    assert "executed\n" not in output
+
+
+def test_spoiled_weights_are_refused(tmp_path):
+    net = tiny_network()
+    net.get_parameter("unet.out_conv.weight")[0, 0, 0, 0] = float("nan")
+    save_network(tmp_path / "a.safetensors", net, StandardRGBEncoder(), {})
+    with pytest.raises(UserError, match="unet.out_conv.weight holds NaN"):
+        load_network(tmp_path / "a.safetensors")

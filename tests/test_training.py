@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import DIGITS, ROOT, TINY, fails_with, make_dataset, npy, random_images, run_cli
 
+from torch_utils.training_stats import Journal
 from train_edm2 import main as train
 from training import training_loop
 from training.losses import EDM2Loss
@@ -116,12 +117,42 @@ def test_resumed_run_equals_uninterrupted_one(finished, tmp_path):
 def test_damaged_state_falls_back_to_the_one_before(finished, tmp_path):
     part = run_dir(tmp_path / "b", "--duration=512")
     (part / "training-state-0000001.pt").write_bytes(b"PK truncated")
-    (part / "stats.jsonl").write_text((finished / "stats.jsonl").read_text())  # as if it had been further
+    # As if it had been further, and then the power had failed.
+    (part / "stats.jsonl").write_bytes((finished / "stats.jsonl").read_bytes() + b'{"nimg": 15\n\n\0\0\xff')
+    (part / ".training-state-0000001.pt.123.tmp").write_bytes(b"half")
     result = run_cli(train, f"--outdir={part}", f"--data={DIGITS}", *TINY)
     assert "training-state-0000001.pt is damaged and skipped" in result.output
     assert "Resuming at 512 images" in result.output
     assert_same_state(state(part), state(finished))
     assert len((part / "stats.jsonl").read_text().splitlines()) == 2
+    assert not list(part.glob("*.tmp")) and not list(part.glob(".*.tmp"))
+
+
+def test_run_that_failed_before_its_first_result_may_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(EDM2Loss, "__call__", lambda self, *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_dir(tmp_path, "--lr=0.01")
+    monkeypatch.undo()
+    run_dir(tmp_path)
+
+
+def test_states_without_their_options(tmp_path):
+    run_dir(tmp_path)
+    (tmp_path / "training_options.json").unlink()
+    result = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY)
+    fails_with(result, "but no training_options.json")
+
+
+def test_one_run_at_a_time(tmp_path):
+    with Journal(tmp_path):
+        fails_with(
+            run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY), "is in use by another training run"
+        )
+    run_dir(tmp_path)
+
+
+def test_large_seed(tmp_path):
+    run_dir(tmp_path, f"--seed={2**32 - 1}", "--duration=256")
 
 
 def test_finished_run_has_nothing_to_do(finished):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import atomic_write
+from dnnlib.util import UserError, atomic_write
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
@@ -26,23 +26,34 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
             raise
 
 
-def load_newest_state(
-    directory: str | Path, pattern: str, log: Callable[[str], None], device: torch.device | str = "cpu"
-) -> dict[str, Any] | None:
-    """Load the newest readable state of a directory.
+def restore_newest_state(
+    directory: str | Path,
+    pattern: str,
+    restore: Callable[[dict[str, Any]], None],
+    log: Callable[[str], None],
+    device: torch.device | str = "cpu",
+) -> bool:
+    """Restore the newest state of a directory that can be.
 
     Args:
         pattern: regular expression that the whole file name matches, its first group a number that grows.
+        restore: puts a state into effect; may fail on one that is incomplete.
         log: told about damaged files, which are skipped.
 
     Returns:
-        The state, or None if there is none.
+        Whether there was a state.
+
+    Raises:
+        UserError: there are states, and none can be restored.
     """
     found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := re.fullmatch(pattern, path.name))]
     for _number, path in sorted(found, reverse=True):
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            restore(torch.load(path, map_location=device, weights_only=True))
+            return True
         except Exception as err:  # a damaged file can fail in any way
             reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
             log(f"Warning: {path} is damaged and skipped ({reason})")
-    return None
+    if found:
+        raise UserError(f"{directory}: no training state can be read: bring one back, or choose another --outdir")
+    return False

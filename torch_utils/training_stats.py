@@ -1,5 +1,6 @@
 """What a training run tells: means kept on the device between reports, and the files and lines they go to."""
 
+import fcntl
 import json
 import math
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import atomic_write
+from dnnlib.util import UserError, append_line, atomic_write
 from torch_utils import distributed
 
 
@@ -48,11 +49,28 @@ class Collector:
 
 
 class Journal:
-    """A run's progress bar, log.txt, stats.jsonl and TensorBoard events; only the first process shows and writes."""
+    """A run's progress bar, log.txt, stats.jsonl and TensorBoard events; only the first process shows and writes.
+
+    While it is open, it keeps other runs out of the directory, and it clears away what killed ones left half-written.
+
+    Raises:
+        UserError: another run has the directory open.
+    """
 
     def __init__(self, outdir: Path):
         self.outdir = outdir
         self.active = distributed.get_rank() == 0
+        self.lock = None
+        if self.active:
+            outdir.mkdir(parents=True, exist_ok=True)
+            self.lock = open(outdir / "log.txt", "a")  # noqa: SIM115 - stays open to hold the lock
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.lock.close()
+                raise UserError(f"{outdir} is in use by another training run: wait for it, or stop it") from None
+            for partial in outdir.glob(".*.tmp"):
+                partial.unlink()
         hidden = not self.active or not sys.stderr.isatty()
         self.progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
         self.tensorboard = None
@@ -61,8 +79,7 @@ class Journal:
         """Show a line and add it to log.txt."""
         if self.active:
             self.progress.write(message)
-            with open(self.outdir / "log.txt", "a") as f:
-                f.write(message + "\n")
+            append_line(self.outdir / "log.txt", message)
 
     def start(self, nimg: int, duration: int) -> None:
         """Begin, or go on, at `nimg` of `duration` images: what was told about later ones is withdrawn."""
@@ -72,7 +89,7 @@ class Journal:
             self.tensorboard = SummaryWriter(self.outdir, purge_step=nimg)
             path = self.outdir / "stats.jsonl"
             if path.is_file():
-                lines = [line for line in path.read_text().splitlines() if json.loads(line)["nimg"] <= nimg]
+                lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
                     f.writelines(line + "\n" for line in lines)
         self.progress.reset(duration)
@@ -84,14 +101,27 @@ class Journal:
     def report(self, fields: dict[str, float]) -> None:
         """Record numbers; `fields["nimg"]` says when."""
         if self.tensorboard is not None:
-            with open(self.outdir / "stats.jsonl", "a") as f:
-                # NaN and infinity are no JSON.
-                f.write(json.dumps({k: v if math.isfinite(v) else None for k, v in fields.items()}) + "\n")
+            # NaN and infinity are no JSON.
+            line = json.dumps({k: v if math.isfinite(v) else None for k, v in fields.items()})
+            append_line(self.outdir / "stats.jsonl", line)
             for name, value in fields.items():
                 self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
             self.tensorboard.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
         self.progress.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self.lock is not None:
+            self.lock.close()
+
+
+def _is_status(line: str, nimg: int) -> bool:
+    """Whether a line is a whole one, from no later than `nimg`: a full disk or lost power can spoil lines."""
+    try:
+        return json.loads(line)["nimg"] <= nimg
+    except (ValueError, TypeError, KeyError):
+        return False

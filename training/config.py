@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "snapshot",
     "checkpoint",
 }
+OPTION_NAMES = {"P_mean": "--P_mean", "P_std": "--P_std", "rampup_Mimg": "--preset's rampup_Mimg"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class TrainConfig:
         """
         try:
             return TrainConfig.from_json(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError) as err:
+        except (ValueError, TypeError, KeyError, AttributeError) as err:
             raise UserError(f"{path}: not the options of a training run ({err}): choose another --outdir") from None
 
     def check_resumable(self, stored: "TrainConfig", outdir: Path) -> None:
@@ -110,7 +111,7 @@ class TrainConfig:
                     f"{outdir} was trained on other data than --data={self.data}: "
                     f"restore the data or choose another --outdir"
                 )
-            option = "--" + field.name.replace("_", "-") if field.name not in ("P_mean", "P_std") else "--" + field.name
+            option = OPTION_NAMES.get(field.name) or "--" + field.name.replace("_", "-")
             raise UserError(
                 f"{outdir} was trained with {option}={_show(theirs)}, not {_show(ours)}: "
                 f"repeat its options or choose another --outdir"

@@ -20,7 +20,10 @@ import torch
 
 from dnnlib.util import UserError
 
-PNG_HEADER = struct.Struct(">8s4x4sII")  # signature, length of the first chunk (skipped), its type, width, height
+# Signature, length of the first chunk (skipped), its type, width, height, bits per sample, color type.
+PNG_HEADER = struct.Struct(">8s4x4sIIBB")
+PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; palettes become RGB
+MAX_LABEL = 10**6
 FINGERPRINT_SAMPLES = 1024
 
 
@@ -229,11 +232,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """
         for raw_idx in self._indices:
             name = self._names[int(raw_idx)]
-            start = self._source.read_start(name, PNG_HEADER.size)
+            start = self._read(name, PNG_HEADER.size)
             if len(start) == PNG_HEADER.size:
-                signature, chunk, width, height = PNG_HEADER.unpack(start)
-                if signature == b"\x89PNG\r\n\x1a\n" and chunk == b"IHDR":
-                    self._check_shape(name, (self.num_channels, height, width))
+                signature, chunk, width, height, bits, color = PNG_HEADER.unpack(start)
+                if signature == b"\x89PNG\r\n\x1a\n" and chunk == b"IHDR" and bits <= 8 and color in PNG_CHANNELS:
+                    self._check(name, (PNG_CHANNELS[color], height, width), np.dtype(np.uint8))
                     continue
             self._image(int(raw_idx))
 
@@ -253,24 +256,36 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return self._cache[raw_idx]
         name = self._names[raw_idx]
         image = self._decode(name)
-        self._check_shape(name, image.shape)
+        self._check(name, image.shape, image.dtype)
         if self._cache is not None:
             self._cache[raw_idx] = image
         return image
 
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        first = self._names[int(self._indices[0])]
+        if dtype != self._dtype:
+            raise UserError(
+                f"{self.path}: {name} holds {dtype}, but {first} {self._dtype}: do not mix pixels and latents"
+            )
         if shape != self._shape:
-            first = self._names[int(self._indices[0])]
             raise UserError(
                 f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike"
             )
 
-    def _decode(self, name: str) -> np.ndarray:
+    def _read(self, name: str, size: int | None = None) -> bytes | memoryview:
         try:
-            data = self._source.read(name)
-            return _decode_npy(data) if name.endswith(".npy") else _decode_image(data)
-        except (OSError, SyntaxError, ValueError, struct.error, zlib.error, PIL.Image.DecompressionBombError) as err:
+            return self._source.read(name) if size is None else self._source.read_start(name, size)
+        except (OSError, ValueError, struct.error, zlib.error) as err:
             raise UserError(f"{self.path}: cannot read {name}: {err}") from None
+
+    def _decode(self, name: str) -> np.ndarray:
+        data = self._read(name)
+        try:
+            return _decode_npy(data) if name.lower().endswith(".npy") else _decode_image(data)
+        except PIL.UnidentifiedImageError:
+            raise UserError(f"{self.path}: cannot read {name}: damaged, or not an image") from None
+        except Exception as err:  # a damaged file can fail in any way
+            raise UserError(f"{self.path}: cannot read {name}: {err or type(err).__name__}") from None
 
     def _load_labels(self) -> np.ndarray | None:
         """Labels of all files: int64 [n], float32 [n, label_dim], or None."""
@@ -285,9 +300,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
         where = f"{self.path}: dataset.json"
         try:
-            listed = json.loads(bytes(self._source.read("dataset.json"))).get("labels")
+            listed = json.loads(bytes(self._read("dataset.json"))).get("labels")
             labels = None if listed is None else {name.replace("\\", "/"): label for name, label in listed}
-        except (ValueError, AttributeError, TypeError, OSError) as err:
+        except UserError:
+            raise
+        except (ValueError, AttributeError, TypeError, RecursionError) as err:
             raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {err}") from None
         if labels is None:
             return None
@@ -298,11 +315,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             array = np.array([labels[name] for name in self._names])
         except ValueError:
             raise UserError(f"{where}: labels differ in length") from None
-        if array.ndim == 1 and np.issubdtype(array.dtype, np.integer) and array.min() >= 0:
+        if array.ndim == 1 and np.issubdtype(array.dtype, np.integer) and 0 <= array.min() <= array.max() <= MAX_LABEL:
             return array.astype(np.int64)
-        if array.ndim == 2 and np.issubdtype(array.dtype, np.number):
+        if array.ndim == 2 and array.size > 0 and np.issubdtype(array.dtype, np.number) and np.isfinite(array).all():
             return array.astype(np.float32)
-        raise UserError(f"{where}: labels must be all integers from 0, or all lists of numbers")
+        raise UserError(f"{where}: labels must be all integers from 0 to {MAX_LABEL}, or all lists of finite numbers")
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -322,12 +339,14 @@ def _decode_image(data: bytes | memoryview) -> np.ndarray:
 
 def _decode_npy(data: bytes | memoryview) -> np.ndarray:
     array = np.load(io.BytesIO(data), allow_pickle=False)
-    if array.ndim != 3:
+    if array.ndim != 3 or array.size == 0:
         raise ValueError(f"expected an array [C, H, W], found shape {list(array.shape)}")
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"expected floating point latents or uint8 pixels, found {array.dtype}")
+    if not np.isfinite(array).all():
+        raise ValueError("the latents hold NaN or infinity")
     return array.astype(np.float32)
 
 

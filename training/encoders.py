@@ -16,7 +16,9 @@ FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of
 class Encoder:
     """Pixels <-> raw latents (as stored in datasets) <-> final latents (float32, what the model sees)."""
 
-    output_suffix = ".png"  # file type of what `decode` returns
+    def output_suffix(self, channels: int) -> str:
+        """File type for what `decode` makes of final latents with that many channels: '.png' or '.npy'."""
+        return ".png"
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [N, C, H, W] -> raw latents."""
@@ -41,6 +43,9 @@ class Encoder:
 
 class StandardRGBEncoder(Encoder):
     """uint8 pixels of any channel count <-> [-1, 1]."""
+
+    def output_suffix(self, channels: int) -> str:
+        return ".png" if channels <= 4 else ".npy"  # PNG ends at RGBA
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -125,7 +130,8 @@ class RawLatentEncoder(Encoder):
         raw_mean, raw_std: statistics of the raw latents, per channel.
     """
 
-    output_suffix = ".npy"
+    def output_suffix(self, channels: int) -> str:
+        return ".npy"
 
     def __init__(self, raw_mean: Sequence[float], raw_std: Sequence[float]):
         self.raw_mean = list(raw_mean)

@@ -122,7 +122,7 @@ def generate_images(
             r.images = encoder.decode(latents)
         if outdir is not None:
             for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
-                _save(image_path(outdir, seed, subdirs, encoder.output_suffix), image)
+                _save(image_path(outdir, seed, subdirs, encoder.output_suffix(net.img_channels)), image)
 
     # As few batches as possible, of nearly equal size, and a whole number of them per process.
     world_size = distributed.get_world_size()

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from dnnlib.util import UserError
 from training.denoiser import Denoiser
 
 
@@ -21,13 +22,13 @@ class GuidedDenoiser:
             arXiv 2404.07724); elsewhere the main denoiser is used alone.
 
     Raises:
-        ValueError: the interval is empty.
+        UserError: the interval is empty.
     """
 
     def __init__(self, net: Denoiser, gnet: Denoiser, guidance: float, interval: tuple[float, float] = (0.0, math.inf)):
         lo, hi = interval
         if not lo < hi:
-            raise ValueError(f"guidance interval must satisfy lo < hi, not {lo},{hi}")
+            raise UserError(f"guidance interval must satisfy lo < hi, not {lo},{hi}")
         self.net = net
         self.gnet = gnet
         self.guidance = guidance

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dnnlib.util import UserError
 from training.denoiser import edm_coefficients
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -244,7 +245,7 @@ class UNet(nn.Module):
         block_kwargs: passed on to every `Block`.
 
     Raises:
-        ValueError: the resolution cannot be halved as often as there are levels.
+        UserError: the resolution cannot be halved as often as there are levels.
     """
 
     def __init__(
@@ -264,7 +265,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if img_resolution % 2 ** (len(channel_mult) - 1) != 0:
-            raise ValueError(
+            raise UserError(
                 f"resolution {img_resolution} is not divisible by {2 ** (len(channel_mult) - 1)}, "
                 f"as a network of {len(channel_mult)} levels needs: use fewer levels (--channel-mult)"
             )
@@ -373,7 +374,7 @@ class Precond(nn.Module):
     ):
         super().__init__()
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.init_kwargs = dict(
             img_resolution=img_resolution,
             img_channels=img_channels,

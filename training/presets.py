@@ -54,7 +54,7 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "edm2-img64-l": _img64(duration=1024, channels=320, lr=0.0080, dropout=0.1),
     "edm2-img64-xl": _img64(duration=640, channels=384, lr=0.0070, dropout=0.1),
     "digits": dict(
-        duration=128 * Ki,
+        duration=144 * Ki,
         batch=128,
         channels=16,
         lr=0.04,
@@ -68,7 +68,7 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
         rampup_Mimg=20 * 128 / 1e6,
         ema_std=(0.050, 0.100),
         status=4 * Ki,
-        snapshot=32 * Ki,
-        checkpoint=64 * Ki,
+        snapshot=16 * Ki,
+        checkpoint=48 * Ki,
     ),
 }

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.util import UserError
-from training.phema import solve_posthoc_coefficients
+from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
 from training.snapshot import load_network, read_metadata, save_tensors
 
 
@@ -42,8 +42,11 @@ def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None)
     for path in sorted(path for path in indir.iterdir() if pattern.fullmatch(path.name)):
         metadata = read_metadata(path)
         nimg, std = metadata.get("nimg"), metadata.get("ema_std")
-        if not isinstance(nimg, int) or not isinstance(std, float):
+        if type(nimg) is not int or not nimg > 0 or not isinstance(std, float) or not MIN_STD <= std < MAX_STD:
             raise UserError(f"{path}: the file does not say its training time and EMA width")
+        twin = next((avg for avg in found if (avg.nimg, avg.std) == (nimg, std)), None)
+        if twin is not None:
+            raise UserError(f"{twin.path} and {path} are of the same time and width: keep one of them")
         found.append(StoredAverage(path, nimg, std, metadata))
     if not found:
         raise UserError(f"--indir={indir}: no snapshots named {prefix}-*-*.safetensors")
@@ -87,17 +90,15 @@ def reconstruct_phema(
     inputs = [avg for avg in inputs if avg.nimg <= out_nimg]
     newest = next(avg for avg in inputs if avg.nimg == out_nimg)
     for avg in inputs:
-        if avg.metadata["architecture"] != newest.metadata["architecture"]:
+        if avg.metadata.get("architecture") != newest.metadata.get("architecture"):
             raise UserError(f"{avg.path} holds another network than {newest.path}: keep one run per directory")
 
     paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}.safetensors" for std in outstds}
     if len(set(paths.values())) < len(outstds):
         raise UserError("--outstd: two widths share a file name (three decimals count)")
-    overwritten = next(
-        (path for path in paths.values() if any(path.resolve() == avg.path.resolve() for avg in inputs)), None
-    )
-    if overwritten is not None:
-        raise UserError(f"--outprefix={outprefix} would overwrite the input {overwritten}")
+    for path in paths.values():
+        if path.is_file() and not skip and "reconstructed_from" not in read_metadata(path):
+            raise UserError(f"{path} exists and is no reconstruction: choose another --outprefix or --outdir")
     todo = [std for std in outstds if not (skip and paths[std].is_file())]
     for start in tqdm(range(0, len(todo), batch), unit="pass", disable=None, dynamic_ncols=True):
         stds = todo[start : start + batch]

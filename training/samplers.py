@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dnnlib.util import UserError
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
 from training.schedules import edm_sigmas
@@ -111,12 +112,12 @@ def edm_sampler(
     `ode_sampler` the rest. The network is evaluated 2 * num_steps - 1 times.
 
     Raises:
-        ValueError: `guidance` differs from 1 and there is no `gnet`.
+        UserError: `guidance` differs from 1 and there is no `gnet`.
     """
     denoiser = net
     if guidance != 1:
         if gnet is None:
-            raise ValueError(f"guidance {guidance} needs a guiding network (gnet)")
+            raise UserError(f"guidance {guidance} needs a guiding network (gnet)")
         denoiser = GuidedDenoiser(net, gnet, guidance, guidance_interval)
     return ode_sampler(
         denoiser,

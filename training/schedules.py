@@ -2,6 +2,8 @@
 
 import torch
 
+from dnnlib.util import UserError
+
 
 def edm_sigmas(
     num_steps: int = 32, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
@@ -12,16 +14,18 @@ def edm_sigmas(
         float64 tensor [num_steps + 1] on the CPU, decreasing from `sigma_max` to `sigma_min`, then 0.
 
     Raises:
-        ValueError: fewer than one step, or not 0 < sigma_min <= sigma_max, or rho <= 0.
+        UserError: fewer than one step, or not 0 < sigma_min <= sigma_max, or rho <= 0.
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}")
+        raise UserError(f"num_steps must be at least 1, not {num_steps}")
     if not 0 < sigma_min <= sigma_max:
-        raise ValueError(f"sigma_min and sigma_max must satisfy 0 < {sigma_min} <= {sigma_max}")
+        raise UserError(f"sigma_min and sigma_max must satisfy 0 < {sigma_min} <= {sigma_max}")
     if rho <= 0:
-        raise ValueError(f"rho must be positive, not {rho}")
+        raise UserError(f"rho must be positive, not {rho}")
     i = torch.arange(num_steps, dtype=torch.float64)
     fraction = i / max(num_steps - 1, 1)
-    start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    start, end = i.new_tensor([sigma_max, sigma_min]) ** (1 / rho)
     sigmas = (start + fraction * (end - start)) ** rho
+    if not sigmas.isfinite().all():
+        raise UserError(f"rho={rho} and sigma_max={sigma_max} give no finite noise levels")
     return torch.cat([sigmas, sigmas.new_zeros(1)])

@@ -85,7 +85,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as f:
             text = (f.metadata() or {}).get(METADATA_KEY)
         metadata = None if text is None else json.loads(text)
-    except (safetensors.SafetensorError, ValueError) as err:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as err:
         raise UserError(f"{path}: damaged or truncated snapshot ({err}): copy it again") from None
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: a safetensors file, but not a snapshot of this project")
@@ -118,12 +118,15 @@ def load_network(path_or_url: str | Path, device: torch.device | str = "cpu", wh
     if encoder_class is None:
         raise UserError(f"{path}: unknown encoder {encoder['name']!r} (known: {', '.join(ENCODERS)})")
     tensors = safetensors.torch.load_file(path, device=str(device))
+    spoiled = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if spoiled is not None:
+        raise UserError(f"{path}: {spoiled} holds NaN or infinity: use an earlier snapshot")
     try:
         with torch.device("meta"):
             net = net_class(**net_kwargs, precision="fp32")
         net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return Snapshot(net.eval().requires_grad_(False), encoder_class(**encoder_kwargs), metadata)
-    except (TypeError, ValueError, RuntimeError) as err:
+    except Exception as err:  # what a damaged or foreign description asks for can fail in any way
         raise UserError(
             f"{path}: the weights do not fit the architecture: {' '.join(str(err).split())[:300]}"
         ) from None

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,6 +26,7 @@ from training.samplers import StackedRandomGenerator
 from training.snapshot import save_network
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"
+SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 CACHE_BYTES = 1 << 26  # datasets up to this decoded size are kept in memory
 SIGMA_DATA = 0.5
 
@@ -38,7 +41,7 @@ def build_network(config: TrainConfig, channels: int) -> Precond:
 
 def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
     """Random seed of each image of a run, int64 [n]: all noise that an image meets depends on it alone."""
-    return (seed * 0x9E3779B1 + run_indices) % 2**32
+    return (seed * 0x9E3779B1 % 2**32 + run_indices) % 2**32
 
 
 def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> None:
@@ -53,21 +56,33 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
         UserError: `outdir` holds another configuration, or a run although `resume` is False.
         RunError: no image since the last status report had a finite loss.
     """
+    with Journal(outdir) as journal, distributed.SuspendSignals() as suspend:
+        _claim(outdir, config, resume)
+        _train(config, outdir, journal, suspend)
+
+
+def _claim(outdir: Path, config: TrainConfig, resume: bool) -> None:
+    """Check that `outdir` holds this run or none, and write down its options."""
+    distributed.barrier()  # the directory is there
+    options_path = outdir / "training_options.json"
+    results = [path for path in outdir.iterdir() if re.fullmatch(f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}", path.name)]
+    if results:  # a run that failed before it had any may start anew with other options
+        if not resume:
+            raise UserError(f"{outdir} already holds a run: choose another --outdir, or continue it with --resume")
+        if not options_path.is_file():
+            raise UserError(f"{outdir} holds {results[0].name}, but no {options_path.name}: choose another --outdir")
+        config.check_resumable(TrainConfig.load(options_path), outdir)
+    distributed.barrier()  # all have looked before one writes
+    if distributed.get_rank() == 0:
+        config.save(options_path)
+
+
+def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distributed.SuspendSignals) -> None:
     device = misc.select_device(config.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = config.bench
-    options_path = outdir / "training_options.json"
-    if options_path.is_file():
-        if not resume:
-            raise UserError(f"{outdir} already holds a run: choose another --outdir, or continue it with --resume")
-        config.check_resumable(TrainConfig.load(options_path), outdir)
-    distributed.barrier()  # all have looked before rank 0 writes
-    if rank == 0:
-        config.save(options_path)
-
-    journal = Journal(outdir)
 
     # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
     batch_process = config.batch // world_size
@@ -93,15 +108,16 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
     nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
     nimg, seconds = 0, 0.0
 
-    state = checkpoint.load_newest_state(outdir, STATE_PATTERN, journal.log, device)
-    if state is not None:
+    def restore(state: dict[str, Any]) -> None:
+        nonlocal nimg, seconds
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         stats.load_state_dict(state["stats"])
         nonfinite.fill_(state["nonfinite"])
         nimg, seconds = state["nimg"], state["seconds"]
-        del state
+
+    if checkpoint.restore_newest_state(outdir, STATE_PATTERN, restore, journal.log, device):
         journal.log(f"Resuming at {nimg} images from {outdir}")
         if nimg >= config.duration:
             journal.log(f"Nothing to do: the run has its {config.duration} images. A longer --duration continues it.")
@@ -133,102 +149,100 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
     def due(interval: int, nimg: int) -> bool:
         return nimg > start_nimg and (nimg >= config.duration or (interval > 0 and nimg % interval == 0))
 
-    with distributed.SuspendSignals() as suspend:
-        while True:
-            done = nimg >= config.duration
-            suspended = distributed.any_rank(suspend.received)
+    while True:
+        done = nimg >= config.duration
+        suspended = distributed.any_rank(suspend.received)
 
-            # Status: what happened since the last one.
-            if due(config.status, nimg):
-                now = time.time()
-                fields = {
-                    "nimg": nimg,
-                    **stats.collect(),
-                    "lr": learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg),
-                    "nonfinite_gradients": int(nonfinite) - tick_nonfinite,
-                    "images_per_second": (nimg - tick_nimg) / (now - tick_time),
-                    "seconds": now - start_time,
-                    "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
-                    "gpu_mem_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
-                    "time": now,
-                }
-                journal.report(fields)
-                journal.log(status_line(fields, config.duration))
-                if fields["nonfinite_gradients"] > 0:
-                    journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
-                if math.isnan(fields["loss"]):
-                    raise RunError(
-                        f"the loss is not finite at {nimg} images: lower --lr or --ls, or use --precision=bf16 or "
-                        f"fp32; repeating the command continues from the last training state in {outdir}"
-                    )
-                tick_time, tick_nimg, tick_nonfinite = now, nimg, int(nonfinite)
-
-            # Network snapshots and a picture of what they make.
-            if rank == 0 and previews is not None and due(config.snapshot, nimg):
-                averaged = ema.get()
-                for std, (ema_net, suffix) in zip(ema.stds, averaged, strict=True):
-                    metadata = {
-                        "nimg": nimg,
-                        "ema_std": std,
-                        "config": config.to_json(),
-                        "dataset": dataclasses.asdict(config.dataset),
-                    }
-                    path = outdir / f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
-                    save_network(path, _as_precond(ema_net), encoder, metadata)
-                previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
-
-            # Training state.
-            if rank == 0 and nimg > start_nimg and (due(config.checkpoint, nimg) or suspended):
-                path = outdir / f"training-state-{nimg // 1000:07d}.pt"
-                checkpoint.save_state(
-                    path,
-                    {
-                        "net": net.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "ema": ema.state_dict(),
-                        "stats": stats.state_dict(),
-                        "nonfinite": int(nonfinite),
-                        "nimg": nimg,
-                        "seconds": time.time() - start_time,
-                        "code_version": code_version(),
-                    },
+        # Status: what happened since the last one.
+        if due(config.status, nimg):
+            now = time.time()
+            fields = {
+                "nimg": nimg,
+                **stats.collect(),
+                "lr": learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg),
+                "nonfinite_gradients": int(nonfinite) - tick_nonfinite,
+                "images_per_second": (nimg - tick_nimg) / (now - tick_time),
+                "seconds": now - start_time,
+                "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
+                "gpu_mem_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
+                "time": now,
+            }
+            journal.report(fields)
+            journal.log(status_line(fields, config.duration))
+            if fields["nonfinite_gradients"] > 0:
+                journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
+            if math.isnan(fields["loss"]):
+                raise RunError(
+                    f"the loss is not finite at {nimg} images: start in a new --outdir with a lower --lr or --ls; "
+                    f"or repeat the command with --precision=bf16 or fp32 to go on from the last training state"
                 )
-            if done or suspended:
-                break
+            tick_time, tick_nimg, tick_nonfinite = now, nimg, int(nonfinite)
 
-            # One optimiser step on `batch` images.
-            gradients.zero_()
-            normalize_weights_(net)
-            with effective_weights(net):
-                for first in range(nimg + part[0], nimg + part[1], batch_gpu):
-                    seeds = image_seeds(config.seed, np.arange(first, first + batch_gpu))
-                    rnd = StackedRandomGenerator(device, seeds.tolist())
-                    if config.dropout > 0:
-                        torch.manual_seed(int(seeds[0]))
-                    images, labels = next(batches)
-                    images = encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
-                    sigma = loss_fn.noise_levels(rnd.randn([batch_gpu]))
-                    noise = rnd.randn(images.shape)
-                    loss = loss_fn(net, images, labels.to(device, non_blocking=True), sigma=sigma, noise=noise)
-                    stats.report("loss", loss.mean(dim=(1, 2, 3)))
-                    (loss.sum() * (config.ls / config.batch)).backward()
-            distributed.all_reduce_sum_(gradients)
-            if config.ls != 1:
-                gradients /= config.ls
-            nonfinite += (~gradients.isfinite()).sum()
-            torch.nan_to_num(gradients, nan=0, posinf=0, neginf=0, out=gradients)
-            lr = learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            nimg += config.batch
-            ema.update(nimg, config.batch)
-            journal.advance(config.batch)
+        # Network snapshots and a picture of what they make.
+        if rank == 0 and previews is not None and due(config.snapshot, nimg):
+            averaged = ema.get()
+            for std, (ema_net, suffix) in zip(ema.stds, averaged, strict=True):
+                metadata = {
+                    "nimg": nimg,
+                    "ema_std": std,
+                    "config": config.to_json(),
+                    "dataset": dataclasses.asdict(config.dataset),
+                }
+                path = outdir / f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
+                save_network(path, _as_precond(ema_net), encoder, metadata)
+            previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
+
+        # Training state.
+        if rank == 0 and nimg > start_nimg and (due(config.checkpoint, nimg) or suspended):
+            path = outdir / f"training-state-{nimg // 1000:07d}.pt"
+            checkpoint.save_state(
+                path,
+                {
+                    "net": net.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "ema": ema.state_dict(),
+                    "stats": stats.state_dict(),
+                    "nonfinite": int(nonfinite),
+                    "nimg": nimg,
+                    "seconds": time.time() - start_time,
+                    "code_version": code_version(),
+                },
+            )
+        if done or suspended:
+            break
+
+        # One optimiser step on `batch` images.
+        gradients.zero_()
+        normalize_weights_(net)
+        with effective_weights(net):
+            for first in range(nimg + part[0], nimg + part[1], batch_gpu):
+                seeds = image_seeds(config.seed, np.arange(first, first + batch_gpu))
+                rnd = StackedRandomGenerator(device, seeds.tolist())
+                if config.dropout > 0:
+                    torch.manual_seed(int(seeds[0]))
+                images, labels = next(batches)
+                images = encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
+                sigma = loss_fn.noise_levels(rnd.randn([batch_gpu]))
+                noise = rnd.randn(images.shape)
+                loss = loss_fn(net, images, labels.to(device, non_blocking=True), sigma=sigma, noise=noise)
+                stats.report("loss", loss.mean(dim=(1, 2, 3)))
+                (loss.sum() * (config.ls / config.batch)).backward()
+        distributed.all_reduce_sum_(gradients)
+        if config.ls != 1:
+            gradients /= config.ls
+        nonfinite += (~gradients.isfinite()).sum()
+        torch.nan_to_num(gradients, nan=0, posinf=0, neginf=0, out=gradients)
+        lr = learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        nimg += config.batch
+        ema.update(nimg, config.batch)
+        journal.advance(config.batch)
 
     journal.log(
         f"Done: {nimg} images in {outdir}" if done else f"Suspended at {nimg} images; repeat the command to go on"
     )
-    journal.close()
 
 
 def status_line(fields: dict[str, float], duration: int) -> str:
