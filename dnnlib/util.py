@@ -58,11 +58,8 @@ class CommandLine(click.Command):
         with _one_line_errors():
             for param in self.params:
                 value = ctx.params.get(param.name or "")
-                if (
-                    isinstance(value, float)
-                    and not math.isfinite(value)
-                    and value != float(param.get_default(ctx) or 0)
-                ):
+                # Infinity is for options whose default it is.
+                if isinstance(value, float) and not math.isfinite(value) and str(value) != str(param.default):
                     raise UserError(f"{param.opts[0]} must be a finite number, not {value}")
             return super().invoke(ctx)
 

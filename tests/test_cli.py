@@ -246,6 +246,7 @@ def test_other_data_under_the_same_name(run, tmp_path):
 
 def test_damaged_options_file(tmp_path):
     (tmp_path / "training_options.json").write_text("{")
+    (tmp_path / "training-state-0000001.pt").write_bytes(b"")
     fails_with(
         run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY), "training_options.json: not the options"
     )
