@@ -198,14 +198,16 @@ def test_bad_data(tmp_path):
 
 
 def test_damaged_image_in_a_loader_process(tmp_path):
-    files = random_images(40)
-    files["00000/img00000007.png"] = files["00000/img00000007.png"][:100]
+    files = random_images(150)
+    # One that is not among the 100 of reals.png, so that the loader meets it first.
+    name = f"00000/img{np.random.default_rng(0).permutation(150)[100]:08d}.png"
+    files[name] = files[name][:100]
     data = make_dataset(tmp_path / "data.zip", files)
     for workers in (0, 1):
         result = run_cli(
             train, f"--outdir={tmp_path / 'run'}", f"--data={data}", "--cond=0", *TINY, f"--workers={workers}"
         )
-        fails_with(result, f"{data}: cannot read 00000/img00000007.png")
+        fails_with(result, f"{data}: cannot read {name}")
 
 
 def test_outdir_of_another_run(run):

@@ -139,12 +139,12 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if config.workers > 0 else None,
     )
-    batches = iter(loader)
     previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
     journal.start(nimg, config.duration)
     start_nimg, tick_nimg, tick_nonfinite = nimg, nimg, int(nonfinite)
     start_time, tick_time = time.time() - seconds, time.time()
     net.train()
+    batches = iter(loader)  # last, since loader processes do not like it when the start fails
 
     def due(interval: int, nimg: int) -> bool:
         return nimg > start_nimg and (nimg >= config.duration or (interval > 0 and nimg % interval == 0))
