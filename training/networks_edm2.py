@@ -41,8 +41,8 @@ def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -
     if mode == "keep":
         return x
     assert len(f) % 2 == 0, f"the filter needs an even number of taps, not {len(f)}"
-    taps = torch.tensor(f, dtype=torch.float32, device=x.device)
-    taps = taps / taps.sum()
+    # Filled in place: copying them to a GPU would make it wait.
+    taps = torch.cat([x.new_full([1], tap / sum(f), dtype=torch.float32) for tap in f])
     channels, pad = x.shape[1], (len(f) - 1) // 2
     kernel = torch.outer(taps, taps).to(x.dtype).expand(channels, 1, -1, -1)
     if mode == "down":
@@ -410,7 +410,7 @@ class Precond(nn.Module):
             D(x; sigma), float32, shaped like `x`; with `return_logvar` also float32 [N, 1, 1, 1] (or [1, 1, 1, 1]).
         """
         x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        sigma = torch.as_tensor(sigma).float().to(x.device).reshape(-1, 1, 1, 1)
         if self.label_dim == 0:
             class_labels = None
         elif class_labels is None:
