@@ -2,6 +2,7 @@
 FROM nvcr.io/nvidia/pytorch:25.01-py3
 
 ENV PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
     PIP_NO_CACHE_DIR=1
 
 # The image brings torch, NumPy and most of the rest; these may be missing.

@@ -13,6 +13,8 @@ from torch_utils import distributed, misc
 from training.generation import generate_images, image_path
 from training.snapshot import load_network
 
+MAX_GRID = 10_000
+
 
 def parse_seeds(text: str) -> list[int]:
     seeds = parse_int_list(text)
@@ -209,37 +211,36 @@ def main(
     if guidance_interval is not None:
         opts["guidance_interval"] = guidance_interval
     distributed.init()
-    try:
+    with distributed.fail_together():
         target = misc.select_device(device)
-        main_snapshot = load_network(net, target)
-        guide_snapshot = load_network(gnet, target) if gnet is not None else None
-        if guide_snapshot is not None and guide_snapshot.metadata["encoder"] != main_snapshot.metadata["encoder"]:
-            raise UserError(f"--gnet={gnet} works on other latents than --net={net}: they must share an encoder")
-        guide = guide_snapshot.net if guide_snapshot is not None else None
-        for network in (main_snapshot.net, guide):
-            if network is not None:
-                network.precision = misc.resolve_precision(precision, target)
-        suffix = main_snapshot.encoder.output_suffix(main_snapshot.net.img_channels)
-        files = [image_path(outdir, seed, subdirs, suffix) for seed in seeds]
+        misc.set_up_device(target)
+        snapshot = load_network(net, target)
+        guide = load_network(gnet, target) if gnet is not None else None
+        snapshot.net.precision = misc.resolve_precision(precision, target)
+        if guide is not None:
+            guide.net.precision = snapshot.net.precision
+            if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
+                raise UserError(f"--gnet={gnet} works on other latents than --net={net}: they must share an encoder")
+        suffix = snapshot.encoder.output_suffix(snapshot.net.img_channels)
         if grid is not None and suffix != ".png":
             raise UserError("--grid needs a network that makes pixels; this one makes latents")
+        if grid is not None and len(seeds) > MAX_GRID:
+            raise UserError(f"--grid shows at most {MAX_GRID} images, not {len(seeds)}")
+        files = [image_path(outdir, seed, subdirs, suffix) for seed in seeds]
         todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
-        distributed.barrier()  # all have looked before any writes
-        distributed.print0(
-            f"Generating {len(todo)} images to {outdir}"
-            + (f" ({len(seeds) - len(todo)} are there)" if skip_existing else "")
-        )
+        guide_net = guide.net if guide is not None else None
         images = generate_images(
-            main_snapshot.net, guide, main_snapshot.encoder, outdir, subdirs, todo, device=target, **opts
+            snapshot.net, guide_net, snapshot.encoder, outdir, subdirs, todo, device=target, **opts
         )
-        for _batch in images:
-            pass
-        distributed.barrier()
-        if grid is not None and distributed.get_rank() == 0:
-            draw_grid(grid, files)
-            print(f"Contact sheet: {grid}")
-    finally:
-        distributed.shutdown()
+    there = f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""
+    distributed.print0(f"Generating {len(todo)} images to {outdir}{there}")
+    for _batch in images:
+        pass
+    distributed.barrier()
+    if grid is not None and distributed.get_rank() == 0:
+        draw_grid(grid, files)
+        print(f"Contact sheet: {grid}")
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dnnlib.util import CommandLine, UserError, parse_int_list, parse_nimg, pars
 from torch_utils import distributed, misc
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
-from training.encoders import encoder_for, final_channels
+from training.encoders import final_channels
 from training.phema import parse_std_list
 from training.presets import TRAINING_PRESETS
 from training.training_loop import build_network, training_loop
@@ -31,8 +31,8 @@ def parse_stds(text: str) -> tuple[float, ...]:
     return stds
 
 
-def make_config(opts: dict[str, Any]) -> TrainConfig:
-    """Preset and explicit options -> a checked configuration.
+def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
+    """Preset and explicit options -> a checked configuration, and its data.
 
     Raises:
         UserError: an option or the data does not fit; the message names it.
@@ -54,7 +54,7 @@ def make_config(opts: dict[str, Any]) -> TrainConfig:
     config = TrainConfig(**{**TRAINING_PRESETS[preset], **explicit}, dataset=dataset.info())
     check_numbers(config)
     dataset.verify()
-    return config
+    return config, dataset
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -79,12 +79,15 @@ def check_numbers(config: TrainConfig) -> None:
             f"--batch={config.batch} is not divisible by processes x --batch-gpu = {processes} x {batch_gpu}: "
             f"change one of them"
         )
-    for name in ("status", "snapshot", "checkpoint"):
-        if getattr(config, name) % config.batch != 0:
-            raise UserError(
-                f"--{name}={getattr(config, name)} is not a multiple of --batch={config.batch}: change one of them"
-            )
-        if name != "status" and 0 < getattr(config, name) < MIN_INTERVAL:
+    intervals = {name: getattr(config, name) for name in ("status", "snapshot", "checkpoint")}
+    uneven = [f"--{name}={interval}" for name, interval in intervals.items() if interval % config.batch != 0]
+    if uneven:
+        raise UserError(
+            f"{', '.join(uneven)} must be multiples of --batch={config.batch} (or 0 = only at the end); "
+            f"what is not given comes from the preset"
+        )
+    for name in ("snapshot", "checkpoint"):
+        if 0 < intervals[name] < MIN_INTERVAL:
             raise UserError(
                 f"--{name} must be at least {MIN_INTERVAL} images (names count thousands), or 0 = only at the end"
             )
@@ -96,23 +99,25 @@ def check_numbers(config: TrainConfig) -> None:
         )
 
 
-def summarize(config: TrainConfig, outdir: Path, img_channels: int) -> None:
+def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset) -> None:
     with torch.device("meta"):  # only counted
-        net = build_network(config, img_channels)
+        net = build_network(config, final_channels(dataset))
     options = {key: value for key, value in config.to_json().items() if key != "dataset"}
-    distributed.print0(json.dumps({"outdir": str(outdir), **options}, indent=2))
     data = config.dataset
-    distributed.print0(
-        f"Dataset:     {data.count} images, {data.resolution}x{data.resolution}x{data.channels}, "
-        f"{data.label_dim} classes"
-    )
-    distributed.print0(f"Network:     {sum(p.numel() for p in net.parameters())} parameters")
-    distributed.print0(f"Processes:   {distributed.get_world_size()} on {misc.select_device(config.device)}")
-    resolutions = {data.resolution >> level for level in range(len(config.channel_mult))}
-    if config.attn_resolutions and not resolutions & set(config.attn_resolutions):
+    for key, value in {"outdir": str(outdir), **options}.items():
+        distributed.print0(f"{key + ':':<18s}{json.dumps(value)}")
+    distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
+    distributed.print0(f"Classes:          {data.label_dim}")
+    distributed.print0(f"Network:          {sum(p.numel() for p in net.parameters())} parameters")
+    distributed.print0(f"Processes:        {distributed.get_world_size()} on {misc.select_device(config.device).type}")
+
+
+def note_missing_attention(config: TrainConfig) -> None:
+    resolutions = [config.dataset.resolution >> level for level in range(len(config.channel_mult))]
+    if config.attn_resolutions and not set(resolutions) & set(config.attn_resolutions):
         distributed.print0(
             f"Note: no level has a resolution of --attn-resolutions={','.join(map(str, config.attn_resolutions))} "
-            f"(levels: {', '.join(map(str, sorted(resolutions, reverse=True)))}); only the coarsest block has attention"
+            f"(levels: {', '.join(map(str, resolutions))}); only the coarsest block has attention"
         )
 
 
@@ -246,16 +251,15 @@ def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
           --outdir=training-runs/img512-s --data=datasets/img512-sd.zip --preset=edm2-img512-s --batch-gpu=32
     """
     distributed.init()
-    try:
-        config = make_config(opts)
-        dataset = ImageFolderDataset(config.data, use_labels=config.cond)
-        summarize(config, outdir, final_channels(dataset, encoder_for(dataset)))
-        if dry_run:
-            distributed.print0("Dry run; exiting.")
-            return
-        training_loop(config, outdir, resume)
-    finally:
-        distributed.shutdown()
+    with distributed.fail_together():
+        config, dataset = make_config(opts)
+    note_missing_attention(config)
+    if dry_run:
+        print_config(config, outdir, dataset)
+        distributed.print0("Dry run; exiting.")
+    else:
+        training_loop(config, dataset, outdir, resume)
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

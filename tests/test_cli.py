@@ -107,13 +107,13 @@ def test_units(tmp_path):
     result = run_cli(
         train, f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits", "--duration=1.5Gi", "--snapshot=2Mi", "-n"
     )
-    assert '"duration": 1610612736' in result.output
-    assert '"snapshot": 2097152' in result.output
+    assert "duration:         1610612736" in result.output
+    assert "snapshot:         2097152" in result.output
 
 
 def test_fp16_alias(tmp_path):
     common = [f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits", "-n"]
-    assert '"precision": "fp32"' in run_cli(train, *common, "--fp16=0").output
+    assert 'precision:        "fp32"' in run_cli(train, *common, "--fp16=0").output
     fails_with(run_cli(train, *common, "--fp16=0", "--precision=bf16"), "--fp16=0 contradicts --precision=bf16")
 
 
@@ -129,9 +129,9 @@ def test_attention_that_is_nowhere_is_noted(tmp_path):
     [
         (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs"]),
         (["--batch=100", "--batch-gpu=33"], ["--batch=100 is not divisible by processes x --batch-gpu = 1 x 33"]),
-        (["--status=100"], ["--status=100 is not a multiple of --batch=128"]),
-        (["--snapshot=1000"], ["--snapshot=1000 is not a multiple of --batch=128"]),
-        (["--checkpoint=129"], ["--checkpoint=129 is not a multiple"]),
+        (["--status=100"], ["--status=100 must be multiples of --batch=128"]),
+        (["--snapshot=1000"], ["--snapshot=1000 must be multiples of --batch=128"]),
+        (["--checkpoint=129"], ["--checkpoint=129 must be multiples"]),
         (["--snapshot=512"], ["--snapshot must be at least 1000 images"]),
         (["--duration=12Xi"], ["--duration", "'12Xi' is not a number of images"]),
         (["--duration=0"], ["--duration must be at least 1"]),

@@ -9,7 +9,7 @@ import torch
 from conftest import DIGITS, make_dataset, npy, png, random_images
 
 from dnnlib.util import UserError
-from training.dataset import ImageFolderDataset, RunSampler, collate, dataset_indices, ignore_interrupts
+from training.dataset import ImageFolderDataset, RunSampler, collate, dataset_indices, leave_process_group
 from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for, final_channels
 
 GOLDEN_SUBSETS = np.load(DIGITS.parent.parent / "tests" / "golden" / "dataset_tool.npz")
@@ -117,7 +117,7 @@ def test_subsets(tmp_path, count, size, seed):
     image = random_images(1)["00000/img00000000.png"]
     path = make_dataset(tmp_path / "data.zip", {f"{i:05d}.png": image for i in range(count)})
     dataset = ImageFolderDataset(path, max_size=size, random_seed=seed)
-    chosen = [int(dataset._names[i].split(".")[0]) for i in dataset._indices]
+    chosen = [int(dataset._name(i).split(".")[0]) for i in range(size)]
     assert chosen == GOLDEN_SUBSETS[f"subset_of{count}_max{size}_seed{seed}"].tolist()
     assert len(dataset) == size
 
@@ -153,7 +153,7 @@ def test_loader_processes_give_the_same_batches():
         )
         return [images for images, _labels in (x for _, x in zip(range(3), loader, strict=False))]
 
-    spawned = batches(num_workers=2, multiprocessing_context="spawn", worker_init_fn=ignore_interrupts)
+    spawned = batches(num_workers=2, multiprocessing_context="spawn", worker_init_fn=leave_process_group)
     for a, b in zip(batches(), spawned, strict=True):
         assert torch.equal(a, b)
 
@@ -299,7 +299,7 @@ def test_encoder_follows_the_data(tmp_path):
     rng = np.random.default_rng(0)
     vae_latents = dataset("vae", rng.normal(size=[2, 8, 4, 4]).astype(np.float32))
     assert isinstance(encoder_for(vae_latents), StabilityVAEEncoder)
-    assert final_channels(vae_latents, encoder_for(vae_latents)) == 4
+    assert final_channels(vae_latents) == 4
     raw = dataset(
         "raw", (rng.normal(size=[200, 3, 4, 4]) * [[[2]], [[3]], [[4]]] + [[[1]], [[0]], [[-1]]]).astype(np.float32)
     )
@@ -397,3 +397,15 @@ def test_damaged_compressed_entry(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="cannot read 00000/img00000001.png"):
         ImageFolderDataset(path).verify()
+
+
+def test_verify_reads_headers_only(tmp_path, monkeypatch):
+    latents = {f"{i}.npy": npy(np.zeros([8, 4, 4], np.float32)) for i in range(3)}
+    for files in (latents, random_images(3)):
+        dataset = ImageFolderDataset(make_dataset(tmp_path / f"{len(list(tmp_path.iterdir()))}.zip", files))
+        with monkeypatch.context() as m:
+            m.setattr(ImageFolderDataset, "_decode", lambda *args: 1 / 0)
+            dataset.verify()
+    odd = {**latents, "odd.npy": npy(np.zeros([8, 5, 5], np.float32))}
+    with pytest.raises(UserError, match="odd.npy is 5x5 with 8 channels"):
+        ImageFolderDataset(make_dataset(tmp_path / "odd.zip", odd)).verify()

@@ -136,6 +136,14 @@ def test_attention_does_not_vanish_on_narrow_networks():
     assert "unet.enc.8x8_block0.attn_qkv.weight" in net.state_dict()
 
 
+def test_heads_divide_the_channels():
+    net = Precond(8, 1, 0, precision="fp32", model_channels=150, channel_mult=[1], num_blocks=1, attn_resolutions=[8])
+    assert net.unet.enc["8x8_block0"].num_heads == 2
+    net = tiny_network(model_channels=25, channels_per_head=8, channel_mult=[1], attn_resolutions=[8])  # not 3 heads
+    assert net.unet.enc["8x8_block0"].num_heads == 1
+    assert net(torch.randn(1, 1, 8, 8), torch.tensor(1.0)).shape == (1, 1, 8, 8)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="resolution 12 is not divisible by 8"):
         Precond(12, 3, 0, channel_mult=[1, 2, 3, 4])

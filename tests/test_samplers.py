@@ -143,5 +143,6 @@ def test_random_numbers_depend_on_the_seed_alone():
     assert torch.equal(together.randint(10, [3, 6])[2:], alone.randint(10, [1, 6]))
     x = torch.zeros(1, 3, dtype=torch.float64)
     assert alone.randn_like(x).dtype == torch.float64
+    assert alone.randn([1, 2], device="cpu").shape == (1, 2)
     with pytest.raises(AssertionError):
         together.randn([2, 4])

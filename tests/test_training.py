@@ -226,43 +226,50 @@ def test_color_images_in_loader_processes(tmp_path):
     assert result.exit_code == 0, result.output
 
 
-def test_interrupted_run_saves_its_state_and_continues(tmp_path):
-    command = [
-        sys.executable,
-        "train_edm2.py",
-        f"--outdir={tmp_path}",
-        f"--data={DIGITS}",
-        *TINY,
-        "--duration=100Mi",
-        "--status=256",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_run_saves_its_state_and_continues(tmp_path, sig):
+    command = [sys.executable, "train_edm2.py", f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY]
+    process = subprocess.Popen(
+        [*command, "--duration=100Mi", "--status=256", "--workers=1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("nimg"):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, sig)  # as terminals and torchrun do: loader processes are in the group, too
             break
-    output, _ = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 0
-    suspended_at = int(re.search(r"Suspended at (\d+) images", output)[1])
+    assert "Traceback" not in errors
+    assert "the state is saved first" in errors
+    match = re.search(r"Suspended at (\d+) images", output)
+    assert match
+    suspended_at = int(match[1])
     saved = state(tmp_path, suspended_at // 1000)
     assert saved["nimg"] == suspended_at
     result = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, f"--duration={suspended_at + 256}")
     assert f"Resuming at {suspended_at} images" in result.output
 
 
-def test_killed_while_saving_loses_nothing(finished, tmp_path):
-    command = [sys.executable, "train_edm2.py", f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--duration=100Mi"]
+def test_killed_while_saving_loses_nothing(tmp_path):
+    killed = tmp_path / "killed"
+    command = [sys.executable, "train_edm2.py", f"--outdir={killed}", f"--data={DIGITS}", *TINY, "--duration=100Mi"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
-    while not list(tmp_path.glob(".*.tmp")) or not list(tmp_path.glob("training-state-*.pt")):  # caught in the act
+    # Until it is caught in the act, with a state before that.
+    while not list(killed.glob(".*.tmp")) or not list(killed.glob("training-state-*.pt")):
         assert time.time() < deadline
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    result = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--duration=1024")
-    assert result.exit_code == 0, result.output
-    assert "Resuming at" in result.output
-    assert_same_state(state(tmp_path), state(finished))
+    newest = torch.load(max(killed.glob("training-state-*.pt")), weights_only=True)["nimg"]
+    result = run_cli(train, f"--outdir={killed}", f"--data={DIGITS}", *TINY, f"--duration={newest + 1024}")
+    assert f"Resuming at {newest} images" in result.output
+    whole = run_dir(tmp_path / "whole", f"--duration={newest + 1024}")
+    assert_same_state(state(killed, (newest + 1024) // 1000), state(whole, (newest + 1024) // 1000))
 
 
 def test_non_finite_gradients_are_replaced_and_reported(tmp_path, monkeypatch):

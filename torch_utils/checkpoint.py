@@ -31,13 +31,12 @@ def restore_newest_state(
     pattern: str,
     restore: Callable[[dict[str, Any]], None],
     log: Callable[[str], None],
-    device: torch.device | str = "cpu",
 ) -> bool:
     """Restore the newest state of a directory that can be.
 
     Args:
         pattern: regular expression that the whole file name matches, its first group a number that grows.
-        restore: puts a state into effect; may fail on one that is incomplete.
+        restore: puts a state (on the CPU) into effect; may fail on one that is incomplete.
         log: told about damaged files, which are skipped.
 
     Returns:
@@ -49,8 +48,10 @@ def restore_newest_state(
     found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := re.fullmatch(pattern, path.name))]
     for _number, path in sorted(found, reverse=True):
         try:
-            restore(torch.load(path, map_location=device, weights_only=True))
+            restore(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
             return True
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as err:  # a damaged file can fail in any way
             reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
             log(f"Warning: {path} is damaged and skipped ({reason})")

@@ -40,18 +40,28 @@ def print0(message: str) -> None:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    if get_world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # on the CPU: no GPU needs to be chosen yet
 
 
 @contextmanager
-def rank0_first() -> Iterator[None]:
-    """Run the block on rank 0, then on all others (for files that one process prepares for everybody)."""
-    if get_rank() != 0:
-        barrier()
-    yield
-    if get_rank() == 0:
-        barrier()
+def fail_together() -> Iterator[None]:
+    """Where the block fails on some process, the first of them raises its error and all others leave quietly.
+
+    The block must not communicate.
+    """
+    error = None
+    try:
+        yield
+    except Exception as err:
+        error = err
+    failed = torch.tensor([get_rank() if error is not None else get_world_size()])
+    if get_world_size() > 1:
+        dist.all_reduce(failed, op=dist.ReduceOp.MIN)
+    if error is not None and failed.item() == get_rank():
+        raise error
+    if failed.item() < get_world_size():
+        raise SystemExit(1)
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +75,7 @@ def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
     """Copy rank 0's values to all processes, in place."""
     if get_world_size() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor.detach(), src=0)
 
 
 def any_rank(flag: bool) -> bool:
@@ -97,6 +107,8 @@ class SuspendSignals:
             signal.signal(sig, handler)
 
     def _handle(self, sig: int, _frame) -> None:
+        if not self.received and get_rank() == 0:
+            os.write(2, b"\nStopping: the state is saved first. Ctrl-C once more stops at once, without it.\n")
         self.received = True
         if sig == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

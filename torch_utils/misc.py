@@ -23,13 +23,23 @@ def select_device(name: str) -> torch.device:
     Raises:
         UserError: the device is not available.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    alone = distributed.get_world_size() == 1  # processes cannot exchange tensors on MPS
+    available = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         there = ", ".join(kind for kind, ok in available.items() if ok)
         raise UserError(f"--device={name} is not available on this machine (available: {there})")
     return torch.device("cuda", distributed.get_local_rank()) if name == "cuda" else torch.device(name)
+
+
+def set_up_device(device: torch.device) -> None:
+    """Make a GPU the current one, with float32 arithmetic that is float32."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -42,10 +42,12 @@ class Collector:
         return result
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self.moments)
+        """What has been taken in by all processes; to be called by all of them."""
+        return {name: distributed.all_reduce_sum_(self.moments[name].clone()) for name in sorted(self.moments)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.moments = {name: moments.to(self.device, self.dtype) for name, moments in state.items()}
+        share = 1 if distributed.get_rank() == 0 else 0
+        self.moments = {name: share * moments.to(self.device, self.dtype) for name, moments in state.items()}
 
 
 class Journal:
@@ -69,8 +71,9 @@ class Journal:
             except BlockingIOError:
                 self.lock.close()
                 raise UserError(f"{outdir} is in use by another training run: wait for it, or stop it") from None
-            for partial in outdir.glob(".*.tmp"):
-                partial.unlink()
+            for name in ("training", "network-snapshot", "fakes", "reals", "stats"):
+                for partial in outdir.glob(f".{name}*.tmp"):
+                    partial.unlink()
         hidden = not self.active or not sys.stderr.isatty()
         self.progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
         self.tensorboard = None
@@ -86,14 +89,15 @@ class Journal:
         if self.active:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
 
-            self.tensorboard = SummaryWriter(self.outdir, purge_step=nimg)
+            self.tensorboard = SummaryWriter(self.outdir, purge_step=nimg + 1)
             path = self.outdir / "stats.jsonl"
             if path.is_file():
                 lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
                     f.writelines(line + "\n" for line in lines)
         self.progress.reset(duration)
-        self.progress.update(nimg)
+        self.progress.initial = self.progress.n = self.progress.last_print_n = nimg  # done before, not just now
+        self.progress.refresh()
 
     def advance(self, count: int) -> None:
         self.progress.update(count)
@@ -104,7 +108,7 @@ class Journal:
             # NaN and infinity are no JSON.
             line = json.dumps({k: v if math.isfinite(v) else None for k, v in fields.items()})
             append_line(self.outdir / "stats.jsonl", line)
-            for name, value in fields.items():
+            for name, value in fields.items() - {("nimg", fields["nimg"]), ("time", fields["time"])}:
                 self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
             self.tensorboard.flush()
 

@@ -28,7 +28,11 @@ OPTION_NAMES = {"P_mean": "--P_mean", "P_std": "--P_std", "rampup_Mimg": "--pres
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Each field is the command line option of that name; numbers of images are absolute."""
+    """A training run. Each field is the command line option of that name; numbers of images are absolute.
+
+    P_mean and P_std describe ln(sigma) in training (EDM2, Table 6), `lr` and `decay` are the reference learning rate
+    and batch count of `learning_rate_schedule`, `ema_std` the relative widths of the EMA profiles.
+    """
 
     data: str
     preset: str

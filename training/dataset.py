@@ -1,11 +1,11 @@
 """Images and latents from a folder or a ZIP file, and the order in which training sees them."""
 
+import functools
 import hashlib
 import io
 import json
 import mmap
 import os
-import signal
 import struct
 import zipfile
 import zlib
@@ -23,12 +23,13 @@ from dnnlib.util import UserError
 # Signature, length of the first chunk (skipped), its type, width, height, bits per sample, color type.
 PNG_HEADER = struct.Struct(">8s4x4sIIBB")
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; palettes become RGB
+HEADER_BYTES = 256  # enough for the headers of PNG and .npy
 MAX_LABEL = 10**6
 FINGERPRINT_SAMPLES = 1024
 
 
 class _Folder:
-    """Files below a directory, by relative name."""
+    """Files below a directory, sorted by relative name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -37,71 +38,76 @@ class _Folder:
         )
         self.names = sorted(file.relative_to(path).as_posix() for file in files)
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def read(self, idx: int) -> bytes:
+        return (self.path / self.names[idx]).read_bytes()
 
-    def read_start(self, name: str, size: int) -> bytes:
-        with open(self.path / name, "rb") as f:
+    def read_start(self, idx: int, size: int) -> bytes:
+        with open(self.path / self.names[idx], "rb") as f:
             return f.read(size)
 
-    def size(self, name: str) -> int:
-        return (self.path / name).stat().st_size
+    def size(self, idx: int) -> int:
+        return (self.path / self.names[idx]).stat().st_size
 
-    def crc(self, name: str) -> int:
-        return zlib.crc32(self.read(name))
+    def crc(self, idx: int) -> int:
+        return zlib.crc32(self.read(idx))
 
 
 class _Zip:
-    """Entries of a ZIP file. The directory is read once; entries then come from a memory map, so processes and
-    threads can read at the same time."""
+    """Entries of a ZIP file, sorted by name. The directory is read once, into arrays; entries then come from a memory
+    map, so processes and threads can read at the same time."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                self.entries = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+                infos = [info for info in archive.infolist() if not info.is_dir()]
         except zipfile.BadZipFile as err:
             raise UserError(f"{path}: not a complete ZIP file ({err}): copy or convert it again") from None
-        self.names = sorted(name for name in self.entries if not Path(name).name.startswith("."))
+        infos = sorted((i for i in infos if not Path(i.filename).name.startswith(".")), key=lambda i: i.filename)
+        self.names = [info.filename for info in infos]
+        fields = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
+        self.offsets, self.stored_sizes, self.sizes, self.crcs, self.methods = (
+            np.array(fields, np.int64).reshape(-1, 5).T
+        )
         self._map: mmap.mmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}
 
-    def _stored(self, name: str) -> memoryview:
+    def _stored(self, idx: int) -> memoryview:
         """The bytes of an entry as they lie in the file."""
         if self._map is None:
             with open(self.path, "rb") as f:
                 self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        info = self.entries[name]
+        offset = int(self.offsets[idx])
         # Local file header: 30 bytes, the lengths of name and extra field at 26 and 28.
-        name_len, extra_len = struct.unpack_from("<HH", self._map, info.header_offset + 26)
-        start = info.header_offset + 30 + name_len + extra_len
-        return memoryview(self._map)[start : start + info.compress_size]
+        name_len, extra_len = struct.unpack_from("<HH", self._map, offset + 26)
+        start = offset + 30 + name_len + extra_len
+        return memoryview(self._map)[start : start + int(self.stored_sizes[idx])]
 
-    def read(self, name: str) -> bytes | memoryview:
-        data, method = self._stored(name), self.entries[name].compress_type
+    def read(self, idx: int) -> bytes | memoryview:
+        data, method = self._stored(idx), int(self.methods[idx])
         if method == zipfile.ZIP_STORED:
             return data
         if method == zipfile.ZIP_DEFLATED:
             return zlib.decompress(data, wbits=-15)
         raise ValueError(f"ZIP compression method {method} is not supported: store the file uncompressed")
 
-    def read_start(self, name: str, size: int) -> bytes:
-        return bytes(self.read(name)[:size])
+    def read_start(self, idx: int, size: int) -> bytes:
+        return bytes(self.read(idx)[:size])
 
-    def size(self, name: str) -> int:
-        return self.entries[name].file_size
+    def size(self, idx: int) -> int:
+        return int(self.sizes[idx])
 
-    def crc(self, name: str) -> int:
-        return self.entries[name].CRC
+    def crc(self, idx: int) -> int:
+        return int(self.crcs[idx])
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What identifies a dataset: two with equal fields train alike.
+    """What identifies a dataset.
 
-    `content_hash` is the SHA-256 of all names and sizes and of the CRC-32 of up to 1024 evenly spaced entries;
+    `content_hash` is the SHA-256 of all names, sizes and labels and of the CRC-32 of up to 1024 evenly spaced images;
     a folder and a ZIP file of the same files agree.
     """
 
@@ -155,23 +161,27 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         else:
             raise UserError(f"{self.path}: no such dataset: give a ZIP file or a folder of images")
         suffixes = {ext for ext, fmt in PIL.Image.registered_extensions().items() if fmt in PIL.Image.OPEN} | {".npy"}
-        self._names = [name for name in self._source.names if Path(name).suffix.lower() in suffixes]
-        if not self._names:
+        names = self._source.names
+        files = np.array([i for i, name in enumerate(names) if os.path.splitext(name)[1].lower() in suffixes], np.int64)
+        if len(files) == 0:
             raise UserError(f"{self.path}: no images found (PNG, JPEG, ... or .npy)")
-        self._all_labels = self._load_labels()
+        labels = self._load_labels([names[i] for i in files])
 
-        indices = np.arange(len(self._names))
+        indices = np.arange(len(files))
         if max_size is not None and len(indices) > max_size:
             np.random.RandomState(random_seed % (1 << 31)).shuffle(indices)
             indices = np.sort(indices[:max_size])
-        self._indices = indices
+        self._files = files[indices]  # positions in the source
+        # Of all images, also those outside a subset.
+        self._label_dim = 0 if labels is None else int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+        self._labels = None if labels is None else labels[indices]
         self._xflip = xflip
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
-        first = self._decode(self._names[int(indices[0])])
+        first = self._decode(0)
         self._shape, self._dtype = first.shape, first.dtype
         if self._shape[1] != self._shape[2]:
-            raise UserError(f"{self.path}: {self._names[int(indices[0])]} is {_size(self._shape)}, not square")
+            raise UserError(f"{self.path}: {self._name(0)} is {_size(self._shape)}, not square")
         if resolution is not None and resolution != self.resolution:
             raise UserError(f"{self.path}: the images are {_size(self._shape)}, not {resolution}x{resolution}")
 
@@ -195,74 +205,79 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     @property
     def label_dim(self) -> int:
         """Length of the label vectors, 0 without labels."""
-        if self._all_labels is None:
-            return 0
-        return int(self._all_labels.max()) + 1 if self._all_labels.ndim == 1 else self._all_labels.shape[1]
+        return self._label_dim
 
     @property
     def has_labels(self) -> bool:
-        return self._all_labels is not None
+        return self._labels is not None
 
     def __len__(self) -> int:
-        return len(self._indices) * (2 if self._xflip else 1)
+        return len(self._files) * (2 if self._xflip else 1)
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        flipped, base = divmod(range(len(self))[idx], len(self._indices))
-        raw_idx = int(self._indices[base])
-        image = self._image(raw_idx)
+        flipped, base = divmod(range(len(self))[idx], len(self._files))
+        image = self._image(base)
         return (image[:, :, ::-1] if flipped else image).copy(), self.get_label(idx)
 
     def get_label(self, idx: int) -> np.ndarray:
         """Label vector of item `idx`, float32 [label_dim]."""
-        raw_idx = int(self._indices[idx % len(self._indices)])
-        if self._all_labels is None:
+        if self._labels is None:
             return np.zeros([0], dtype=np.float32)
-        label = self._all_labels[raw_idx]
+        label = self._labels[idx % len(self._files)]
         if label.ndim == 0:
             one_hot = np.zeros([self.label_dim], dtype=np.float32)
             one_hot[label] = 1
             return one_hot
         return label.copy()
 
+    def keep_in_memory(self, max_bytes: int) -> None:
+        """Cache decoded images from now on, if all of them fit."""
+        if len(self._files) * int(np.prod(self._shape)) * self._dtype.itemsize <= max_bytes and self._cache is None:
+            self._cache = {}
+
     def verify(self) -> None:
-        """Check the size of every image without decoding it.
+        """Check the kind and size of every image by its header.
 
         Raises:
             UserError: one differs from the first; names both.
         """
-        for raw_idx in self._indices:
-            name = self._names[int(raw_idx)]
-            start = self._read(name, PNG_HEADER.size)
-            if len(start) == PNG_HEADER.size:
-                signature, chunk, width, height, bits, color = PNG_HEADER.unpack(start)
-                if signature == b"\x89PNG\r\n\x1a\n" and chunk == b"IHDR" and bits <= 8 and color in PNG_CHANNELS:
-                    self._check(name, (PNG_CHANNELS[color], height, width), np.dtype(np.uint8))
-                    continue
-            self._image(int(raw_idx))
+        for base in range(len(self._files)):
+            name = self._name(base)
+            start = self._read(base, HEADER_BYTES)
+            try:
+                shape, dtype = _npy_header(start) if name.lower().endswith(".npy") else _png_header(start)
+            except ValueError:  # another format, or damaged
+                self._image(base)
+                continue
+            self._check(base, shape, dtype)
 
     def info(self) -> DatasetInfo:
-        names = [self._names[int(i)] for i in self._indices]
         digest = hashlib.sha256()
-        for name in names:
-            digest.update(f"{name}\0{self._source.size(name)}\0".encode())
-        for i in np.linspace(0, len(names) - 1, min(len(names), FINGERPRINT_SAMPLES)).round().astype(int):
-            digest.update(struct.pack("<I", self._source.crc(names[i])))
-        if self._all_labels is not None:
-            digest.update(np.ascontiguousarray(self._all_labels[self._indices]).tobytes())
+        for base, file in enumerate(self._files):
+            digest.update(f"{self._name(base)}\0{self._source.size(int(file))}\0".encode())
+        for base in (
+            np.linspace(0, len(self._files) - 1, min(len(self._files), FINGERPRINT_SAMPLES)).round().astype(int)
+        ):
+            digest.update(struct.pack("<I", self._source.crc(int(self._files[base]))))
+        if self._labels is not None:
+            digest.update(np.ascontiguousarray(self._labels).tobytes())
         return DatasetInfo(len(self), self.resolution, self.num_channels, self.label_dim, digest.hexdigest())
 
-    def _image(self, raw_idx: int) -> np.ndarray:
-        if self._cache is not None and raw_idx in self._cache:
-            return self._cache[raw_idx]
-        name = self._names[raw_idx]
-        image = self._decode(name)
-        self._check(name, image.shape, image.dtype)
+    def _name(self, base: int) -> str:
+        return self._source.names[int(self._files[base])]
+
+    def _image(self, base: int) -> np.ndarray:
+        """Image `base`, not mirrored and not to be changed."""
+        if self._cache is not None and base in self._cache:
+            return self._cache[base]
+        image = self._decode(base)
+        self._check(base, image.shape, image.dtype)
         if self._cache is not None:
-            self._cache[raw_idx] = image
+            self._cache[base] = image
         return image
 
-    def _check(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        first = self._names[int(self._indices[0])]
+    def _check(self, base: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        name, first = self._name(base), self._name(0)
         if dtype != self._dtype:
             raise UserError(
                 f"{self.path}: {name} holds {dtype}, but {first} {self._dtype}: do not mix pixels and latents"
@@ -272,14 +287,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike"
             )
 
-    def _read(self, name: str, size: int | None = None) -> bytes | memoryview:
+    def _read(self, base: int, size: int | None = None) -> bytes | memoryview:
+        idx = int(self._files[base])
         try:
-            return self._source.read(name) if size is None else self._source.read_start(name, size)
+            return self._source.read(idx) if size is None else self._source.read_start(idx, size)
         except (OSError, ValueError, struct.error, zlib.error) as err:
-            raise UserError(f"{self.path}: cannot read {name}: {err}") from None
+            raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
 
-    def _decode(self, name: str) -> np.ndarray:
-        data = self._read(name)
+    def _decode(self, base: int) -> np.ndarray:
+        data, name = self._read(base), self._name(base)
         try:
             return _decode_npy(data) if name.lower().endswith(".npy") else _decode_image(data)
         except PIL.UnidentifiedImageError:
@@ -287,32 +303,32 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         except Exception as err:  # a damaged file can fail in any way
             raise UserError(f"{self.path}: cannot read {name}: {err or type(err).__name__}") from None
 
-    def _load_labels(self) -> np.ndarray | None:
-        """Labels of all files: int64 [n], float32 [n, label_dim], or None."""
+    def _load_labels(self, names: list[str]) -> np.ndarray | None:
+        """Labels of all images: int64 [n], float32 [n, label_dim], or None."""
         if not self.use_labels:
             return None
         if "dataset.json" not in self._source.names:
-            tops = [name.split("/")[0] if "/" in name else None for name in self._names]
+            tops = [name.split("/")[0] if "/" in name else None for name in names]
             classes = sorted({top for top in tops if top is not None})
             if len(classes) < 2 or None in tops:
                 return None
-            return np.array([classes.index(top) for top in tops if top is not None])
+            index = {name: i for i, name in enumerate(classes)}
+            return np.array([index[top] for top in tops if top is not None])
 
         where = f"{self.path}: dataset.json"
         try:
-            listed = json.loads(bytes(self._read("dataset.json"))).get("labels")
+            text = bytes(self._source.read(self._source.names.index("dataset.json")))
+            listed = json.loads(text).get("labels")
             labels = None if listed is None else {name.replace("\\", "/"): label for name, label in listed}
-        except UserError:
-            raise
-        except (ValueError, AttributeError, TypeError, RecursionError) as err:
+        except (ValueError, AttributeError, TypeError, RecursionError, OSError, struct.error, zlib.error) as err:
             raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {err}") from None
         if labels is None:
             return None
-        missing = [name for name in self._names if name not in labels]
+        missing = [name for name in names if name not in labels]
         if missing:
             raise UserError(f"{where} has no label for {len(missing)} images, such as {', '.join(missing[:3])}")
         try:
-            array = np.array([labels[name] for name in self._names])
+            array = np.array([labels[name] for name in names])
         except ValueError:
             raise UserError(f"{where}: labels differ in length") from None
         if array.ndim == 1 and np.issubdtype(array.dtype, np.integer) and 0 <= array.min() <= array.max() <= MAX_LABEL:
@@ -324,6 +340,35 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
 def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[2]}x{shape[1]} with {shape[0]} channel{'s' if shape[0] != 1 else ''}"
+
+
+def _png_header(data: bytes | memoryview) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and kind of the pixels of a PNG file with at most 8 bits per channel, from its start.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(data) < PNG_HEADER.size:
+        raise ValueError("too short")
+    signature, chunk, width, height, bits, color = PNG_HEADER.unpack_from(data)
+    if signature != b"\x89PNG\r\n\x1a\n" or chunk != b"IHDR" or bits > 8 or color not in PNG_CHANNELS:
+        raise ValueError("not a PNG file of 8 bits per channel")
+    return (PNG_CHANNELS[color], height, width), np.dtype(np.uint8)
+
+
+def _npy_header(data: bytes | memoryview) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and kind of the items of an array file, from its start.
+
+    Raises:
+        ValueError: it is none, or not one that `_decode_npy` takes.
+    """
+    f = io.BytesIO(data)
+    if np.lib.format.read_magic(f) != (1, 0):
+        raise ValueError("another version")
+    shape, _fortran_order, dtype = np.lib.format.read_array_header_1_0(f)
+    if len(shape) != 3 or not (dtype == np.uint8 or np.issubdtype(dtype, np.floating)):
+        raise ValueError("not an image")
+    return shape, dtype if dtype == np.uint8 else np.dtype(np.float32)
 
 
 def _decode_image(data: bytes | memoryview) -> np.ndarray:
@@ -365,9 +410,14 @@ def dataset_indices(run_indices: np.ndarray, count: int, seed: int) -> np.ndarra
     epochs, positions = np.divmod(run_indices, count)
     result = np.empty_like(run_indices)
     for epoch in np.unique(epochs):
-        order = np.random.default_rng([seed, int(epoch)]).permutation(count)
-        result[epochs == epoch] = order[positions[epochs == epoch]]
+        result[epochs == epoch] = _epoch_order(count, seed, int(epoch))[positions[epochs == epoch]]
     return result
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState is the generator whose numbers NumPy promises not to change.
+    return np.random.RandomState([seed, epoch]).permutation(count)
 
 
 class RunSampler(torch.utils.data.Sampler[list[int]]):
@@ -406,6 +456,6 @@ def collate(items: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, t
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels))
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """For loader processes: Ctrl-C is the main process's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_process_group(_worker: int) -> None:
+    """For loader processes: signals to the group (Ctrl-C, torchrun's SIGTERM) are the training process's to answer."""
+    os.setsid()

@@ -174,7 +174,7 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
     """
     if dataset.dtype == np.uint8:
         return StandardRGBEncoder()
-    if dataset.num_channels == 8:
+    if final_channels(dataset) != dataset.num_channels:
         return StabilityVAEEncoder()
     indices = np.linspace(0, len(dataset) - 1, min(len(dataset), max_items)).round().astype(int)
     moments = np.zeros([2, dataset.num_channels])
@@ -190,6 +190,7 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
     return RawLatentEncoder(mean.tolist(), std.tolist())
 
 
-def final_channels(dataset: ImageFolderDataset, encoder: Encoder) -> int:
+def final_channels(dataset: ImageFolderDataset) -> int:
     """Number of channels the model sees."""
-    return dataset.num_channels // 2 if isinstance(encoder, StabilityVAEEncoder) else dataset.num_channels
+    vae_latents = dataset.dtype != np.uint8 and dataset.num_channels == 8
+    return dataset.num_channels // 2 if vae_latents else dataset.num_channels

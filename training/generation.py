@@ -74,6 +74,7 @@ def generate_images(
     seeds: Sequence[int] = range(16, 24),
     class_idx: int | None = None,
     max_batch_size: int = 32,
+    encoder_batch_size: int = 32,
     verbose: bool = True,
     device: torch.device | str = "cpu",
     sampler_fn: Callable[..., torch.Tensor] = edm_sampler,
@@ -86,7 +87,11 @@ def generate_images(
         encoder: decodes what the sampler returns; default: 8-bit pixels.
         outdir: where images are saved as {seed:06d}.png; None = nowhere.
         subdirs: save in a folder per thousand seeds.
+        seeds: one integer per image, over all processes.
         class_idx: class of all images; None = drawn from the seed.
+        max_batch_size, encoder_batch_size: images sampled, and decoded, at a time.
+        verbose: show a progress bar on terminals.
+        device: where to compute; the networks are moved there.
         sampler_fn, sampler_kwargs: the sampler and its arguments.
 
     Returns:
@@ -119,7 +124,7 @@ def generate_images(
             latents = sampler_fn(
                 net=net, noise=r.noise, labels=r.labels, gnet=gnet, randn_like=rnd.randn_like, **sampler_kwargs
             )
-            r.images = encoder.decode(latents)
+            r.images = torch.cat([encoder.decode(part) for part in latents.split(encoder_batch_size)])
         if outdir is not None:
             for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
                 _save(image_path(outdir, seed, subdirs, encoder.output_suffix(net.img_channels)), image)

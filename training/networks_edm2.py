@@ -181,8 +181,9 @@ class Block(nn.Module):
         self.flavor = flavor
         self.resample_mode = resample_mode
         self.resample_filter = resample_filter
-        # At least one head, so that attention asked for on a narrow network is there.
-        self.num_heads = max(out_channels // channels_per_head, 1) if attention else 0
+        # At least one head, so that attention asked for on a narrow network is there, and heads of equal size.
+        most_heads = max(out_channels // channels_per_head, 1)
+        self.num_heads = next(h for h in range(most_heads, 0, -1) if out_channels % h == 0) if attention else 0
         self.dropout = dropout
         self.res_balance = res_balance
         self.attn_balance = attn_balance

@@ -53,7 +53,10 @@ def power_function_response(ofs, std, len, axis=0):
 
 
 def power_function_correlation(a_ofs, a_std, b_ofs, b_std):
-    """Inner product of two continuous profiles that end at times `a_ofs` and `b_ofs` (Eq. 151), elementwise."""
+    """Inner product of two continuous profiles (Eq. 151), elementwise.
+
+    They end at times `a_ofs` and `b_ofs` (any unit, the same for both) and have widths `a_std` and `b_std`.
+    """
     a_ofs, b_ofs = np.float64(a_ofs), np.float64(b_ofs)
     a_exp, b_exp = std_to_exp(a_std), std_to_exp(b_std)
     earlier, later = np.minimum(a_ofs, b_ofs), np.maximum(a_ofs, b_ofs)
@@ -70,7 +73,7 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
     """Least-squares weights that turn stored averages into averages of other profiles (Algorithm 3).
 
     Args:
-        in_ofs, in_std: end time and width of each stored average, [n].
+        in_ofs, in_std: end time (any unit) and width of each stored average, [n].
         out_ofs, out_std: end time and width of each average wanted, [m] (broadcast).
 
     Returns:

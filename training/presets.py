@@ -43,10 +43,10 @@ def _img64(duration: int, channels: int, lr: float, dropout: float) -> dict[str,
 def _digits() -> dict[str, Any]:
     """Handwritten digits, 8x8 grayscale (datasets/digits.zip), class-conditional, 0.17 M parameters.
 
-    Takes about 65 s on two CPU cores of 2026 (147 thousand images, 1152 steps). Of 1000 samples (EMA 0.100, 18 steps)
-    about 98 % have a nearest real image of the requested class, 99 % with autoguidance by the 8-channel network of
-    16 thousand images at weight 1.5; their distance to it is 1.07 times that between real images. Much longer
-    training brings that ratio below 1: it begins to memorise.
+    Takes about a minute on two CPU cores (147 thousand images, 1152 steps). Of 1000 samples (EMA 0.100, 18 steps) about
+    98 % have a nearest real image of the requested class, 99 % with autoguidance by the 8-channel network of 16
+    thousand images at weight 1.5; their distance to it is 1.06 times that between real images. Longer training lowers
+    that ratio below 1: the network begins to memorise.
     """
     return dict(
         duration=144 * Ki,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dnnlib.util import UserError
 from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
-from training.snapshot import load_network, read_metadata, save_tensors
+from training.snapshot import build, read_metadata, save_tensors
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _combine(
     inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor
 ) -> list[dict[str, torch.Tensor]]:
     """Weighted sums of the inputs' parameters, one per column of `coefs` [n, m]; buffers are those of `newest`."""
-    parameters = {name for name, _ in load_network(newest.path).net.named_parameters()}
+    parameters = {name for name, _ in build(newest.path, newest.metadata)[0].named_parameters()}
     outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(coefs.shape[1])]
     files = [safetensors.safe_open(avg.path, framework="pt") for avg in inputs]
     template = files[inputs.index(newest)]

@@ -26,7 +26,9 @@ class StackedRandomGenerator:
 
     def _stack(self, draw: Callable[..., torch.Tensor], size: Sequence[int], **kwargs) -> torch.Tensor:
         assert size[0] == len(self.generators), f"{len(self.generators)} generators cannot fill size {list(size)}"
-        return torch.stack([draw(list(size[1:]), generator=g, device=g.device, **kwargs) for g in self.generators])
+        return torch.stack(
+            [draw(list(size[1:]), generator=g, **{"device": g.device, **kwargs}) for g in self.generators]
+        )
 
     def randn(self, size: Sequence[int], **kwargs) -> torch.Tensor:
         return self._stack(torch.randn, size, **kwargs)

@@ -107,6 +107,24 @@ def load_network(path_or_url: str | Path, device: torch.device | str = "cpu", wh
     metadata = read_metadata(path)
     if which != "ema":
         raise UserError(f"{path}: holds no network {which!r}, only 'ema'")
+    net, encoder = build(path, metadata)
+    tensors = safetensors.torch.load_file(path, device=str(device))
+    spoiled = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if spoiled is not None:
+        raise UserError(f"{path}: {spoiled} holds NaN or infinity: use an earlier snapshot")
+    try:
+        net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except RuntimeError as err:
+        raise _misfit(path, err) from None
+    return Snapshot(net.eval().requires_grad_(False), encoder, metadata)
+
+
+def build(path: Path, metadata: dict[str, Any]) -> tuple[Precond, Encoder]:
+    """The network, still without values (on the meta device), and the encoder that a snapshot's JSON block describes.
+
+    Raises:
+        UserError: unknown names, or arguments that do not make a network.
+    """
     try:
         architecture, encoder = metadata["architecture"], metadata["encoder"]
         net_class, net_kwargs = ARCHITECTURES.get(architecture["name"]), architecture["kwargs"]
@@ -117,19 +135,16 @@ def load_network(path_or_url: str | Path, device: torch.device | str = "cpu", wh
         raise UserError(f"{path}: unknown architecture {architecture['name']!r} (known: {', '.join(ARCHITECTURES)})")
     if encoder_class is None:
         raise UserError(f"{path}: unknown encoder {encoder['name']!r} (known: {', '.join(ENCODERS)})")
-    tensors = safetensors.torch.load_file(path, device=str(device))
-    spoiled = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-    if spoiled is not None:
-        raise UserError(f"{path}: {spoiled} holds NaN or infinity: use an earlier snapshot")
     try:
         with torch.device("meta"):
-            net = net_class(**net_kwargs, precision="fp32")
-        net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-        return Snapshot(net.eval().requires_grad_(False), encoder_class(**encoder_kwargs), metadata)
+            return net_class(**net_kwargs, precision="fp32"), encoder_class(**encoder_kwargs)
     except Exception as err:  # what a damaged or foreign description asks for can fail in any way
-        raise UserError(
-            f"{path}: the weights do not fit the architecture: {' '.join(str(err).split())[:300]}"
-        ) from None
+        raise _misfit(path, err) from None
+
+
+def _misfit(path: Path, err: Exception) -> UserError:
+    reason = " ".join(str(err).split())[:300]
+    return UserError(f"{path}: the weights do not fit the architecture: {reason}")
 
 
 def _check_suffix(path: str | Path) -> None:

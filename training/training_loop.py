@@ -15,7 +15,7 @@ from dnnlib.util import RunError, UserError, code_version, format_time
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.training_stats import Collector, Journal
 from training.config import TrainConfig
-from training.dataset import ImageFolderDataset, RunSampler, collate, ignore_interrupts
+from training.dataset import ImageFolderDataset, RunSampler, collate, leave_process_group
 from training.encoders import encoder_for, final_channels
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
@@ -26,6 +26,7 @@ from training.samplers import StackedRandomGenerator
 from training.snapshot import save_network
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"
+OPTIONS_NAME = "training_options.json"
 SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 CACHE_BYTES = 1 << 26  # datasets up to this decoded size are kept in memory
 SIGMA_DATA = 0.5
@@ -44,7 +45,7 @@ def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
     return (seed * 0x9E3779B1 % 2**32 + run_indices) % 2**32
 
 
-def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> None:
+def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path, resume: bool = True) -> None:
     """Train until `config.duration` images, continuing what `outdir` holds.
 
     Progress is counted in images (nimg). Data order, noise levels and noise are functions of (seed, index of the
@@ -56,15 +57,19 @@ def training_loop(config: TrainConfig, outdir: Path, resume: bool = True) -> Non
         UserError: `outdir` holds another configuration, or a run although `resume` is False.
         RunError: no image since the last status report had a finite loss.
     """
-    with Journal(outdir) as journal, distributed.SuspendSignals() as suspend:
-        _claim(outdir, config, resume)
-        _train(config, outdir, journal, suspend)
+    with distributed.fail_together():
+        journal = Journal(outdir)
+    with journal, distributed.SuspendSignals() as suspend:
+        with distributed.fail_together():
+            _check_outdir(outdir, config, resume)
+        if distributed.get_rank() == 0:
+            config.save(outdir / OPTIONS_NAME)
+        _train(config, dataset, outdir, journal, suspend)
 
 
-def _claim(outdir: Path, config: TrainConfig, resume: bool) -> None:
-    """Check that `outdir` holds this run or none, and write down its options."""
-    distributed.barrier()  # the directory is there
-    options_path = outdir / "training_options.json"
+def _check_outdir(outdir: Path, config: TrainConfig, resume: bool) -> None:
+    """Check that `outdir` holds this run or none."""
+    options_path = outdir / OPTIONS_NAME
     results = [path for path in outdir.iterdir() if re.fullmatch(f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}", path.name)]
     if results:  # a run that failed before it had any may start anew with other options
         if not resume:
@@ -72,17 +77,19 @@ def _claim(outdir: Path, config: TrainConfig, resume: bool) -> None:
         if not options_path.is_file():
             raise UserError(f"{outdir} holds {results[0].name}, but no {options_path.name}: choose another --outdir")
         config.check_resumable(TrainConfig.load(options_path), outdir)
-    distributed.barrier()  # all have looked before one writes
-    if distributed.get_rank() == 0:
-        config.save(options_path)
 
 
-def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distributed.SuspendSignals) -> None:
+def _train(
+    config: TrainConfig,
+    dataset: ImageFolderDataset,
+    outdir: Path,
+    journal: Journal,
+    suspend: distributed.SuspendSignals,
+) -> None:
     device = misc.select_device(config.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = config.bench
+    misc.set_up_device(device)
+    torch.backends.cudnn.benchmark = config.bench
 
     # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
     batch_process = config.batch // world_size
@@ -92,18 +99,15 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
     part = (rank * batch_process, (rank + 1) * batch_process)
 
     # Data, network, optimiser.
-    dataset = ImageFolderDataset(config.data, use_labels=config.cond)
-    if len(dataset) * int(np.prod(dataset.image_shape)) * dataset.dtype.itemsize <= CACHE_BYTES:
-        dataset = ImageFolderDataset(config.data, use_labels=config.cond, cache=True)
+    dataset.keep_in_memory(CACHE_BYTES)
     encoder = encoder_for(dataset)
-    net = build_network(config, final_channels(dataset, encoder)).to(device)
+    net = build_network(config, final_channels(dataset)).to(device)
     net.precision = misc.resolve_precision(config.precision, device)
     ema = PowerFunctionEMA(net, config.ema_std)
     loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
     gradients = misc.flat_gradients(net.parameters())
-    optimizer = torch.optim.Adam(
-        net.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=device.type != "mps"
-    )
+    fused = device.type != "mps"
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
     stats = Collector(device)
     nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
     nimg, seconds = 0, 0.0
@@ -112,16 +116,26 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
         nonlocal nimg, seconds
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["fused"] = fused  # a matter of the device, which may have changed
         ema.load_state_dict(state["ema"])
         stats.load_state_dict(state["stats"])
         nonfinite.fill_(state["nonfinite"])
         nimg, seconds = state["nimg"], state["seconds"]
 
-    if checkpoint.restore_newest_state(outdir, STATE_PATTERN, restore, journal.log, device):
-        journal.log(f"Resuming at {nimg} images from {outdir}")
+    with distributed.fail_together():
+        found = checkpoint.restore_newest_state(outdir, STATE_PATTERN, restore, journal.log)
+    newest = torch.tensor([nimg])
+    distributed.broadcast_([newest])
+    if distributed.any_rank(newest.item() != nimg):
+        raise RunError(f"{outdir}: the processes read different training states: check the disk, and try again")
+    if found:
         if nimg >= config.duration:
-            journal.log(f"Nothing to do: the run has its {config.duration} images. A longer --duration continues it.")
+            journal.log(f"Nothing to do: {outdir} has its {nimg} images. A longer --duration continues it.")
             return
+        journal.log(f"Resuming at {nimg} images from {outdir}")
+    elif list(outdir.glob("network-snapshot-*")):
+        journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
     distributed.broadcast_([*net.parameters(), *net.buffers()])
     journal.log(
         f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
@@ -135,11 +149,12 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=collate,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=leave_process_group,
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if config.workers > 0 else None,
     )
-    previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
+    with distributed.fail_together():
+        previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
     journal.start(nimg, config.duration)
     start_nimg, tick_nimg, tick_nonfinite = nimg, nimg, int(nonfinite)
     start_time, tick_time = time.time() - seconds, time.time()
@@ -179,7 +194,7 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
             tick_time, tick_nimg, tick_nonfinite = now, nimg, int(nonfinite)
 
         # Network snapshots and a picture of what they make.
-        if rank == 0 and previews is not None and due(config.snapshot, nimg):
+        if previews is not None and due(config.snapshot, nimg):
             averaged = ema.get()
             for std, (ema_net, suffix) in zip(ema.stds, averaged, strict=True):
                 metadata = {
@@ -193,7 +208,9 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
             previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
 
         # Training state.
-        if rank == 0 and nimg > start_nimg and (due(config.checkpoint, nimg) or suspended):
+        saving = due(config.checkpoint, nimg) or (suspended and nimg > start_nimg)
+        moments = stats.state_dict() if saving else {}  # of all processes
+        if rank == 0 and saving:
             path = outdir / f"training-state-{nimg // 1000:07d}.pt"
             checkpoint.save_state(
                 path,
@@ -201,7 +218,7 @@ def _train(config: TrainConfig, outdir: Path, journal: Journal, suspend: distrib
                     "net": net.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "ema": ema.state_dict(),
-                    "stats": stats.state_dict(),
+                    "stats": moments,
                     "nonfinite": int(nonfinite),
                     "nimg": nimg,
                     "seconds": time.time() - start_time,
