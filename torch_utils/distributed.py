@@ -17,8 +17,14 @@ def init() -> None:
 
 
 def shutdown() -> None:
+    """Leave the process group, all processes together."""
     if dist.is_initialized():
+        # gloo's threads may free the tensors of the last exchange, for which they need Python's lock, while
+        # destroy_process_group holds it and waits for them. So that tensor lives on until after.
+        last = torch.zeros(1)
+        dist.all_reduce(last)
         dist.destroy_process_group()
+        del last
 
 
 def get_rank() -> int:
