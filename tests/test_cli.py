@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +242,14 @@ def test_other_data_under_the_same_name(run, tmp_path):
     files = random_images(10, channels=None)
     data = make_dataset(tmp_path / "other.zip", files, {name: i for i, name in enumerate(files)})
     result = run_cli(train, f"--outdir={run}", f"--data={data}", *TINY, "--duration=3Ki")
-    fails_with(result, "was trained on other data")
+    fails_with(result, "was trained on other data", "count was 1797, is 10")
+    with zipfile.ZipFile(DIGITS) as archive:
+        files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".png")}
+    for label_dim, change in [(7, "label_dim was 10, is 7"), (10, "their content differs")]:
+        relabeled = make_dataset(
+            tmp_path / f"{label_dim}.zip", files, {name: i % label_dim for i, name in enumerate(files)}
+        )
+        fails_with(run_cli(train, f"--outdir={run}", f"--data={relabeled}", *TINY, "--duration=3Ki"), change)
     moved = shutil.copy(DIGITS, tmp_path / "moved.zip")
     assert run_cli(train, f"--outdir={run}", f"--data={moved}", *TINY, "--duration=3Ki").exit_code == 0
 
@@ -326,7 +334,7 @@ def test_an_image_depends_on_its_seed_alone(snapshot_file, tmp_path):
         *args,
         f"--grid={tmp_path / 'd.png'}",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     a, b, c, d = (images_in(tmp_path / name) for name in "abcd")
     assert a.keys() == d.keys() == b.keys() | c.keys()

@@ -111,8 +111,13 @@ class TrainConfig:
             if field.name in MAY_CHANGE or ours == theirs:
                 continue
             if field.name == "dataset":
+                before, now = dataclasses.asdict(theirs), dataclasses.asdict(ours)
+                name = next(name for name in before if before[name] != now[name])
+                change = (
+                    "their content differs" if name == "content_hash" else f"{name} was {before[name]}, is {now[name]}"
+                )
                 raise UserError(
-                    f"{outdir} was trained on other data than --data={self.data}: "
+                    f"{outdir} was trained on other data than --data={self.data} ({change}): "
                     f"restore the data or choose another --outdir"
                 )
             option = OPTION_NAMES.get(field.name) or "--" + field.name.replace("_", "-")
