@@ -123,14 +123,13 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(partial, mode) as f:
-            yield f
-            f.flush()
-            if sync:
-                os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as err:
-        raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
+        with _errors_name(path):
+            with open(partial, mode) as f:
+                yield f
+                f.flush()
+                if sync:
+                    os.fsync(f.fileno())
+            os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -142,9 +141,15 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     Raises:
         OSError: with the file's name.
     """
+    with _errors_name(path), open(path, "a") as f:
+        f.write(line + "\n")
+
+
+@contextmanager
+def _errors_name(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, every OSError names `path`: that of a failed write names no file, or a temporary one."""
     try:
-        with open(path, "a") as f:
-            f.write(line + "\n")
+        yield
     except OSError as err:
         raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
 

@@ -108,8 +108,9 @@ class Journal:
             # NaN and infinity are no JSON.
             line = json.dumps({k: v if math.isfinite(v) else None for k, v in fields.items()})
             append_line(self.outdir / "stats.jsonl", line)
-            for name, value in fields.items() - {("nimg", fields["nimg"]), ("time", fields["time"])}:
-                self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
+            for name, value in fields.items():
+                if name not in ("nimg", "time"):  # TensorBoard has its own axes
+                    self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
             self.tensorboard.flush()
 
     def __enter__(self) -> "Journal":
