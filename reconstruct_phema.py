@@ -52,6 +52,13 @@ from training.reconstruction import list_averages, reconstruct_phema
     default=8,
     show_default=True,
 )
+@click.option(
+    "--format",
+    "suffix",
+    help="What to write; pkl is for the published tools  [default: as the snapshots]",
+    type=click.Choice(["safetensors", "pkl"]),
+    callback=lambda _ctx, _param, value: value and f".{value}",
+)
 def main(
     indir: Path,
     inprefix: str,
@@ -62,6 +69,7 @@ def main(
     outkimg: int | None,
     skip: bool,
     batch: int,
+    suffix: str | None,
 ) -> None:
     """Combine the snapshots of a run into EMA profiles of other widths (post-hoc EMA).
 
@@ -72,7 +80,7 @@ def main(
     if outprefix == inprefix and (outdir or indir).resolve() == indir.resolve():
         raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than --inprefix")
     inputs = list_averages(indir, inprefix, instd)
-    for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch):
+    for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch, suffix):
         print(path)
 
 

@@ -2,10 +2,15 @@
 
 import errno
 import functools
+import hashlib
 import math
 import os
 import re
 import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -152,6 +157,248 @@ def _errors_name(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as err:
         raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+CACHE_VARIABLE = "DNNLIB_CACHE_DIR"  # where downloads are kept, ~/.cache/dnnlib by default
+OFFLINE_VARIABLE = "OPENEDM2_OFFLINE"  # 1 = use nothing but what is kept
+TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
+BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds before the second attempt, doubled for each further one
+UNFINISHED = (".partial", ".version", ".mismatch", ".lock")  # suffixes of what stands beside a copy in the making
+RETRIED = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
+KNOWN_SHA256: dict[str, str] = {}  # by URL; none has been published yet for the files used here
+
+
+def open_url(
+    url: str | os.PathLike,
+    cache_dir: str | os.PathLike | None = None,
+    num_attempts: int = 5,
+    verbose: bool = True,
+    return_filename: bool = False,
+) -> Any:
+    """Open a file, or a URL (http, https, file, hf://owner/repo/file) of which a copy is kept.
+
+    Interrupted downloads are continued. Of several processes that want a file, one fetches it.
+
+    Args:
+        url: may end in `#sha256=...`, which the contents must match.
+        cache_dir: where copies are kept; default: $DNNLIB_CACHE_DIR/downloads.
+        num_attempts: how often to try without getting any further.
+        verbose: show a progress bar on terminals.
+        return_filename: return the path of the file instead of an open one.
+
+    Raises:
+        UserError: no such file, or it is not to be had: a wrong address or checksum, or no network wanted.
+        RunError: it could not be fetched now.
+    """
+    path = _local_path(os.fspath(url), cache_dir, num_attempts, verbose)
+    return str(path) if return_filename else open(path, "rb")
+
+
+def is_url(text: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def offline() -> bool:
+    """Whether the user wants no network to be used."""
+    return os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0")
+
+
+def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int, verbose: bool) -> Path:
+    if not is_url(url):
+        if not os.path.isfile(url):
+            raise UserError(f"{url}: no such file")
+        return Path(url)
+    address, _, checksum = url.partition("#sha256=")
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme == "file":
+        return _verified(_local_path(urllib.request.url2pathname(parts.path), cache_dir, 1, verbose), url, checksum)
+    if parts.scheme == "hf":
+        return _verified(_hub_file(address), url, checksum)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{url}: not an address of the form http(s)://, file:/// or hf://owner/repo/file")
+
+    folder = cache_dir or Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dnnlib").expanduser() / "downloads"
+    # The published tools name their copies in the same way, up to what follows the hash of the address.
+    key = hashlib.md5(address.encode(), usedforsecurity=False).hexdigest()
+    kept = [path for path in sorted(Path(folder).glob(f"{key}_*")) if path.suffix not in UNFINISHED]
+    if kept:
+        return _verified(kept[0], url, checksum)
+    name = re.sub(r"[^0-9a-zA-Z._-]", "_", parts.path.rsplit("/", 1)[-1])[-128:]
+    target = Path(folder) / f"{key}_{name}"
+    if offline():
+        raise UserError(f"{address} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): save it as {target}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            if not target.is_file():  # else another process has fetched it meanwhile
+                partial = target.with_name(f"{target.name}.partial")
+                _download(address, partial, num_attempts, verbose)
+                _verified(partial, url, checksum or KNOWN_SHA256.get(address, ""))
+                with open(partial, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(partial, target)
+    except OSError as err:
+        reason = err.strerror or err
+        raise UserError(f"{target.parent}: cannot keep downloads here ({reason}): set {CACHE_VARIABLE}") from None
+    return target
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Only one process at a time is inside, on a file."""
+    import filelock
+
+    lock = filelock.FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"Waiting for another process that fetches {target.name}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _verified(path: Path, url: str, checksum: str) -> Path:
+    """
+    Raises:
+        UserError: the file does not have the SHA-256 sum `checksum` ('' = any). One that was fetched is put aside.
+    """
+    if not checksum:
+        return path
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while data := f.read(1 << 20):
+            digest.update(data)
+    if digest.hexdigest() == checksum.lower():
+        return path
+    aside = path
+    if path.suffix == ".partial":
+        aside = path.with_suffix(".mismatch")
+        os.replace(path, aside)
+    raise UserError(f"{url}: wrong checksum, the file has SHA-256 {digest.hexdigest()}; it is not used (see {aside})")
+
+
+class _TryAgainError(Exception):
+    """A download stopped short."""
+
+    def __init__(self, reason: str, wait: float = 0):
+        super().__init__(reason)
+        self.wait = wait
+
+
+def _download(url: str, partial: Path, num_attempts: int, verbose: bool) -> None:
+    """Fetch `url` as the file `partial`, going on from what is there."""
+    import requests
+
+    failures = 0
+    furthest = 0
+    while True:
+        try:
+            return _fetch_rest(url, partial, verbose)
+        except _TryAgainError as err:
+            reason, wait = str(err), err.wait
+        except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as err:
+            raise UserError(f"{url}: {err}: check the address") from None
+        except requests.RequestException as err:
+            reason, wait = f"{type(err).__name__}: {err}"[:200], 0.0
+        size = partial.stat().st_size if partial.is_file() else 0
+        failures = 1 if size > furthest else failures + 1
+        furthest = max(size, furthest)
+        if failures >= num_attempts:
+            raise RunError(
+                f"{url}: not fetched after {failures} attempts ({reason}); {size} bytes are kept to go on from"
+            )
+        time.sleep(min(max(BACK_OFF * 2 ** (failures - 1), wait), MAX_BACK_OFF))
+
+
+def _fetch_rest(url: str, partial: Path, verbose: bool) -> None:
+    """One request for what is missing of `partial`, which grows as far as the connection lasts."""
+    import requests
+    from tqdm import tqdm
+
+    # What the server said the file's version was; without that, the rest might be that of another version.
+    version_file = partial.with_suffix(".version")
+    version = version_file.read_text() if version_file.is_file() else ""
+    have = partial.stat().st_size if partial.is_file() and version else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have > 0:
+        headers.update({"Range": f"bytes={have}-", "If-Range": version})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416 or (response.status_code == 206 and _first_byte(response.headers) != have):
+            partial.unlink(missing_ok=True)
+            raise _TryAgainError("the server refuses to go on from where the download stopped")
+        if response.status_code in RETRIED:
+            wait = response.headers.get("Retry-After", "")
+            raise _TryAgainError(f"{response.status_code} {response.reason}", float(wait) if wait.isdigit() else 0)
+        if response.status_code not in (200, 206):
+            raise UserError(f"{url}: the server says {response.status_code} {response.reason}: check the address")
+        if response.status_code == 200:
+            have = 0
+        length = response.headers.get("Content-Length", "")
+        known = length.isdigit() and "Content-Encoding" not in response.headers
+        total = have + int(length) if known else None
+        etag = response.headers.get("ETag", "")
+        version_file.write_text(
+            etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
+        )
+        with (
+            open(partial, "ab" if have > 0 else "wb") as f,
+            tqdm(
+                desc=partial.stem.partition("_")[2],
+                total=total,
+                initial=have,
+                unit="B",
+                unit_scale=True,
+                disable=None if verbose else True,
+                dynamic_ncols=True,
+            ) as progress,
+        ):
+            for data in response.iter_content(1 << 20):
+                f.write(data)
+                progress.update(len(data))
+            size = f.tell()
+    if total is not None and size != total:
+        raise _TryAgainError(f"the connection ended after {size} of {total} bytes")
+    version_file.unlink()
+
+
+def _first_byte(headers: Any) -> int | None:
+    match = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
+    return int(match[1]) if match else None
+
+
+def _hub_file(url: str) -> Path:
+    """A file of the Hugging Face hub, hf://owner/repo[@revision]/file, through its own library and cache."""
+    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", url)
+    if match is None:
+        raise UserError(f"{url}: not of the form hf://owner/repo/file")
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    repo, revision, name = match.groups()
+    try:
+        path = huggingface_hub.hf_hub_download(repo, name, revision=revision, local_files_only=offline())
+    except huggingface_hub.errors.LocalEntryNotFoundError as err:
+        why = f"no network is wanted ({OFFLINE_VARIABLE}=1)" if offline() else _one_line(err)
+        raise UserError(f"{url} is not in the cache of huggingface_hub, and {why}") from None
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.HFValidationError,
+        OSError,
+        ValueError,
+    ) as err:
+        raise UserError(f"{url}: not to be had from the hub ({_one_line(err)})") from None
+    return Path(path)
+
+
+def _one_line(err: Exception) -> str:
+    return " ".join(str(err).split())[:200]
 
 
 @functools.cache

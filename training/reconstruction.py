@@ -4,16 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from tqdm import tqdm
 
 from dnnlib.util import UserError
 from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
-from training.snapshot import build, read_metadata, save_tensors
+from training.snapshot import SnapshotFile, build_for, open_snapshot, read_metadata, write_snapshot
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,11 @@ class StoredAverage:
     path: Path
     nimg: int
     std: float
-    metadata: dict[str, Any]
+    file: SnapshotFile
 
 
 def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None) -> list[StoredAverage]:
-    """The snapshots `{prefix}-{kimg:07d}-{std:.3f}.safetensors` of a directory, oldest first.
+    """The snapshots `{prefix}-{kimg:07d}-{std:.3f}` of a directory, native files and pickles, oldest first.
 
     Args:
         stds: widths to use; None = all.
@@ -37,19 +35,21 @@ def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None)
     """
     if not indir.is_dir():
         raise UserError(f"--indir={indir}: no such directory")
-    pattern = re.compile(re.escape(prefix) + r"-\d+-\d\.\d{3}\.safetensors")
+    pattern = re.compile(re.escape(prefix) + r"-\d+-\d\.\d{3}\.(safetensors|pkl)")
     found = []
     for path in sorted(path for path in indir.iterdir() if pattern.fullmatch(path.name)):
-        metadata = read_metadata(path)
-        nimg, std = metadata.get("nimg"), metadata.get("ema_std")
+        if path.suffix == ".pkl" and path.with_suffix(".safetensors").is_file():
+            continue  # its converted copy is there
+        file = open_snapshot(path)
+        nimg, std = file.metadata.get("nimg"), file.metadata.get("ema_std")
         if type(nimg) is not int or not nimg > 0 or not isinstance(std, float) or not MIN_STD <= std < MAX_STD:
             raise UserError(f"{path}: the file does not say its training time and EMA width")
         twin = next((avg for avg in found if (avg.nimg, avg.std) == (nimg, std)), None)
         if twin is not None:
             raise UserError(f"{twin.path} and {path} are of the same time and width: keep one of them")
-        found.append(StoredAverage(path, nimg, std, metadata))
+        found.append(StoredAverage(path, nimg, std, file))
     if not found:
-        raise UserError(f"--indir={indir}: no snapshots named {prefix}-*-*.safetensors")
+        raise UserError(f"--indir={indir}: no snapshots named {prefix}-*-*.safetensors or .pkl")
     if stds is not None:
         missing = [std for std in stds if not any(np.isclose(std, avg.std) for avg in found)]
         if missing:
@@ -67,6 +67,7 @@ def reconstruct_phema(
     outkimg: int | None = None,
     skip: bool = False,
     batch: int = 8,
+    suffix: str | None = None,
 ) -> list[Path]:
     """Write the averages of widths `outstds` (EDM2, Algorithm 3).
 
@@ -75,9 +76,10 @@ def reconstruct_phema(
             Later inputs are ignored.
         skip: leave out what exists already.
         batch: widths made in one pass over the inputs.
+        suffix: '.safetensors' or '.pkl'; None = '.pkl' if all inputs are.
 
     Returns:
-        All output files, `{outprefix}-{kimg:07d}-{std:.3f}.safetensors`.
+        All output files, `{outprefix}-{kimg:07d}-{std:.3f}` and suffix.
 
     Raises:
         UserError: `outkimg` is no input's time, or the inputs are not of one network.
@@ -90,10 +92,15 @@ def reconstruct_phema(
     inputs = [avg for avg in inputs if avg.nimg <= out_nimg]
     newest = next(avg for avg in inputs if avg.nimg == out_nimg)
     for avg in inputs:
-        if avg.metadata.get("architecture") != newest.metadata.get("architecture"):
+        if _shapes(avg) != _shapes(newest):
             raise UserError(f"{avg.path} holds another network than {newest.path}: keep one run per directory")
+    net, _ = build_for(newest.file)
+    parameters = {name for name, _ in net.named_parameters()}
+    dtype = newest.file.get_tensor(next(iter(parameters))).dtype
 
-    paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}.safetensors" for std in outstds}
+    if suffix is None:
+        suffix = ".pkl" if all(avg.path.suffix == ".pkl" for avg in inputs) else ".safetensors"
+    paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}{suffix}" for std in outstds}
     if len(set(paths.values())) < len(outstds):
         raise UserError("--outstd: two widths share a file name (three decimals count)")
     for path in paths.values():
@@ -103,33 +110,32 @@ def reconstruct_phema(
     for start in tqdm(range(0, len(todo), batch), unit="pass", disable=None, dynamic_ncols=True):
         stds = todo[start : start + batch]
         coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
-        outputs = _combine(inputs, newest, torch.from_numpy(coefs).float())
+        outputs = _combine(inputs, newest, torch.from_numpy(coefs).float(), parameters)
         for std, tensors in zip(stds, outputs, strict=True):
-            metadata = {**newest.metadata, "ema_std": std, "reconstructed_from": [avg.path.name for avg in inputs]}
-            save_tensors(paths[std], tensors, metadata)
+            names = [avg.path.name for avg in inputs]
+            metadata = {**newest.file.metadata, "ema_std": std, "nimg": out_nimg, "reconstructed_from": names}
+            write_snapshot(paths[std], net, tensors.__getitem__, dtype, metadata)
     return list(paths.values())
 
 
+def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
+    return {name: avg.file.shape(name) for name in avg.file.names}
+
+
 def _combine(
-    inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor
+    inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor, parameters: set[str]
 ) -> list[dict[str, torch.Tensor]]:
     """Weighted sums of the inputs' parameters, one per column of `coefs` [n, m]; buffers are those of `newest`."""
-    parameters = {name for name, _ in build(newest.path, newest.metadata)[0].named_parameters()}
     outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(coefs.shape[1])]
-    files = [safetensors.safe_open(avg.path, framework="pt") for avg in inputs]
-    template = files[inputs.index(newest)]
-    for name in template.keys():
-        reference = template.get_tensor(name)
+    for name in newest.file.names:
+        reference = newest.file.get_tensor(name)
         if name not in parameters:
             for tensors in outputs:
                 tensors[name] = reference
             continue
         sums = torch.zeros([coefs.shape[1], reference.numel()])
-        for file, weights, avg in zip(files, coefs, inputs, strict=True):
-            try:
-                sums.addr_(weights, file.get_tensor(name).flatten().float())
-            except (safetensors.SafetensorError, RuntimeError) as err:
-                raise UserError(f"{avg.path}: tensor {name} does not fit: {err}") from None
+        for avg, weights in zip(inputs, coefs, strict=True):
+            sums.addr_(weights, avg.file.get_tensor(name).flatten().float())
         for tensors, total in zip(outputs, sums, strict=True):
             tensors[name] = total.reshape(reference.shape).to(reference.dtype)
     return outputs

@@ -1,0 +1,94 @@
+"""Native snapshots: safetensors files with a JSON block."""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from dnnlib.util import UserError, atomic_write
+from training.snapshot.description import FORMAT_VERSION
+
+METADATA_KEY = "openedm2"
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class NativeFile:
+    """A snapshot whose tensors are read when asked for.
+
+    Args:
+        metadata: the JSON block, where it is kept beside the file.
+
+    Raises:
+        UserError: a damaged file, or one of another kind.
+    """
+
+    suffix = ".safetensors"
+
+    def __init__(self, path: Path, metadata: dict[str, Any] | None = None):
+        self.path = path
+        try:
+            self._file = safetensors.safe_open(path, framework="pt")
+            if metadata is None:
+                text = (self._file.metadata() or {}).get(METADATA_KEY)
+                metadata = None if text is None else json.loads(text)
+        except (safetensors.SafetensorError, ValueError, RecursionError) as err:
+            raise UserError(f"{path}: damaged or truncated snapshot ({err}): copy it again") from None
+        if not isinstance(metadata, dict):
+            raise UserError(f"{path}: a safetensors file, but not a snapshot of this project")
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{path}: format version {metadata.get('format_version')} is unknown: update this code")
+        self.metadata = metadata
+        self.names = list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except (safetensors.SafetensorError, RuntimeError, ValueError) as err:
+            raise UserError(f"{self.path}: tensor {name} cannot be read ({err}): copy the file again") from None
+
+
+def write_native(
+    path: str | Path,
+    net: torch.nn.Module,
+    get_tensor: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    metadata: Mapping,
+) -> None:
+    """Write a snapshot, complete or not at all, one tensor at a time.
+
+    Args:
+        net: network that says names and shapes; its values do not matter.
+        get_tensor: the values of a name.
+        dtype: of the weights; buffers (Fourier features) are float32.
+        metadata: the complete JSON block.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    parameters = {name for name, _ in net.named_parameters()}
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(metadata)}}
+    position = 0
+    state = net.state_dict()
+    dtypes = {name: dtype if name in parameters else torch.float32 for name in state}
+    # Wider types first, as the format wants its tensors aligned.
+    names = sorted(state, key=lambda name: -dtypes[name].itemsize)
+    for name in names:
+        end = position + state[name].numel() * dtypes[name].itemsize
+        header[name] = dict(
+            dtype=DTYPE_NAMES[dtypes[name]], shape=list(state[name].shape), data_offsets=[position, end]
+        )
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            tensor = get_tensor(name).detach().to("cpu", dtypes[name]).contiguous()
+            f.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,291 @@
+"""Published pickles <-> our names: what `torch_utils.safe_pickle` reads, as a snapshot's JSON block, and back."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dnnlib.util import EasyDict, UserError
+from torch_utils import safe_pickle
+from torch_utils.safe_pickle import LazyTensor, PersistentObject
+from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardRGBEncoder
+from training.networks_edm2 import Block, MPConv, MPFourier, Precond, UNet
+from training.networks_toy import MPSiLU, ToyModel
+from training.snapshot.description import FORMAT_VERSION, build
+
+# Positional arguments of the published classes.
+PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
+VAE_ARGS = ("vae_name", "raw_mean", "raw_std", "final_mean", "final_std", "batch_size")
+TOY_ARGS = ("in_dim", "num_layers", "hidden_dim", "sigma_data")
+LOSS_KEYS = ("P_mean", "P_std", "sigma_data")
+OTHER_FAMILIES = {
+    **dict.fromkeys(["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"], "an EDM (2022) network"),
+    **dict.fromkeys(["Generator", "Discriminator"], "a StyleGAN network"),
+}
+# Where the published classes are.
+NETWORKS_MODULE, ENCODERS_MODULE, LOSS_MODULE, TOY_MODULE = (
+    "training.networks_edm2",
+    "training.encoders",
+    "training.training_loop",
+    "toy_example",
+)
+METADATA_KEY = "openedm2"  # our own entry: JSON text that the published tools do not look at
+
+
+class PublishedFile:
+    """A network in a published pickle, whose tensors are read when asked for.
+
+    Args:
+        name: file name that says training time and EMA width, '...-{kimg}-{std}.pkl'.
+        which: the network to take from a file of several.
+
+    Raises:
+        UserError: a damaged or hostile file, or one of another kind.
+    """
+
+    suffix = ".pkl"
+
+    def __init__(self, path: Path, name: str, which: str = "ema"):
+        self.path = path
+        source = str(path)
+        data = safe_pickle.load(path)
+        record = self._find_network(data, which)
+        self._tensors = safe_pickle.module_tensors(record, source)
+        self.names = list(self._tensors)
+        others = data if isinstance(data, dict) else {}
+        self.metadata: dict[str, Any] = {**_times_of(name), "source": name, **_own_metadata(others)}
+        self.metadata["format_version"] = FORMAT_VERSION
+        toy = record.class_name == "ToyModel"
+        arguments = _arguments(record, TOY_ARGS if toy else PRECOND_ARGS, source)
+        arguments.pop("use_fp16", None)
+        self.metadata["architecture"] = {"name": "toy.ToyModel" if toy else "edm2.Precond", "kwargs": arguments}
+        self.metadata["encoder"] = _encoder(others.get("encoder"), source)
+        if isinstance(others.get("dataset_kwargs"), dict):
+            self.metadata["dataset_kwargs"] = safe_pickle.plain(others["dataset_kwargs"], source)
+        if isinstance(others.get("loss_fn"), PersistentObject):
+            state = others["loss_fn"].state
+            self.metadata["loss_kwargs"] = safe_pickle.plain(
+                {key: state[key] for key in LOSS_KEYS if key in state}, source
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].size
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name].load()
+
+    def _find_network(self, data: Any, which: str) -> PersistentObject:
+        if isinstance(data, PersistentObject):
+            record = data
+        elif isinstance(data, dict):
+            networks = [
+                key for key, value in data.items() if isinstance(value, PersistentObject) and "_modules" in value.state
+            ]
+            if which not in networks:
+                self._check_family([data[key].class_name for key in networks])
+                raise UserError(f"{self.path}: holds no network {which!r}, only {_listed(networks or data)}")
+            record = data[which]
+        else:
+            raise UserError(f"{self.path}: a pickle, but not of a network")
+        self._check_family([record.class_name])
+        if record.class_name not in ("Precond", "ToyModel"):
+            raise UserError(
+                f"{self.path}: unknown architecture {record.class_name!r} (known in pickles: 'Precond', 'ToyModel')"
+            )
+        return record
+
+    def _check_family(self, class_names: list[str]) -> None:
+        for class_name in class_names:
+            if class_name in OTHER_FAMILIES:
+                family = OTHER_FAMILIES[class_name]
+                raise UserError(f"{self.path}: holds {family} ({class_name}), not one of EDM2 or its toy example")
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(repr(key) for key in list(keys)[:10])
+
+
+def _times_of(name: str) -> dict[str, Any]:
+    """`nimg` and `ema_std` as a file name tells them; snapshots are taken at multiples of 1024 images."""
+    match = re.search(r"-(\d{7})-(0\.\d+)\.pkl$", name)
+    if match is None:
+        return {}
+    return {"nimg": -(-int(match[1]) * 1000 // 1024) * 1024, "ema_std": float(match[2])}
+
+
+def _own_metadata(data: dict[str, Any]) -> dict[str, Any]:
+    try:
+        metadata = json.loads(data.get(METADATA_KEY, "{}"))
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _arguments(record: PersistentObject, names: tuple[str, ...], source: str) -> dict[str, Any]:
+    """Arguments that a library object was made with, by name."""
+    args = dict(zip(names, record.init_args, strict=False))
+    return safe_pickle.plain({**args, **record.init_kwargs}, source)
+
+
+def _encoder(record: Any, source: str) -> dict[str, Any]:
+    if record is None:
+        return {"name": "StandardRGBEncoder", "kwargs": {}}
+    if not isinstance(record, PersistentObject):
+        raise UserError(f"{source}: its encoder is not that of a network")
+    if record.class_name != "StabilityVAEEncoder":
+        return {"name": record.class_name, "kwargs": {}}
+    kwargs = _arguments(record, VAE_ARGS, source)
+    kwargs.pop("batch_size", None)
+    defaults = StabilityVAEEncoder().init_kwargs
+    mean, std = (np.asarray(kwargs.get(key, defaults[key]), dtype=np.float64) for key in ("raw_mean", "raw_std"))
+    if {"final_mean", "final_std"} & kwargs.keys():
+        # Other final statistics amount to other raw ones.
+        final_mean, final_std = (
+            np.asarray(kwargs.pop(key, value)) for key, value in [("final_mean", 0), ("final_std", FINAL_STD)]
+        )
+        mean, std = mean - final_mean * std / final_std, std * FINAL_STD / final_std
+    kwargs.update(raw_mean=mean.tolist(), raw_std=std.tolist())
+    return {"name": record.class_name, "kwargs": {**defaults, **kwargs}}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_published(
+    path: str | Path, net: nn.Module, get_tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, metadata: Mapping
+) -> None:
+    """Write a pickle that the published tools can read, complete or not at all.
+
+    Args: as `training.snapshot.native.write_native`; buffers are of type `dtype`, too.
+
+    Raises:
+        UserError: the published tools know no such encoder.
+        OSError: it could not be written.
+    """
+    _, encoder = build(str(path), dict(metadata))
+    record = _module_record(net, lambda name: get_tensor(name).to(dtype))
+    if isinstance(net, ToyModel):
+        safe_pickle.save(path, record)
+        return
+    config = metadata.get("config", {})
+    loss_kwargs = metadata.get("loss_kwargs") or {key: config[key] for key in ("P_mean", "P_std") if key in config}
+    dataset_kwargs = metadata.get("dataset_kwargs") or dict(
+        class_name="training.dataset.ImageFolderDataset",
+        path=config.get("data", ""),
+        use_labels=config.get("cond", False),
+    )
+    loss_state = {"P_mean": -0.4, "P_std": 1.0, "sigma_data": 0.5, **loss_kwargs}
+    data = EasyDict(
+        encoder=_encoder_record(encoder),
+        dataset_kwargs=EasyDict(dataset_kwargs),
+        loss_fn=_record(LOSS_MODULE, "EDM2Loss", loss_state, kwargs=loss_kwargs),
+        ema=record,
+        **{
+            METADATA_KEY: json.dumps(
+                {key: value for key, value in metadata.items() if key not in ("architecture", "encoder")}
+            )
+        },
+    )
+    safe_pickle.save(path, data)
+
+
+def _record(
+    module: str, class_name: str, state: dict[str, Any], args: tuple = (), kwargs: dict | None = None
+) -> PersistentObject:
+    return PersistentObject(class_name, {**state, "_init_args": args, "_init_kwargs": kwargs or {}}, module)
+
+
+def _encoder_record(encoder: Encoder) -> PersistentObject:
+    if isinstance(encoder, StandardRGBEncoder):
+        return _record(ENCODERS_MODULE, "StandardRGBEncoder", {})
+    if not isinstance(encoder, StabilityVAEEncoder):
+        raise UserError(
+            f"the published tools have no {type(encoder).__name__}, which this network needs: keep it as .safetensors"
+        )
+    mean, std = np.array(encoder.raw_mean, np.float32), np.array(encoder.raw_std, np.float32)
+    scale = np.float32(FINAL_STD) / std
+    state = dict(vae_name=encoder.vae_name, scale=scale, bias=-mean * scale, batch_size=encoder.batch_size, _vae=None)
+    return _record(ENCODERS_MODULE, "StabilityVAEEncoder", state, kwargs=encoder.init_kwargs)
+
+
+def _module_record(module: nn.Module, get_tensor: Callable[[str], torch.Tensor], prefix: str = "") -> PersistentObject:
+    """The record of a module: torch's attributes, our tensors, and the attributes of the published class."""
+
+    def lazy(name: str, is_parameter: bool) -> LazyTensor:
+        return LazyTensor(lambda: get_tensor(prefix + name), is_parameter)
+
+    state = {**nn.Module().__dict__, "training": False}
+    state["_parameters"] = {name: lazy(name, True) for name in module._parameters}
+    state["_buffers"] = {name: lazy(name, False) for name in module._buffers}
+    state["_modules"] = {
+        name: _module_record(child, get_tensor, f"{prefix}{name}.") for name, child in module.named_children()
+    }
+    if type(module).__name__ in safe_pickle.CONTAINERS:
+        return PersistentObject(type(module).__name__, state)
+    published = _published_class(module, in_toy=prefix.startswith("layers."))
+    return _record(
+        published.module, published.name, {**state, **published.attributes}, published.args, published.kwargs
+    )
+
+
+@dataclass(frozen=True)
+class _Class:
+    """What the published tools know one of our modules as."""
+
+    module: str
+    name: str
+    attributes: dict[str, Any]
+    args: tuple = ()
+    kwargs: dict[str, Any] | None = None
+
+
+def _published_class(module: nn.Module, in_toy: bool) -> _Class:
+    if isinstance(module, Precond):
+        attributes = _attributes(module, "img_resolution img_channels label_dim sigma_data")
+        attributes["use_fp16"] = True
+        return _Class(NETWORKS_MODULE, "Precond", attributes, kwargs={"use_fp16": True, **_lists(module.init_kwargs)})
+    if isinstance(module, UNet):
+        attributes = _attributes(module, "label_balance concat_balance")
+        if module.emb_label is None:
+            attributes["emb_label"] = None
+        return _Class(NETWORKS_MODULE, "UNet", attributes)
+    if isinstance(module, Block):
+        options = _attributes(module, "flavor resample_filter resample_mode dropout res_balance attn_balance clip_act")
+        out_channels, emb_channels = module.emb_linear.weight.shape
+        attributes = {**options, "out_channels": out_channels, "num_heads": module.num_heads}
+        attributes.update(
+            {name: None for name in ("conv_skip", "attn_qkv", "attn_proj") if getattr(module, name) is None}
+        )
+        in_channels = out_channels if module.conv_skip is None else module.conv_skip.weight.shape[1]
+        options["attention"] = module.num_heads > 0
+        if module.num_heads > 0:
+            options["channels_per_head"] = out_channels // module.num_heads
+        return _Class(NETWORKS_MODULE, "Block", attributes, (in_channels, out_channels, emb_channels), options)
+    if isinstance(module, MPConv):
+        out_channels, in_channels, *kernel = module.weight.shape
+        if in_toy:
+            return _Class(TOY_MODULE, "MPLinear", {}, (in_channels, out_channels))
+        return _Class(
+            NETWORKS_MODULE, "MPConv", {"out_channels": out_channels}, (in_channels, out_channels), {"kernel": kernel}
+        )
+    if isinstance(module, MPFourier):
+        return _Class(NETWORKS_MODULE, "MPFourier", {}, (module.freqs.numel(),))
+    if isinstance(module, MPSiLU):
+        return _Class(TOY_MODULE, "MPSiLU", {})
+    assert isinstance(module, ToyModel), type(module)
+    return _Class(TOY_MODULE, "ToyModel", {"sigma_data": module.sigma_data}, kwargs=module.init_kwargs)
+
+
+def _attributes(module: nn.Module, names: str) -> dict[str, Any]:
+    return _lists({name: getattr(module, name) for name in names.split()})
+
+
+def _lists(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in options.items()}
