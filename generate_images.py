@@ -1,6 +1,7 @@
 """Generate images with a trained network."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by
+from dnnlib.util import CommandLine, UserError, given_options, offline_option, parse_int_list, parsed_by
 from torch_utils import distributed, misc
-from training.generation import generate_images, image_path
-from training.snapshot import load_network
+from training.generation import generate_images, image_path, load_image_network
+from training.presets import GENERATION_PRESETS, generation_table, unknown_preset
 
 MAX_GRID = 10_000
 
@@ -52,8 +53,31 @@ def _read(file: Path) -> np.ndarray:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-@click.command(cls=CommandLine)
-@click.option("--net", help="Network snapshot", metavar="FILE", required=True)
+def list_presets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        print(generation_table())
+        ctx.exit()
+
+
+def print_command(ctx: click.Context, net: str, gnet: str | None, guidance: float) -> None:
+    """The command line without presets."""
+    options = [f"--net={shlex.quote(net)}"]
+    if gnet is not None:
+        options += [f"--gnet={shlex.quote(gnet)}", f"--guidance={guidance:g}"]
+    options += given_options(ctx, leave_out=["preset", "print_config", "net", "gnet", "guidance"])
+    print(" \\\n    ".join(["python generate_images.py", *options]))
+
+
+PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
+    f"  {name:32s} {preset.metric} {preset.value:.2f}" for name, preset in GENERATION_PRESETS.items()
+)
+
+
+@click.command(cls=CommandLine, epilog=PRESETS_HELP)
+@click.option("--preset", help="Published networks and guidance; options that are given win", metavar="NAME")
+@click.option(
+    "--net", help="Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
+)
 @click.option("--gnet", help="Guiding network snapshot", metavar="FILE")
 @click.option(
     "--outdir",
@@ -116,7 +140,7 @@ def _read(file: Path) -> np.ndarray:
     default=7,
     show_default=True,
 )
-@click.option("--guidance", help="Guidance weight, 1 = none", metavar="FLOAT", type=float, default=1, show_default=True)
+@click.option("--guidance", help="Guidance weight  [default: 1, no guidance]", metavar="FLOAT", type=float)
 @click.option(
     "--guidance-interval",
     help="Noise levels at which guidance acts  [default: all]",
@@ -180,15 +204,30 @@ def _read(file: Path) -> np.ndarray:
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
 )
+@offline_option
+@click.option("--print-config", help="Print the command line that a preset stands for, and exit", is_flag=True)
+@click.option(
+    "--list-presets",
+    help="Print all presets with their networks and results, and exit",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=list_presets,
+)
+@click.pass_context
 def main(
-    net: str,
+    ctx: click.Context,
+    preset: str | None,
+    net: str | None,
     gnet: str | None,
     outdir: Path,
     subdirs: bool,
     seeds: list[int],
     device: str,
     precision: str,
+    guidance: float | None,
     guidance_interval: tuple[float, float] | None,
+    print_config: bool,
     skip_existing: bool,
     grid: Path | None,
     **opts: Any,
@@ -200,12 +239,26 @@ def main(
       # 100 images as files and as one sheet
       python generate_images.py --net=out/digits/network-snapshot-0000147-0.100.safetensors \\
           --outdir=out/images --seeds=0-99 --grid=out/images.png
+      # Published networks, fetched once
+      python generate_images.py --preset=edm2-img512-s-guid-dino --outdir=out
       # Autoguidance, on two GPUs
       torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors \\
           --gnet=guide.safetensors --guidance=2 --outdir=out --seeds=0-49999 --subdirs
     """
-    if opts["guidance"] != 1 and gnet is None:
-        raise UserError(f"--guidance={opts['guidance']:g} needs a guiding network: give --gnet")
+    if preset is not None:
+        chosen = GENERATION_PRESETS.get(preset)
+        if chosen is None:
+            raise unknown_preset(preset, GENERATION_PRESETS)
+        net, gnet = net or chosen.net, gnet or chosen.gnet
+        guidance = chosen.guidance if guidance is None else guidance
+    if net is None:
+        raise UserError("which network? Give --net or --preset (see --list-presets)")
+    guidance = 1.0 if guidance is None else guidance
+    if guidance != 1 and gnet is None:
+        raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
+    if print_config:
+        print_command(ctx, net, gnet, guidance)
+        return
     if opts["sigma_min"] > opts["sigma_max"]:
         raise UserError(f"--sigma_min={opts['sigma_min']:g} is above --sigma_max={opts['sigma_max']:g}")
     if guidance_interval is not None:
@@ -214,8 +267,8 @@ def main(
     with distributed.fail_together():
         target = misc.select_device(device)
         misc.set_up_device(target)
-        snapshot = load_network(net, target)
-        guide = load_network(gnet, target) if gnet is not None else None
+        snapshot = load_image_network(net, target)
+        guide = load_image_network(gnet, target) if gnet is not None else None
         snapshot.net.precision = misc.resolve_precision(precision, target)
         if guide is not None:
             guide.net.precision = snapshot.net.precision
@@ -230,7 +283,7 @@ def main(
         todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
         guide_net = guide.net if guide is not None else None
         images = generate_images(
-            snapshot.net, guide_net, snapshot.encoder, outdir, subdirs, todo, device=target, **opts
+            snapshot.net, guide_net, snapshot.encoder, outdir, subdirs, todo, device=target, guidance=guidance, **opts
         )
     there = f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""
     distributed.print0(f"Generating {len(todo)} images to {outdir}{there}")

@@ -1,6 +1,5 @@
 """Train an EDM2 diffusion model."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import final_channels
 from training.phema import parse_std_list
-from training.presets import TRAINING_PRESETS
+from training.presets import TRAINING_PRESETS, unknown_preset
 from training.training_loop import build_network, training_loop
 
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
@@ -39,8 +38,7 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
     """
     preset = opts["preset"]
     if preset not in TRAINING_PRESETS:
-        near = difflib.get_close_matches(preset, TRAINING_PRESETS, n=3, cutoff=0.4) or list(TRAINING_PRESETS)
-        raise UserError(f"--preset: unknown preset {preset!r}; the nearest are {', '.join(near)}")
+        raise unknown_preset(preset, TRAINING_PRESETS)
     explicit = {key: value for key, value in opts.items() if value is not None}
     if explicit.pop("fp16") is False:
         if explicit["precision"] not in ("auto", "fp32"):

@@ -6,12 +6,13 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +70,20 @@ class CommandLine(click.Command):
             return super().invoke(ctx)
 
 
+class CommandGroup(click.Group):
+    """Group of `CommandLine`s."""
+
+    command_class = CommandLine
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     try:
@@ -97,13 +112,27 @@ def _one_line_errors() -> Iterator[None]:
 def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
     """click callback that parses an option's text; where that fails (ValueError), the error names the option."""
 
-    def callback(_ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        ctx.meta[f"{__name__}.text.{param.name}"] = value
         try:
             return None if value is None else parse(value)
         except ValueError as err:
             raise UserError(f"{param.opts[0]}: {err}") from None
 
     return callback
+
+
+def given_options(ctx: click.Context, leave_out: Iterable[str] = ()) -> list[str]:
+    """The options that the user has given, as text in which a shell finds them again."""
+    options = []
+    for param in ctx.command.params:
+        name = param.name or ""
+        if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE or name in leave_out:
+            continue
+        value = ctx.meta.get(f"{__name__}.text.{name}", ctx.params.get(name))
+        is_flag = isinstance(param, click.Option) and param.is_flag
+        options.append(param.opts[0] if is_flag else f"{param.opts[0]}={shlex.quote(str(value))}")
+    return options
 
 
 class _BadInput(click.ClickException):
@@ -205,6 +234,20 @@ def is_url(text: str) -> bool:
 def offline() -> bool:
     """Whether the user wants no network to be used."""
     return os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0")
+
+
+def _set_offline(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ[OFFLINE_VARIABLE] = "1"
+
+
+offline_option = click.option(
+    "--offline",
+    help=f"Use no network, only what was fetched before (or set {OFFLINE_VARIABLE}=1)",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_offline,
+)
 
 
 def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int, verbose: bool) -> Path:

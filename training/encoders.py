@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.util import UserError, offline
 from training.dataset import ImageFolderDataset
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
@@ -98,7 +98,7 @@ class StabilityVAEEncoder(Encoder):
             except ImportError:
                 raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
             try:
-                vae = AutoencoderKL.from_pretrained(self.vae_name)
+                vae = AutoencoderKL.from_pretrained(self.vae_name, local_files_only=offline())
             except (OSError, ValueError) as err:
                 reason = str(err).strip().splitlines()[0]
                 raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None

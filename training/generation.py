@@ -14,12 +14,25 @@ from torch_utils import distributed, misc
 from training.encoders import Encoder, StandardRGBEncoder
 from training.networks_edm2 import Precond, effective_weights
 from training.samplers import StackedRandomGenerator, edm_sampler
+from training.snapshot import Snapshot, load_network
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
     """File of a seed: {seed:06d}.png, with `subdirs` in a folder per thousand."""
     folder = Path(outdir) / f"{seed // 1000 * 1000:06d}" if subdirs else Path(outdir)
     return folder / f"{seed:06d}{suffix}"
+
+
+def load_image_network(path_or_url: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+    """As `load_network`, for a network that makes images.
+
+    Raises:
+        UserError: also if it is another network.
+    """
+    snapshot = load_network(path_or_url, device)
+    if not isinstance(snapshot.net, Precond):
+        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
+    return snapshot
 
 
 def check_guide(net: Precond, gnet: Precond) -> None:

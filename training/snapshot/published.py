@@ -84,6 +84,8 @@ class PublishedFile:
         if isinstance(data, PersistentObject):
             record = data
         elif isinstance(data, dict):
+            if any(isinstance(value, dict) and {"mu", "sigma"} <= value.keys() for value in data.values()):
+                raise UserError(f"{self.path}: holds reference statistics of a dataset, not a network")
             networks = [
                 key for key, value in data.items() if isinstance(value, PersistentObject) and "_modules" in value.state
             ]
@@ -163,14 +165,17 @@ def write_published(
 ) -> None:
     """Write a pickle that the published tools can read, complete or not at all.
 
-    Args: as `training.snapshot.native.write_native`; buffers are of type `dtype`, too.
+    Args: as `training.snapshot.native.write_native`; buffers are float16, beside float32 weights float32.
 
     Raises:
         UserError: the published tools know no such encoder.
         OSError: it could not be written.
     """
     _, encoder = build(str(path), dict(metadata))
-    record = _module_record(net, lambda name: get_tensor(name).to(dtype))
+    # Published files hold everything in float16; bfloat16 would be too coarse for the Fourier features.
+    parameters = {name for name, _ in net.named_parameters()}
+    buffer_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    record = _module_record(net, lambda name: get_tensor(name).to(dtype if name in parameters else buffer_dtype))
     if isinstance(net, ToyModel):
         safe_pickle.save(path, record)
         return

@@ -1,0 +1,92 @@
+"""Count parameters and operations of a network."""
+
+import json
+from typing import Any
+
+import click
+import torch
+
+from dnnlib.util import CommandLine, UserError, offline_option
+from torch_utils import misc
+from training.flops import count_operations, count_parameters, peak_memory_per_sample
+from training.networks_edm2 import Precond
+from training.presets import TRAINING_PRESETS, preset_network
+from training.snapshot import build_for, open_snapshot
+
+
+def open_network(name: str) -> torch.nn.Module:
+    """The network of a file, URL or training preset, without its values."""
+    if name in TRAINING_PRESETS:
+        with torch.device("meta"):
+            return Precond(**preset_network(name), precision="fp32")
+    return build_for(open_snapshot(name))[0]
+
+
+def measure_memory(net: torch.nn.Module) -> int | None:
+    """Peak memory per sample in bytes, where there is a GPU to measure it on; the weights need no values."""
+    if not torch.cuda.is_available() or not isinstance(net, Precond):
+        return None
+    device = misc.select_device("cuda")
+    misc.set_up_device(device)
+    net.to_empty(device=device).eval().precision = "fp16"
+    return peak_memory_per_sample(net, device)
+
+
+def cost(name: str) -> dict[str, Any]:
+    net = open_network(name)
+    operations = count_operations(net)
+    return dict(
+        net=name,
+        parameters=count_parameters(net),
+        gflops=sum(operations.values()) / 1e9,
+        gflops_by_layer={kind: count / 1e9 for kind, count in operations.items()},
+        peak_memory_per_sample=measure_memory(net),
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    print(result["net"])
+    print(f"  {'parameters':24s}{format_si(result['parameters']):>10s}")
+    print(f"  {'operations':24s}{format_si(result['gflops'] * 1e9):>10s}  per evaluation; a multiply-add is one")
+    for kind, gflops in result["gflops_by_layer"].items():
+        print(f"    {kind:22s}{format_si(gflops * 1e9):>10s} {gflops / result['gflops']:7.1%}")
+    memory = result["peak_memory_per_sample"]
+    text = "not measured: no CUDA device" if memory is None else f"{memory / 2**20:.1f} MiB"
+    print(f"  {'peak memory per sample':24s}{text:>10s}")
+
+
+def format_si(number: float) -> str:
+    """'1523.16 M' and the like."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+@click.command(cls=CommandLine)
+@click.argument("nets", metavar="NET...", nargs=-1)
+@click.option("--net", "more_nets", help="The same as an option", metavar="NET", multiple=True)
+@click.option("--json", "as_json", help="Print JSON, one line per network", is_flag=True)
+@offline_option
+def main(nets: tuple[str, ...], more_nets: tuple[str, ...], as_json: bool) -> None:
+    """Count what one evaluation of a network costs. NET is a snapshot, a URL or the name of a training preset.
+
+    Operations are counted as in the papers: one for a multiply-add, one for each element of other operations.
+
+    \b
+    Examples:
+      python count_flops.py edm2-img512-xxl
+      python count_flops.py --json out/digits/network-snapshot-0000147-0.100.safetensors
+    """
+    if not nets + more_nets:
+        raise UserError("which network? Give a snapshot, a URL or one of the presets " + ", ".join(TRAINING_PRESETS))
+    for name in nets + more_nets:
+        result = cost(name)
+        if as_json:
+            print(json.dumps(result))
+        else:
+            show(result)
+
+
+if __name__ == "__main__":
+    main()
