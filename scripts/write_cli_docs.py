@@ -1,25 +1,40 @@
 """Write docs/cli.md from the commands' own help texts."""
 
+import importlib
 import sys
 from pathlib import Path
 
 import click
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train_edm2", "generate_images", "reconstruct_phema"]
+COMMANDS = {
+    "train_edm2": "train_edm2.py",
+    "generate_images": "generate_images.py",
+    "reconstruct_phema": "reconstruct_phema.py",
+    "count_flops": "count_flops.py",
+    "training.snapshot.__main__": "-m training.snapshot",
+}
 INTRODUCTION = """# Command line reference
 
 What `--help` prints. Written by `python scripts/write_cli_docs.py`; a test compares it with the commands.
 """
 
 
-def help_text(name: str) -> str:
-    command: click.Command = __import__(name).main
-    return command.get_help(click.Context(command, info_name=f"python {name}.py", terminal_width=100))
+def help_texts(command: click.Command, name: str) -> list[str]:
+    """What `--help` prints for a command, and for each of its subcommands."""
+    texts = [command.get_help(click.Context(command, info_name=name, terminal_width=100))]
+    if isinstance(command, click.Group):
+        for subcommand in command.commands.values():
+            texts += help_texts(subcommand, f"{name} {subcommand.name}")
+    return texts
 
 
 def render() -> str:
-    return INTRODUCTION + "".join(f"\n## {name}.py\n\n```text\n{help_text(name)}\n```\n" for name in COMMANDS)
+    text = INTRODUCTION
+    for module, name in COMMANDS.items():
+        texts = help_texts(importlib.import_module(module).main, f"python {name}")
+        text += f"\n## {name}\n" + "".join(f"\n```text\n{help_text}\n```\n" for help_text in texts)
+    return text
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ LAYERS = [
         "torch_utils.checkpoint",
         "torch_utils.training_stats",
         "torch_utils.misc",
+        "torch_utils.safe_pickle",
     },
     {"training", "training.schedules"},
     {"training.denoiser"},
@@ -29,11 +30,17 @@ LAYERS = [
         "training.dataset",
         "training.encoders",
         "training.snapshot",
+        "training.snapshot.description",
+        "training.snapshot.hub",
+        "training.snapshot.native",
+        "training.snapshot.published",
+        "training.networks_toy",
+        "training.flops",
     },
     {"training.config"},
     {"training.presets", "training.previews"},
-    {"training.training_loop", "training.generation", "training.reconstruction"},
-    {"train_edm2", "generate_images", "reconstruct_phema"},
+    {"training.training_loop", "training.generation", "training.reconstruction", "training.metrics"},
+    {"train_edm2", "generate_images", "reconstruct_phema", "count_flops", "training.snapshot.__main__"},
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 SCRIPTS = LAYERS[-1]
@@ -46,7 +53,7 @@ def module_name(path: Path) -> str:
 
 SOURCES = {
     module_name(p): p
-    for p in [*ROOT.glob("*.py"), *(p for d in ("dnnlib", "torch_utils", "training") for p in (ROOT / d).glob("*.py"))]
+    for p in [*ROOT.glob("*.py"), *(p for d in ("dnnlib", "torch_utils", "training") for p in (ROOT / d).rglob("*.py"))]
 }
 
 

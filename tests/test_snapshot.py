@@ -52,11 +52,11 @@ def test_float32_is_exact(tmp_path):
 
 
 def test_missing_or_of_another_kind(tmp_path, snapshot_file):
-    with pytest.raises(UserError, match="no such snapshot"):
+    with pytest.raises(UserError, match="no such file"):
         load_network(tmp_path / "nowhere.safetensors")
-    other = tmp_path / "net.pkl"
+    other = tmp_path / "net.pt"
     other.write_bytes(b"x")
-    with pytest.raises(UserError, match="snapshots are .safetensors files"):
+    with pytest.raises(UserError, match="snapshots are .safetensors or .pkl files"):
         load_network(other)
     with pytest.raises(UserError, match="holds no network 'net'"):
         load_network(snapshot_file, which="net")
