@@ -402,7 +402,7 @@ def _fetch_rest(url: str, partial: Path, verbose: bool) -> None:
                 dynamic_ncols=True,
             ) as progress,
         ):
-            for data in response.iter_content(1 << 20):
+            for data in response.iter_content(1 << 16):  # what a broken connection leaves of such a part is lost
                 f.write(data)
                 progress.update(len(data))
             size = f.tell()

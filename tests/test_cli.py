@@ -400,8 +400,8 @@ def test_color_and_latents(tmp_path):
         (["--sigma_min=100"], ["--sigma_min=100 is above --sigma_max=80"]),
         (["--steps=0"], ["--steps"]),
         (["--batch=0"], ["--batch"]),
-        (["--net=nowhere.safetensors"], ["nowhere.safetensors: no such snapshot"]),
-        (["--gnet=nowhere.safetensors"], ["nowhere.safetensors: no such snapshot"]),
+        (["--net=nowhere.safetensors"], ["nowhere.safetensors: no such file"]),
+        (["--gnet=nowhere.safetensors"], ["nowhere.safetensors: no such file"]),
     ],
 )  # fmt: skip
 def test_bad_generation_options(snapshot_file, tmp_path, options, fragments):

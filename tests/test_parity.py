@@ -1,11 +1,9 @@
 """Our numbers against the golden values in tests/golden (tolerances in its README)."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from conftest import Golden
 
 from training import networks_edm2 as edm2
 from training import phema
@@ -13,49 +11,7 @@ from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
 from training.samplers import StackedRandomGenerator, edm_sampler
 
-GOLDEN = Path(__file__).parent / "golden"
 FORWARD, TRAJECTORY = 1e-5, 1e-4
-
-
-class Golden:
-    """One golden file; `check` compares and keeps the largest relative error."""
-
-    def __init__(self, name: str):
-        self.arrays = np.load(GOLDEN / f"{name}.npz")
-        self.meta = json.loads(str(self.arrays["meta_json"])) if "meta_json" in self.arrays else {}
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return torch.from_numpy(self.arrays[key])
-
-    def state(self, prefix: str) -> dict[str, torch.Tensor]:
-        return {k[len(prefix) + 1 :]: self[k] for k in self.arrays.files if k.startswith(prefix + "/")}
-
-    def network(self, prefix: str = "state", kwargs: str = "kwargs") -> edm2.Precond:
-        net = edm2.Precond(**self.meta[kwargs], precision="fp32")
-        net.load_state_dict(self.state(prefix))
-        return net.eval()
-
-
-def relative_error(actual, expected) -> float:
-    actual, expected = np.float64(actual), np.float64(expected)
-    assert actual.shape == expected.shape
-    return float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
-
-
-@pytest.fixture
-def check(record_property):
-    """Compare with a tolerance; the largest error of the test is recorded in the JUnit report."""
-    largest = [0.0]
-
-    def compare(actual, expected, tolerance: float, name: str = "") -> None:
-        if isinstance(actual, torch.Tensor):
-            actual = actual.detach().cpu()
-        error = relative_error(actual, expected)
-        largest[0] = max(largest[0], error)
-        assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
-
-    yield compare
-    record_property("largest_relative_error", largest[0])
 
 
 def test_primitives(check):

@@ -30,7 +30,7 @@ MAX_STEPS = 4_000_000  # instructions, and items that they handle
 MAX_NODES = 100_000  # values or modules visited while a result is taken apart
 MAX_DEPTH = 64  # of their nesting
 MAX_DIMS = 8  # of tensors and arrays
-MAX_NAME = 200  # characters
+MAX_NAME = 100  # characters
 MAX_KEY = 1 << 31  # integers as keys: larger ones can be chosen to collide
 
 CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")  # of torch.nn
@@ -83,7 +83,15 @@ class StoredTensor:
         try:
             storage = torch.load(io.BytesIO(self.storage), map_location="cpu", weights_only=True)
             return _rebuild_tensor_v2(storage, self.offset, self.size, self.stride, False, OrderedDict())
-        except (RuntimeError, ValueError, TypeError, LookupError, EOFError, pickle.UnpicklingError) as err:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            LookupError,
+            EOFError,
+            AssertionError,
+            pickle.UnpicklingError,
+        ) as err:
             raise UserError(f"{self.source}: a tensor cannot be read ({_one_line(err)}): copy the file again") from None
 
 
@@ -392,7 +400,7 @@ _INSTRUCTIONS = _instructions()
 def _published_name(file: _File, name: str) -> _Name:
     call = _PUBLISHED_NAMES.get(name.replace("numpy._core.", "numpy.core.", 1))
     if call is None:
-        raise _RefusedError(f"it asks for {name!r}, which no published network needs")
+        raise _RefusedError(f"it asks for {name[:MAX_NAME]!r}, which no published network needs")
     return _Name(name, functools.partial(call, file) if call is _storage else call)
 
 
@@ -482,7 +490,7 @@ def _storage(file: _File, blob: memoryview) -> _Storage:
 
     def find(name: str) -> _Name:
         if name not in (*STORAGE_DTYPES, "collections.OrderedDict"):
-            raise _RefusedError(f"a tensor in it asks for {name!r}")
+            raise _RefusedError(f"a tensor in it asks for {name[:MAX_NAME]!r}")
         return _Name(name, dict)
 
     def find_persistent(pid: Any) -> _Storage:

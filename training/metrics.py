@@ -22,7 +22,9 @@ def load_stats(path_or_url: str | Path) -> Stats:
         UserError: no such file, or one that holds no statistics.
     """
     path = Path(open_url(path_or_url, return_filename=True))
-    entries = _read_npz(path) if zipfile.is_zipfile(path) else published_stats(safe_pickle.load(path))
+    with open(path, "rb") as f:
+        is_npz = f.read(2) == b"PK"
+    entries = _read_npz(path) if is_npz else published_stats(safe_pickle.load(path))
     stats: Stats = {}
     for metric, entry in entries.items():
         mu, sigma = (np.asarray(entry[key], dtype=np.float64) for key in ("mu", "sigma"))

@@ -1,0 +1,2 @@
+class EDM2Loss:
+    pass

@@ -1,0 +1,362 @@
+"""Downloads from a local server that behaves as badly as real ones."""
+
+import hashlib
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from conftest import ROOT, fails_with, run_cli
+
+import dnnlib.util
+from dnnlib.util import RunError, UserError, open_url
+from generate_images import main as generate
+from training.presets import GENERATION_PRESETS, files_for
+from training.snapshot.__main__ import main as snapshot_tool
+
+DATA = bytes(range(256)) * 4096  # 1 MiB
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        requests = self.server.requests
+        requests.append((self.path, self.headers.get("Range")))
+        script = self.server.script.get(self.path.partition("?")[0], [])
+        count = sum(path == self.path for path, _ in requests)
+        behave = script[min(count, len(script)) - 1] if script else serve()
+        behave(self)
+
+    def log_message(self, *args):
+        pass
+
+
+def headers(handler: Handler, code: int, fields: dict) -> None:
+    handler.send_response(code)
+    for key, value in fields.items():
+        handler.send_header(key, str(value))
+    handler.end_headers()
+
+
+def serve(
+    data: bytes = DATA,
+    version: dict | None = None,
+    ranges: bool = True,
+    stop_after: int | None = None,
+    stall: bool = False,
+    delay: float = 0,
+    claim: int | None = None,
+) -> Callable:
+    """A good answer, or one that ends (or stalls) after `stop_after` bytes."""
+    version = {"ETag": '"v1"'} if version is None else version
+
+    def behave(handler: Handler) -> None:
+        start = 0
+        condition = handler.headers.get("If-Range")
+        if ranges and handler.headers.get("Range") and condition in version.values():
+            start = int(handler.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            fields = {
+                "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}",
+                "Content-Length": len(data) - start,
+            }
+            headers(handler, 206, {**fields, **version})
+        else:
+            headers(handler, 200, {"Content-Length": len(data) if claim is None else claim, **version})
+        end = len(data) if stop_after is None else min(start + stop_after, len(data))
+        time.sleep(delay)
+        handler.wfile.write(data[start:end])
+        if stall:
+            handler.wfile.flush()
+            time.sleep(2)
+        if end < len(data) or claim is not None:
+            handler.close_connection = True
+
+    return behave
+
+
+def status(code: int, **fields) -> Callable:
+    return lambda handler: headers(handler, code, {"Content-Length": 0, **fields})
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.requests = []
+    server.script = {}
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(dnnlib.util, "BACK_OFF", 0.01)
+    monkeypatch.setattr(dnnlib.util, "TIMEOUT", (2, 0.5))
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache" / "downloads"
+
+
+def read(url: str, **kwargs) -> bytes:
+    with open_url(url, **kwargs) as f:
+        return f.read()
+
+
+def kept(cache) -> list[str]:
+    return sorted(path.name.partition("_")[2] for path in cache.iterdir() if path.suffix != ".lock")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Success, sooner or later
+
+
+def test_download_and_cache(server, cache):
+    assert read(f"{server.url}/a.pkl") == DATA
+    assert read(f"{server.url}/a.pkl") == DATA
+    assert server.requests == [("/a.pkl", None)]
+    assert kept(cache) == ["a.pkl"]
+    assert read(f"{server.url}/a.pkl?x=1") == DATA  # another address
+    assert len(server.requests) == 2
+
+
+def test_local_files(tmp_path):
+    path = tmp_path / "a b.bin"
+    path.write_bytes(b"x")
+    assert read(str(path)) == read(path.as_uri()) == b"x"
+    assert open_url(path, return_filename=True) == str(path)
+    for missing in ("nowhere", f"file://{tmp_path}/nowhere"):
+        with pytest.raises(UserError, match="nowhere: no such file"):
+            open_url(missing)
+
+
+def test_explicit_cache_dir(server, tmp_path):
+    assert read(f"{server.url}/a.pkl", cache_dir=tmp_path / "other") == DATA
+    assert kept(tmp_path / "other") == ["a.pkl"]
+
+
+BAD_STARTS = {
+    "truncated": [serve(stop_after=300_000)],
+    "truncated three times": [serve(stop_after=300_000)] * 3,
+    "stalled": [serve(stop_after=300_000, stall=True)],
+    "server errors": [status(500), status(503), status(502)],
+    "too many requests": [status(429, **{"Retry-After": "0"})],
+    "range refused": [serve(stop_after=300_000), status(416)],
+    "range ignored": [serve(stop_after=300_000), serve(ranges=False)],
+    "no version": [serve(stop_after=300_000, version={})],
+    "weak version": [serve(stop_after=300_000, version={"ETag": 'W/"v1"'})],
+    "date as the version": [serve(stop_after=300_000, version={"Last-Modified": "Fri, 20 Nov 2026 10:00:00 GMT"})],
+    "new version meanwhile": [serve(bytes(len(DATA)), version={"ETag": '"v0"'}, stop_after=300_000)],
+    "more announced than there is": [serve(claim=len(DATA) + 5)],
+    "closed at once": [lambda handler: setattr(handler, "close_connection", True)],
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_ends_well(case, server, cache):
+    server.script["/a.pkl"] = [*BAD_STARTS[case], serve()]
+    assert read(f"{server.url}/a.pkl") == DATA
+    assert kept(cache) == ["a.pkl"]
+
+
+def assert_went_on(server) -> None:
+    """The second request asked for no more than what was missing, and a little."""
+    first, second = (request[1] for request in server.requests)
+    assert first is None
+    assert 200_000 < int(second.removeprefix("bytes=").removesuffix("-")) <= 300_000
+
+
+def test_interrupted_downloads_go_on(server):
+    server.script["/a.pkl"] = [serve(stop_after=300_000), serve()]
+    assert read(f"{server.url}/a.pkl") == DATA
+    assert_went_on(server)
+
+
+def test_redirect(server):
+    server.script["/a.pkl"] = [status(302, Location="/b.pkl")]
+    assert read(f"{server.url}/a.pkl") == DATA
+
+
+def test_without_a_length(server):
+    def behave(handler):
+        headers(handler, 200, {"Transfer-Encoding": "chunked"})
+        handler.wfile.write(b"5\r\nhello\r\n0\r\n\r\n")
+
+    server.script["/a.txt"] = [behave]
+    assert read(f"{server.url}/a.txt") == b"hello"
+
+
+def test_copies_of_the_published_tools_are_used(server, cache):
+    url = f"{server.url}/a.pkl"
+    cache.mkdir(parents=True)
+    (cache / f"{hashlib.md5(url.encode()).hexdigest()}_http___some_name.pkl").write_bytes(b"kept")
+    assert read(url) == b"kept"
+    assert server.requests == []
+
+
+FETCH = """
+import sys
+sys.path.insert(0, {root!r})
+from dnnlib.util import open_url
+print(len(open_url({url!r}).read()))
+"""
+
+
+def fetch_in_process(url: str) -> subprocess.Popen:
+    code = FETCH.format(root=str(ROOT), url=url)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_one_process_fetches_for_all(server):
+    server.script["/a.pkl"] = [serve(delay=1.0)]
+    processes = [fetch_in_process(f"{server.url}/a.pkl") for _ in range(3)]
+    outputs = [process.communicate() for process in processes]
+    assert [out for out, _ in outputs] == [f"{len(DATA)}\n"] * 3, outputs
+    assert len(server.requests) == 1
+    assert any("Waiting for another process" in err for _, err in outputs)
+
+
+def test_killed_process(server):
+    server.script["/a.pkl"] = [serve(stop_after=300_000, stall=True), serve()]
+    process = fetch_in_process(f"{server.url}/a.pkl")
+    deadline = time.monotonic() + 30
+    while not server.requests and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert read(f"{server.url}/a.pkl") == DATA
+    assert_went_on(server)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Failure
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404, 410])
+def test_wrong_address(code, server, cache):
+    server.script["/a.pkl"] = [status(code)]
+    with pytest.raises(UserError, match=f"/a.pkl: the server says {code} .*check the address"):
+        open_url(f"{server.url}/a.pkl")
+    assert len(server.requests) == 1
+    assert kept(cache) == []
+
+
+def test_endless_redirect(server):
+    server.script["/a.pkl"] = [status(302, Location="/a.pkl")]
+    with pytest.raises(UserError, match="check the address"):
+        open_url(f"{server.url}/a.pkl")
+
+
+@pytest.mark.parametrize("behave", [status(503), serve(stop_after=0)])
+def test_giving_up(behave, server, cache):
+    server.script["/a.pkl"] = [behave]
+    with pytest.raises(RunError, match="/a.pkl: not fetched after 3 attempts") as err:
+        open_url(f"{server.url}/a.pkl", num_attempts=3)
+    assert "\n" not in str(err.value)
+    assert len(server.requests) == 3
+    assert "a.pkl" not in kept(cache)
+
+
+def test_no_server():
+    with pytest.raises(RunError, match="not fetched after 2 attempts"):
+        open_url("http://127.0.0.1:9/a.pkl", num_attempts=2)
+
+
+@pytest.mark.parametrize("url", ["http://", "http:///x", "ftp://x/y", "hf://owner", "htp://x/y"])
+def test_no_address(url):
+    with pytest.raises(UserError, match=url):
+        open_url(url)
+
+
+def test_checksum(server, cache):
+    good = hashlib.sha256(DATA).hexdigest()
+    assert read(f"{server.url}/a.pkl#sha256={good.upper()}") == DATA
+    with pytest.raises(UserError, match=f"wrong checksum.* {good}"):
+        open_url(f"{server.url}/b.pkl#sha256={'0' * 64}")
+    assert kept(cache) == ["a.pkl", "b.pkl.mismatch"]
+    assert (next(cache.glob("*.mismatch"))).read_bytes() == DATA
+    with pytest.raises(UserError, match="wrong checksum"):  # of a copy that was not checked when it came
+        open_url(f"{server.url}/a.pkl#sha256={'0' * 64}")
+    assert read(f"{server.url}/b.pkl") == DATA
+
+
+def test_known_checksums(server, cache, monkeypatch):
+    monkeypatch.setitem(dnnlib.util.KNOWN_SHA256, f"{server.url}/a.pkl", "0" * 64)
+    with pytest.raises(UserError, match="wrong checksum"):
+        open_url(f"{server.url}/a.pkl")
+
+
+def test_offline(server, cache, monkeypatch):
+    monkeypatch.setenv("OPENEDM2_OFFLINE", "1")
+    with pytest.raises(UserError, match=f"{server.url}/a.pkl is needed and no network is wanted") as err:
+        open_url(f"{server.url}/a.pkl")
+    place = str(err.value).rsplit(" ", 1)[-1]
+    assert server.requests == []
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    with open(place, "wb") as f:
+        f.write(b"put there")
+    assert read(f"{server.url}/a.pkl") == b"put there"
+
+
+def test_cache_that_is_no_directory(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="file/downloads: cannot keep downloads here .*set DNNLIB_CACHE_DIR"):
+        open_url(f"{server.url}/a.pkl")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where they are used
+
+
+def test_networks_at_urls(server, tmp_path, snapshot_file):
+    server.script["/net.safetensors"] = [serve(snapshot_file.read_bytes())]
+    url = f"{server.url}/net.safetensors"
+    for net in (url, snapshot_file, snapshot_file.as_uri()):
+        out = tmp_path / str(len(str(net)))
+        result = run_cli(generate, f"--net={net}", f"--outdir={out}", "--seeds=1", "--steps=1")
+        assert result.exit_code == 0, result.output
+        assert (out / "000001.png").is_file()
+    fails_with(
+        run_cli(generate, f"--net={server.url}/net.bin", f"--outdir={tmp_path}"), "net.bin", ".safetensors or .pkl"
+    )
+
+
+def test_prefetch(server, monkeypatch):
+    result = run_cli(snapshot_tool, "prefetch", f"{server.url}/a.pkl", f"{server.url}/b.pkl")
+    assert result.exit_code == 0, result.output
+    for path in result.output.split():
+        with open(path, "rb") as f:
+            assert f.read() == DATA
+    urls = []
+    monkeypatch.setattr("training.snapshot.__main__.open_url", lambda url, **_: urls.append(url) or "path")
+    assert run_cli(snapshot_tool, "prefetch", "edm2-img512-s-guid-fid", "fid", "fd_dinov2").exit_code == 0
+    preset = GENERATION_PRESETS["edm2-img512-s-guid-fid"]
+    assert urls[:2] == [preset.net, preset.gnet]
+    assert any("sd-vae-ft-mse" in url for url in urls)
+    assert urls.count("https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl") == 1
+    assert sum("dinov2" in url for url in urls) == 2
+    assert not any("vae" in url for url in files_for("edm2-img64-s-fid"))
+    fails_with(
+        run_cli(snapshot_tool, "prefetch", "edm2-img512-s-guid-fidd"), "unknown preset", "edm2-img512-s-guid-fid"
+    )
+
+
+def test_offline_option(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # put back afterwards
+    result = run_cli(generate, "--preset=edm2-img512-xs-fid", f"--outdir={tmp_path}", "--offline")
+    fails_with(result, "edm2-img512-xs-2147483-0.135.pkl is needed and no network is wanted", "save it as")
