@@ -1,5 +1,7 @@
 """The command lines: every option, every preset, and what bad input is told."""
 
+import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,21 +11,29 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
-from conftest import DIGITS, ROOT, TINY, fails_with, make_dataset, png, random_images, run_cli, tiny_network
+from conftest import DIGITS, GOLDEN, ROOT, TINY, fails_with, make_dataset, png, random_images, run_cli, tiny_network
 from write_cli_docs import render
 
+from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_edm2 import main as train
 from training.config import TrainConfig
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
-from training.presets import TRAINING_PRESETS
-from training.snapshot import load_network, save_network
+from training.presets import GENERATION_PRESETS, TRAINING_PRESETS, GenerationPreset
+from training.snapshot import load_network, open_snapshot, save_network
+from training.snapshot.__main__ import main as snapshot_tool
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-COMMANDS = {"train_edm2": train, "generate_images": generate, "reconstruct_phema": reconstruct}
+COMMANDS = {
+    "train_edm2": train,
+    "generate_images": generate,
+    "reconstruct_phema": reconstruct,
+    "count_flops": count_flops,
+}
 
 
 def images_in(folder: Path) -> dict[str, np.ndarray]:
@@ -271,17 +281,19 @@ def test_outdir_is_a_file(tmp_path):
 # generate_images.py
 
 
-def test_all_generation_options(run, tmp_path):
+def test_all_generation_options(run, tmp_path, monkeypatch):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
     args = [
         f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / 'out'}", "--subdirs", "--seeds=1,2,999-1001", "--class=3",
         "--batch=2", "--steps=4", "--sigma_min=0.01", "--sigma_max=40", "--rho=5", "--guidance=2", "--S_churn=5", "--S_min=0.1",
         "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--device=cpu",
-        f"--grid={tmp_path / 'grid.png'}", "--skip-existing",
+        f"--grid={tmp_path / 'grid.png'}", "--skip-existing", "--offline",
     ]  # fmt: skip
+    monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # put back afterwards
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
-    assert_all_options(generate, args)
+    # The rest is tested below.
+    assert_all_options(generate, [*args, "--preset=x", "--print-config", "--list-presets"])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
     images = images_in(tmp_path / "out")
     assert images.keys() == names
@@ -490,6 +502,223 @@ def test_truncated_snapshot(snapshot_file, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", GENERATION_PRESETS)
+def test_generation_presets(name, tmp_path):
+    """What each preset stands for, as a command line that a shell splits as it should."""
+    preset = GENERATION_PRESETS[name]
+    result = run_cli(
+        generate, f"--preset={name}", f"--outdir={tmp_path / 'my images'}", "--seeds=0-9", "--print-config"
+    )
+    assert result.exit_code == 0, result.output
+    words = shlex.split(result.output.replace("\\\n", " "))
+    guide = [f"--gnet={preset.gnet}", f"--guidance={preset.guidance:g}"] if preset.gnet else []
+    expected = ["python", "generate_images.py", f"--net={preset.net}", *guide, f"--outdir={tmp_path / 'my images'}"]
+    assert words == [*expected, "--seeds=0-9"]
+    assert not (tmp_path / "my images").exists()
+
+
+def test_published_facts():
+    assert len(GENERATION_PRESETS) == 36
+    base = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
+    assert GENERATION_PRESETS["edm2-img512-xxl-autog-fid"] == GenerationPreset(
+        net=f"{base}/edm2-img512-xxl-0939524-0.075.pkl",
+        gnet=f"{base}/edm2-img512-m-0268435-0.155.pkl",
+        guidance=2.05,
+        metric="FID",
+        value=1.25,
+    )
+    assert GENERATION_PRESETS["edm2-img512-l-guid-dino"].gnet == f"{base}/edm2-img512-xs-uncond-2147483-0.035.pkl"
+    assert GENERATION_PRESETS["edm2-img64-xl-fid"].net == f"{base}/edm2-img64-xl-0671088-0.040.pkl"
+
+
+def test_list_presets():
+    lines = run_cli(generate, "--list-presets").output.splitlines()
+    assert len(lines) == 1 + len(GENERATION_PRESETS)
+    row = next(line for line in lines if line.startswith("edm2-img64-s-autog-dino")).split()
+    assert row[1:] == ["img64-s-1073741-0.105", "img64-xs-0134217-0.175", "2.20", "FD-DINOv2", "31.85"]
+    assert "edm2-img64-s-autog-dino          FD-DINOv2 31.85" in run_cli(generate, "--help").output
+
+
+def test_explicit_options_win_over_presets(run, tmp_path):
+    net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
+    args = ["--preset=edm2-img512-s-guid-fid", f"--net={net}", f"--outdir={tmp_path}", "--seeds=1", "--steps=2"]
+    printed = run_cli(generate, *args, "--guidance=3", "--print-config").output
+    assert f"--net={net}" in printed and "--guidance=3" in printed and "uncond-2147483-0.025.pkl" in printed
+    result = run_cli(generate, *args, f"--gnet={gnet}")
+    assert result.exit_code == 0, result.output
+    with_preset = (tmp_path / "000001.png").read_bytes()
+    run_cli(
+        generate, f"--net={net}", f"--gnet={gnet}", "--guidance=1.4", f"--outdir={tmp_path}", "--seeds=1", "--steps=2"
+    )
+    assert (tmp_path / "000001.png").read_bytes() == with_preset
+
+
+def test_which_network(tmp_path):
+    fails_with(run_cli(generate, f"--outdir={tmp_path}"), "Give --net or --preset")
+    fails_with(
+        run_cli(generate, f"--outdir={tmp_path}", "--preset=edm2-img512-xxs"), "unknown preset", "edm2-img512-xs-fid"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# count_flops.py
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "gflops"),
+    [
+        ("edm2-img512-xxs", 31.31, 11.5),
+        ("edm2-img512-xs", 124.71, 45.5),
+        ("edm2-img512-s", 280.21, 101.9),
+        ("edm2-img512-m", 497.81, 180.8),
+        ("edm2-img512-l", 778, 282),
+        ("edm2-img512-xl", 1120, 406),
+        ("edm2-img512-xxl", 1523.16, 552.1),
+        ("edm2-img64-s", 280.21, 101.9),
+    ],
+)
+def test_published_costs(preset, parameters, gflops):
+    result = json.loads(run_cli(count_flops, preset, "--json").output)
+    assert result["parameters"] / 1e6 == pytest.approx(parameters, rel=1e-3)
+    assert result["gflops"] == pytest.approx(gflops, rel=0.005)
+    assert sum(result["gflops_by_layer"].values()) == pytest.approx(result["gflops"])
+
+
+def test_cost_of_files(run, snapshot_file):
+    toy = GOLDEN / "official" / "toy-clsA-layers03-dim32.pkl"
+    result = run_cli(count_flops, snapshot_file, f"--net={toy}", "--json")
+    assert result.exit_code == 0, result.output
+    ours, theirs = (json.loads(line) for line in result.output.splitlines())
+    assert ours["net"] == str(snapshot_file)
+    assert ours["parameters"] == sum(p.numel() for p in tiny_network().parameters())
+    # One 4x32 and three 32x32 matrices.
+    assert theirs["gflops_by_layer"]["linear"] == pytest.approx((4 * 32 + 3 * 32 * 32) / 1e9)
+    table = run_cli(count_flops, snapshot_file).output
+    for text in ("parameters", "3x3 convolution", "attention", "weight normalization"):
+        assert text in table
+    assert torch.cuda.is_available() or "not measured: no CUDA device" in table
+
+
+def test_nothing_to_count():
+    fails_with(run_cli(count_flops), "which network?", "edm2-img512-xxl")
+    fails_with(run_cli(count_flops, "edm2-img512-x"), "edm2-img512-x: no such file")
+
+
+@pytest.mark.gpu
+def test_memory_per_sample():
+    result = json.loads(run_cli(count_flops, "edm2-img512-xxs", "--json").output)
+    assert 10 * 2**20 < result["peak_memory_per_sample"] < 500 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------
+# python -m training.snapshot
+
+
+def test_convert_one(run, tmp_path):
+    source = run / "network-snapshot-0000003-0.100.safetensors"
+    half = tmp_path / "half.safetensors"
+    assert run_cli(snapshot_tool, "convert", source, half, "--dtype=bf16").exit_code == 0
+    stored = {name: open_snapshot(half).get_tensor(name) for name in open_snapshot(half).names}
+    assert stored["unet.out_conv.weight"].dtype == torch.bfloat16
+    assert stored["unet.emb_fourier.freqs"].dtype == torch.float32
+    assert open_snapshot(half).metadata == open_snapshot(source).metadata
+
+
+def test_convert_directory(run, tmp_path):
+    result = run_cli(snapshot_tool, "convert", run, tmp_path / "pkl", "--format=pkl")
+    assert result.exit_code == 0, result.output
+    names = sorted(path.stem for path in run.glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "pkl").iterdir()) == [f"{name}.pkl" for name in names]
+    assert result.output.split() == [str(tmp_path / "pkl" / f"{name}.pkl") for name in names]
+    result = run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "back", "--skip")
+    for name in names:
+        before, after = (open_snapshot(folder / f"{name}.safetensors") for folder in (run, tmp_path / "back"))
+        for tensor in before.names:
+            assert torch.equal(before.get_tensor(tensor).half(), after.get_tensor(tensor).half())
+    (tmp_path / "back" / f"{names[0]}.safetensors").write_bytes(b"mine")
+    result = run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "back", "--skip")
+    assert (tmp_path / "back" / f"{names[0]}.safetensors").read_bytes() == b"mine"
+    # In place; a second time there is nothing to do for those that are there.
+    assert run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "pkl").exit_code == 0
+    assert len(list((tmp_path / "pkl").iterdir())) == 2 * len(names)
+
+
+def test_conversions_that_cannot_be(run, snapshot_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails_with(run_cli(snapshot_tool, "convert", tmp_path / "empty", tmp_path / "x"), "empty: no .safetensors or .pkl")
+    fails_with(run_cli(snapshot_tool, "convert", snapshot_file, tmp_path / "x.bin"), "x.bin: snapshots are")
+    fails_with(run_cli(snapshot_tool, "convert", tmp_path / "no.pkl", tmp_path / "x.pkl"), "no.pkl: no such file")
+    fails_with(run_cli(snapshot_tool, "convert", run, snapshot_file), "a directory is converted into a directory")
+    both = tmp_path / "both"
+    both.mkdir()
+    for suffix in (".pkl", ".safetensors"):
+        assert run_cli(snapshot_tool, "convert", snapshot_file, both / f"a{suffix}").exit_code == 0
+    fails_with(run_cli(snapshot_tool, "convert", both, tmp_path / "c"), "another file of that name")
+    fails_with(run_cli(snapshot_tool, "bogus"), "No such command 'bogus'")
+
+
+def test_inspect(run, tmp_path):
+    path = run / "network-snapshot-0000003-0.100.safetensors"
+    text = run_cli(snapshot_tool, "inspect", path).output
+    for fragment in (
+        "edm2.Precond",
+        "ema_std:            0.1",
+        "nimg:               3072",
+        "dtype:              float16",
+    ):
+        assert fragment in text
+    facts = json.loads(run_cli(snapshot_tool, "inspect", path, "--json").output)
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["parameters"] == sum(p.numel() for p in load_network(path).net.parameters())
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
+    facts = json.loads(run_cli(snapshot_tool, "inspect", tmp_path / "ref.npz", "--json").output)
+    assert facts["fid"] == "mean and covariance of 3 features"
+
+
+def test_export(run, tmp_path):
+    source = run / "network-snapshot-0000003-0.100.safetensors"
+    folder = tmp_path / "model"
+    fails_with(run_cli(snapshot_tool, "export", source, folder), "under which licence? Give --license")
+    assert run_cli(snapshot_tool, "export", source, folder, "--license=mit", "--dtype=fp32").exit_code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    card = (folder / "README.md").read_text()
+    assert (
+        card.startswith("---\nlicense: mit\n")
+        and "8 x 8 x 1 images" in card
+        and "| Trained on | 3,072 images |" in card
+    )
+    before, after = load_network(source), load_network(folder)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(before.net(x, torch.tensor(1.0)), after.net(x, torch.tensor(1.0)))
+    assert after.metadata == {**before.metadata, "license": "mit"}
+    result = run_cli(generate, f"--net={folder}", f"--outdir={tmp_path / 'out'}", "--seeds=1", "--steps=1")
+    assert result.exit_code == 0, result.output
+    # Weights without the JSON block in their header are enough, with config.json beside them.
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    assert load_network(folder).metadata == after.metadata
+    assert run_cli(snapshot_tool, "export", folder, folder).exit_code == 0  # knows its licence
+    assert load_network(folder).metadata == after.metadata
+
+
+def test_licence_of_published_networks(tmp_path):
+    source = GOLDEN / "official" / "edm2-img512-xs-uncond-2147483-0.015.pkl"
+    assert run_cli(snapshot_tool, "convert", source, tmp_path / "a.safetensors").exit_code == 0
+    assert run_cli(snapshot_tool, "export", tmp_path / "a.safetensors", tmp_path / "model").exit_code == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "license: cc-by-nc-sa-4.0" in card and "NVIDIA's" in card and "latents of stabilityai/sd-vae-ft-mse" in card
+
+
+def test_folders_that_are_no_snapshots(run, tmp_path):
+    fails_with(run_cli(snapshot_tool, "inspect", tmp_path), "a folder without config.json is no snapshot")
+    source = run / "network-snapshot-0000003-0.100.safetensors"
+    fails_with(run_cli(snapshot_tool, "export", source, run, "--license=mit"), "holds other files")
+    folder = tmp_path / "model"
+    assert run_cli(snapshot_tool, "export", source, folder, "--license=mit").exit_code == 0
+    for text, message in [("{", "not JSON"), ("[]", "not the description"), ('{"architecture": 1}', "format version")]:
+        (folder / "config.json").write_text(text)
+        fails_with(run_cli(snapshot_tool, "inspect", folder), message)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # reconstruct_phema.py
 
@@ -497,7 +726,7 @@ def test_truncated_snapshot(snapshot_file, tmp_path):
 def test_all_reconstruction_options(run, tmp_path):
     args = [
         f"--indir={run}", "--inprefix=network-snapshot", "--instd=0.05,0.1", f"--outdir={tmp_path}", "--outprefix=posthoc",
-        "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2",
+        "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2", "--format=safetensors",
     ]  # fmt: skip
     result = run_cli(reconstruct, *args)
     assert result.exit_code == 0, result.output

@@ -209,6 +209,7 @@ class _Machine:
         self.find = find
         self.find_persistent = find_persistent
         self.position = 0
+        self.protocols: set[int] = set()
 
     def run(self) -> Any:
         """One pickle, from `position` to its end."""
@@ -339,7 +340,7 @@ def _key(key: Any) -> Any:
 
 def _instructions() -> dict[int, Callable[[_Machine], None]]:
     table: dict[bytes, Callable[[_Machine], Any]] = {
-        pickle.PROTO: lambda self: self.take(1),
+        pickle.PROTO: lambda self: self.protocols.add(self.take(1)[0]),
         pickle.FRAME: lambda self: self.take(8),
         # Constants
         pickle.NONE: lambda self: self.push(None),
@@ -504,7 +505,8 @@ def _storage(file: _File, blob: memoryview) -> _Storage:
     machine = _Machine(blob, file, find, find_persistent)
     magic, version, _system = machine.run(), machine.run(), machine.run()
     storage, keys = machine.run(), machine.run()
-    if magic != LEGACY_MAGIC or version != 1001 or type(storage) is not _Storage or len(keys) != 1:
+    known = magic == LEGACY_MAGIC and version == 1001 and machine.protocols == {2}
+    if not known or type(storage) is not _Storage or len(keys) != 1:
         raise ValueError("a tensor of unknown form")
     if machine.position + 8 + storage.numel * storage.dtype.itemsize != len(blob):
         raise ValueError("a tensor is truncated")
