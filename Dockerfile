@@ -6,8 +6,8 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1
 
 # The image brings torch, NumPy and most of the rest; these may be missing.
-RUN pip install "click>=8.1" "Pillow>=10.1" "psutil>=5.9" "safetensors>=0.4.3" "tensorboard>=2.15" "tqdm>=4.65" \
-        "matplotlib>=3.8" "diffusers>=0.30" \
+RUN pip install "click>=8.1" "filelock>=3.12" "huggingface_hub>=0.25" "Pillow>=10.1" "psutil>=5.9" "requests>=2.31" \
+        "safetensors>=0.4.3" "tensorboard>=2.15" "tqdm>=4.65" "matplotlib>=3.8" "diffusers>=0.30" \
     && useradd --create-home --uid 1001 researcher
 USER 1001
 WORKDIR /workspace

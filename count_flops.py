@@ -46,7 +46,7 @@ def cost(name: str) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     print(result["net"])
-    print(f"  {'parameters':24s}{format_si(result['parameters']):>10s}")
+    print(f"  {'parameters':24s}{format_si(result['parameters'], 'M'):>10s}")
     print(f"  {'operations':24s}{format_si(result['gflops'] * 1e9):>10s}  per evaluation; a multiply-add is one")
     for kind, gflops in result["gflops_by_layer"].items():
         print(f"    {kind:22s}{format_si(gflops * 1e9):>10s} {gflops / result['gflops']:7.1%}")
@@ -55,11 +55,12 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {'peak memory per sample':24s}{text:>10s}")
 
 
-def format_si(number: float) -> str:
-    """'1523.16 M' and the like."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
+def format_si(number: float, largest: str = "G") -> str:
+    """'1523.16 M' and the like, in units up to `largest`."""
+    units = {"G": 1e9, "M": 1e6, "k": 1e3}
+    for unit in list(units)[list(units).index(largest) :]:
+        if number >= units[unit]:
+            return f"{number / units[unit]:.2f} {unit}"
     return f"{number:.0f}"
 
 
