@@ -11,8 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -197,7 +196,6 @@ OFFLINE_VARIABLE = "OPENEDM2_OFFLINE"  # 1 = use nothing but what is kept
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds before the second attempt, doubled for each further one
 UNFINISHED = (".partial", ".version", ".mismatch", ".lock")  # suffixes of what stands beside a copy in the making
-RETRIED = (408, 425, 429, 500, 502, 503, 504)  # HTTP errors that may pass
 KNOWN_SHA256: dict[str, str] = {}  # by URL; none has been published yet for the files used here
 
 
@@ -255,39 +253,73 @@ def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int
         if not os.path.isfile(url):
             raise UserError(f"{url}: no such file")
         return Path(url)
-    address, _, checksum = url.partition("#sha256=")
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme == "file":
-        return _verified(_local_path(urllib.request.url2pathname(parts.path), cache_dir, 1, verbose), url, checksum)
-    if parts.scheme == "hf":
+    address, checksum = _split_checksum(url)
+    scheme = address.partition(":")[0].lower()
+    if scheme == "file":
+        return _verified(_file_path(address), url, checksum)
+    if scheme == "hf":
         return _verified(_hub_file(address), url, checksum)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{url}: not an address of the form http(s)://, file:/// or hf://owner/repo/file")
+    try:
+        parts = urllib.parse.urlsplit(address)
+        # The published tools name their copies in the same way, up to what follows the hash of the address.
+        key = hashlib.md5(address.encode(), usedforsecurity=False).hexdigest()
+    except ValueError:
+        parts = None
+    if parts is None or scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{_shown(url)}: not an address of the form http(s)://, file:/// or hf://owner/repo/file")
 
-    folder = cache_dir or Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dnnlib").expanduser() / "downloads"
-    # The published tools name their copies in the same way, up to what follows the hash of the address.
-    key = hashlib.md5(address.encode(), usedforsecurity=False).hexdigest()
-    kept = [path for path in sorted(Path(folder).glob(f"{key}_*")) if path.suffix not in UNFINISHED]
+    checksum = checksum or KNOWN_SHA256.get(address, "")
+    try:
+        home = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dnnlib").expanduser()
+    except RuntimeError as err:
+        raise UserError(f"{CACHE_VARIABLE}={os.environ.get(CACHE_VARIABLE)}: {err}") from None
+    folder = Path(cache_dir) if cache_dir is not None else home / "downloads"
+    target = folder / f"{key}_{re.sub(r'[^0-9a-zA-Z._-]', '_', parts.path.rsplit('/', 1)[-1])[-128:]}"
+    kept = [target, *sorted(path for path in folder.glob(f"{key}_*") if path.suffix not in UNFINISHED)]
+    kept = [path for path in kept if path.is_file()]
     if kept:
         return _verified(kept[0], url, checksum)
-    name = re.sub(r"[^0-9a-zA-Z._-]", "_", parts.path.rsplit("/", 1)[-1])[-128:]
-    target = Path(folder) / f"{key}_{name}"
     if offline():
-        raise UserError(f"{address} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): save it as {target}")
+        raise UserError(
+            f"{_shown(address)} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): save it as {target}"
+        )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             if not target.is_file():  # else another process has fetched it meanwhile
-                partial = target.with_name(f"{target.name}.partial")
-                _download(address, partial, num_attempts, verbose)
-                _verified(partial, url, checksum or KNOWN_SHA256.get(address, ""))
-                with open(partial, "rb") as f:
-                    os.fsync(f.fileno())
-                os.replace(partial, target)
+                _download(address, target, checksum, num_attempts, verbose)
     except OSError as err:
-        reason = err.strerror or err
-        raise UserError(f"{target.parent}: cannot keep downloads here ({reason}): set {CACHE_VARIABLE}") from None
-    return target
+        raise UserError(f"{folder}: cannot keep downloads here ({err.strerror or err}): set {CACHE_VARIABLE}") from None
+    return _verified(target, url, checksum)
+
+
+def _split_checksum(url: str) -> tuple[str, str]:
+    """The address and the sum of 'address#sha256=sum', '' if there is none."""
+    match = re.fullmatch(r"(.*)#sha256=(.*)", url, re.IGNORECASE | re.DOTALL)
+    if match is None:
+        return url, ""
+    if not re.fullmatch(r"[0-9a-f]{64}", match[2], re.IGNORECASE):
+        raise UserError(f"{_shown(url)}: a SHA-256 sum has 64 hexadecimal digits")
+    return match[1], match[2].lower()
+
+
+def _shown(url: str) -> str:
+    """An address as it may be printed: on one line, and without a password."""
+    return re.sub(r"//[^/@]*@", "//", _one_line(url))
+
+
+def _one_line(text: object) -> str:
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]
+
+
+def _file_path(address: str) -> Path:
+    rest = re.sub(r"^file://(localhost(?=/))?", "", address, flags=re.IGNORECASE)
+    if not rest.startswith("/"):
+        raise UserError(f"{_shown(address)}: not of the form file:///path")
+    path = Path(urllib.parse.unquote(rest))
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
 
 
 @contextmanager
@@ -307,24 +339,22 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
 def _verified(path: Path, url: str, checksum: str) -> Path:
     """
     Raises:
-        UserError: the file does not have the SHA-256 sum `checksum` ('' = any). One that was fetched is put aside.
+        UserError: the file does not have the SHA-256 sum `checksum` ('' = any).
     """
-    if not checksum:
-        return path
-    with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while data := f.read(1 << 20):
-            digest.update(data)
-    if digest.hexdigest() == checksum.lower():
-        return path
-    aside = path
-    if path.suffix == ".partial":
-        aside = path.with_suffix(".mismatch")
-        os.replace(path, aside)
-    raise UserError(f"{url}: wrong checksum, the file has SHA-256 {digest.hexdigest()}; it is not used (see {aside})")
+    if checksum and (actual := _sha256(path)) != checksum:
+        raise UserError(f"{_shown(url)}: wrong checksum, {path} has SHA-256 {actual}; delete it to fetch it again")
+    return path
 
 
 class _TryAgainError(Exception):
@@ -335,63 +365,81 @@ class _TryAgainError(Exception):
         self.wait = wait
 
 
-def _download(url: str, partial: Path, num_attempts: int, verbose: bool) -> None:
-    """Fetch `url` as the file `partial`, going on from what is there."""
+def _download(url: str, target: Path, checksum: str, num_attempts: int, verbose: bool) -> None:
+    """Fetch `url` as `target`, going on from what an earlier attempt has left."""
     import requests
 
-    failures = 0
-    furthest = 0
+    partial = target.with_name(f"{target.name}.partial")
+    version_file = target.with_name(f"{target.name}.version")
+    failures = furthest = 0
     while True:
         try:
-            return _fetch_rest(url, partial, verbose)
+            _fetch_rest(url, partial, version_file, verbose)
+            break
         except _TryAgainError as err:
             reason, wait = str(err), err.wait
-        except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as err:
-            raise UserError(f"{url}: {err}: check the address") from None
+        except UserError:
+            raise
+        except (ValueError, requests.exceptions.TooManyRedirects) as err:  # of this address, or one redirected to
+            raise UserError(f"{_shown(url)}: {_one_line(err)}: check the address") from None
         except requests.RequestException as err:
-            reason, wait = f"{type(err).__name__}: {err}"[:200], 0.0
+            reason, wait = f"{type(err).__name__}: {_one_line(err)}", 0.0
         size = partial.stat().st_size if partial.is_file() else 0
         failures = 1 if size > furthest else failures + 1
         furthest = max(size, furthest)
         if failures >= num_attempts:
-            raise RunError(
-                f"{url}: not fetched after {failures} attempts ({reason}); {size} bytes are kept to go on from"
-            )
+            raise RunError(f"{_shown(url)}: not fetched after {failures} attempts ({reason}); {size} bytes are kept")
         time.sleep(min(max(BACK_OFF * 2 ** (failures - 1), wait), MAX_BACK_OFF))
 
+    if checksum and (actual := _sha256(partial)) != checksum:
+        aside = target.with_name(f"{target.name}.mismatch")
+        os.replace(partial, aside)
+        version_file.unlink(missing_ok=True)
+        raise UserError(f"{_shown(url)}: wrong checksum, SHA-256 {actual}; what came is put aside as {aside}")
+    with open(partial, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, target)
+    version_file.unlink(missing_ok=True)
 
-def _fetch_rest(url: str, partial: Path, verbose: bool) -> None:
+
+def _fetch_rest(url: str, partial: Path, version_file: Path, verbose: bool) -> None:
     """One request for what is missing of `partial`, which grows as far as the connection lasts."""
     import requests
     from tqdm import tqdm
 
-    # What the server said the file's version was; without that, the rest might be that of another version.
-    version_file = partial.with_suffix(".version")
-    version = version_file.read_text() if version_file.is_file() else ""
+    # What the server said the version of the file was, and its length. Without that, or with another, the rest would
+    # not fit to what is there.
+    version, total = _read_version(version_file)
     have = partial.stat().st_size if partial.is_file() and version else 0
     headers = {"Accept-Encoding": "identity"}
     if have > 0:
         headers.update({"Range": f"bytes={have}-", "If-Range": version})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416 or (response.status_code == 206 and _first_byte(response.headers) != have):
+        answer, code = response.headers, response.status_code
+        if code == 416 and have > 0 and answer.get("Content-Range") == f"bytes */{have}":
+            return  # all of it was there
+        if code == 416 or (code == 206 and not _goes_on(answer, have, version, total)):
             partial.unlink(missing_ok=True)
-            raise _TryAgainError("the server refuses to go on from where the download stopped")
-        if response.status_code in RETRIED:
-            wait = response.headers.get("Retry-After", "")
-            raise _TryAgainError(f"{response.status_code} {response.reason}", float(wait) if wait.isdigit() else 0)
-        if response.status_code not in (200, 206):
-            raise UserError(f"{url}: the server says {response.status_code} {response.reason}: check the address")
-        if response.status_code == 200:
+            raise _TryAgainError("the server does not go on from where the download stopped")
+        if code in (408, 425, 429) or code >= 500:
+            wait = answer.get("Retry-After", "")
+            seconds = float(wait) if re.fullmatch(r"[0-9]{1,6}", wait) else 0.0
+            raise _TryAgainError(_one_line(f"{code} {response.reason}"), seconds)
+        if code not in (200, 206):
+            raise UserError(
+                f"{_shown(url)}: the server says {_one_line(f'{code} {response.reason}')}: check the address"
+            )
+        if code == 200:
+            if answer.get("Content-Type", "").startswith("text/html") and not partial.stem.endswith((".html", ".htm")):
+                raise UserError(f"{_shown(url)}: the server sends a web page instead of the file: check the address")
             have = 0
-        length = response.headers.get("Content-Length", "")
-        known = length.isdigit() and "Content-Encoding" not in response.headers
-        total = have + int(length) if known else None
-        etag = response.headers.get("ETag", "")
-        version_file.write_text(
-            etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified", "")
-        )
+            encoded = "Content-Encoding" in answer  # its lengths are not those of the file
+            length = answer.get("Content-Length", "")
+            total = int(length) if re.fullmatch(r"[0-9]{1,18}", length) and not encoded else None
+            partial.unlink(missing_ok=True)
+            version_file.write_text("" if encoded or total is None else f"{total} {_version(answer)}")
         with (
-            open(partial, "ab" if have > 0 else "wb") as f,
+            open(partial, "ab") as f,
             tqdm(
                 desc=partial.stem.partition("_")[2],
                 total=total,
@@ -406,42 +454,61 @@ def _fetch_rest(url: str, partial: Path, verbose: bool) -> None:
                 f.write(data)
                 progress.update(len(data))
             size = f.tell()
-    if total is not None and size != total:
-        raise _TryAgainError(f"the connection ended after {size} of {total} bytes")
-    version_file.unlink()
+    if size == 0 or (total is not None and size != total):
+        raise _TryAgainError(f"the connection ended after {size} of {total or 'unknown'} bytes")
 
 
-def _first_byte(headers: Any) -> int | None:
-    match = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
-    return int(match[1]) if match else None
+def _version(answer: Mapping[str, str]) -> str:
+    """What identifies the version of a file, in a form that If-Range takes; '' if the server does not say."""
+    etag = answer.get("ETag", "")
+    return etag if etag.startswith('"') else answer.get("Last-Modified", "")
+
+
+def _read_version(version_file: Path) -> tuple[str, int | None]:
+    try:
+        match = re.fullmatch(r"([0-9]+) ([ -~]+)", version_file.read_text())
+    except (OSError, UnicodeError):
+        match = None
+    return (match[2], int(match[1])) if match else ("", None)
+
+
+def _goes_on(answer: Mapping[str, str], have: int, version: str, total: int | None) -> bool:
+    """Whether a partial answer is the rest, or a piece of it, of the version whose first `have` bytes are there."""
+    return (
+        have > 0
+        and _version(answer) in ("", version)
+        and re.fullmatch(rf"bytes {have}-[0-9]+/{total}", answer.get("Content-Range", "")) is not None
+    )
 
 
 def _hub_file(url: str) -> Path:
     """A file of the Hugging Face hub, hf://owner/repo[@revision]/file, through its own library and cache."""
-    match = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", url)
+    match = re.fullmatch(r"hf://([^/@\s]+/[^/@\s]+)(?:@([^/\s]+))?/([^\s]+)", url, re.IGNORECASE)
     if match is None:
-        raise UserError(f"{url}: not of the form hf://owner/repo/file")
+        raise UserError(f"{_shown(url)}: not of the form hf://owner/repo/file")
     import huggingface_hub
-    import huggingface_hub.errors
+    from huggingface_hub import errors
 
     repo, revision, name = match.groups()
     try:
-        path = huggingface_hub.hf_hub_download(repo, name, revision=revision, local_files_only=offline())
-    except huggingface_hub.errors.LocalEntryNotFoundError as err:
-        why = f"no network is wanted ({OFFLINE_VARIABLE}=1)" if offline() else _one_line(err)
-        raise UserError(f"{url} is not in the cache of huggingface_hub, and {why}") from None
-    except (
-        huggingface_hub.errors.HfHubHTTPError,
-        huggingface_hub.errors.HFValidationError,
-        OSError,
-        ValueError,
-    ) as err:
-        raise UserError(f"{url}: not to be had from the hub ({_one_line(err)})") from None
-    return Path(path)
-
-
-def _one_line(err: Exception) -> str:
-    return " ".join(str(err).split())[:200]
+        if offline():
+            path = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+            if not isinstance(path, str):
+                raise UserError(
+                    f"{url} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): fetch it where there is one by "
+                    f"python -m training.snapshot prefetch {url}, and bring the cache of huggingface_hub (HF_HOME)"
+                )
+            return Path(path)
+        return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
+    except UserError:
+        raise
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError, ValueError) as err:
+        if not isinstance(err, errors.LocalEntryNotFoundError):
+            raise UserError(f"{url}: not to be had from the hub ({_one_line(err)})") from None
+        # That nothing is kept is not the reason why nothing came.
+        raise RunError(f"{url}: not fetched from the hub ({_one_line(err.__cause__ or err)})") from None
+    except Exception as err:  # the library lets through what those that it is built on raise
+        raise RunError(f"{url}: not fetched from the hub ({_one_line(err)})") from None
 
 
 @functools.cache

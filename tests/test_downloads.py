@@ -1,8 +1,11 @@
 """Downloads from a local server that behaves as badly as real ones."""
 
+import gzip
 import hashlib
 import http.server
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +27,9 @@ DATA = bytes(range(256)) * 4096  # 1 MiB
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.do_GET()
 
     def do_GET(self):
         requests = self.server.requests
@@ -82,6 +88,30 @@ def serve(
 
 def status(code: int, **fields) -> Callable:
     return lambda handler: headers(handler, code, {"Content-Length": 0, **fields})
+
+
+def partial(data: bytes = DATA, start: int = 0, end: int | None = None, total: object = None, **fields) -> Callable:
+    """Part of a file, whatever was asked for."""
+
+    def behave(handler: Handler) -> None:
+        begin = max(start, int((handler.headers.get("Range") or "bytes=0-")[6:-1]))
+        stop = len(data) if end is None else min(begin + end, len(data))
+        span = f"bytes {begin}-{stop - 1}/{len(data) if total is None else total}"
+        headers(handler, 206, {"Content-Range": span, "Content-Length": stop - begin, "ETag": '"v1"', **fields})
+        handler.wfile.write(data[begin:stop])
+
+    return behave
+
+
+def packed(stop_after: int | None = None) -> Callable:
+    data = gzip.compress(random.Random(0).randbytes(1 << 20))
+
+    def behave(handler: Handler) -> None:
+        headers(handler, 200, {"Content-Encoding": "gzip", "Content-Length": len(data), "ETag": '"v1"'})
+        handler.wfile.write(data[:stop_after])
+        handler.close_connection = stop_after is not None
+
+    return behave
 
 
 @pytest.fixture
@@ -161,6 +191,14 @@ BAD_STARTS = {
     "date as the version": [serve(stop_after=300_000, version={"Last-Modified": "Fri, 20 Nov 2026 10:00:00 GMT"})],
     "new version meanwhile": [serve(bytes(len(DATA)), version={"ETag": '"v0"'}, stop_after=300_000)],
     "more announced than there is": [serve(claim=len(DATA) + 5)],
+    "a piece at a time": [serve(stop_after=300_000), partial(end=200_000), partial(end=200_000)],
+    "a piece that was not asked for": [partial(end=1000)],
+    "a piece of unknown length": [serve(stop_after=300_000), partial(total="*")],
+    "a piece of another version": [serve(stop_after=300_000), partial(bytes(len(DATA)), ETag='"v2"')],
+    "a piece of another length": [serve(stop_after=300_000), partial(DATA + b"x")],
+    "a piece from elsewhere": [serve(stop_after=300_000), partial(start=500_000)],
+    "nothing": [serve(b"")],
+    "odd waiting time": [status(429, **{"Retry-After": "\u00b2"})],
     "closed at once": [lambda handler: setattr(handler, "close_connection", True)],
 }
 
@@ -170,6 +208,39 @@ def test_ends_well(case, server, cache):
     server.script["/a.pkl"] = [*BAD_STARTS[case], serve()]
     assert read(f"{server.url}/a.pkl") == DATA
     assert kept(cache) == ["a.pkl"]
+
+
+def test_packed_answers(server):
+    server.script["/a.bin"] = [packed(stop_after=100_000), packed()]
+    assert read(f"{server.url}/a.bin") == random.Random(0).randbytes(1 << 20)
+
+
+def test_small_steps(server):
+    # As many attempts as it takes, as long as each gets further.
+    server.script["/a.pkl"] = [serve(stop_after=100_000)]
+    assert read(f"{server.url}/a.pkl", num_attempts=2) == DATA
+    assert len(server.requests) > 10
+
+
+def test_everything_was_there(server, cache):
+    server.script["/a.pkl"] = [status(416, **{"Content-Range": f"bytes */{len(DATA)}"})]
+    url = f"{server.url}/a.pkl"
+    name = f"{hashlib.md5(url.encode()).hexdigest()}_a.pkl"
+    cache.mkdir(parents=True)
+    (cache / f"{name}.partial").write_bytes(DATA)
+    (cache / f"{name}.version").write_text(f'{len(DATA)} "v1"')
+    assert read(url) == DATA
+    assert kept(cache) == ["a.pkl"]
+
+
+@pytest.mark.parametrize("text", ["", "\udcff", '"v1"', f'{len(DATA)} "v0"', f"{len(DATA)} a\nb", '5 "v1"'])
+def test_doubtful_beginnings(text, server, cache):
+    url = f"{server.url}/a.pkl"
+    name = f"{hashlib.md5(url.encode()).hexdigest()}_a.pkl"
+    cache.mkdir(parents=True)
+    (cache / f"{name}.partial").write_bytes(b"something else")
+    (cache / f"{name}.version").write_text(text, errors="surrogateescape")
+    assert read(url) == DATA
 
 
 def assert_went_on(server) -> None:
@@ -276,10 +347,41 @@ def test_no_server():
         open_url("http://127.0.0.1:9/a.pkl", num_attempts=2)
 
 
-@pytest.mark.parametrize("url", ["http://", "http:///x", "ftp://x/y", "hf://owner", "htp://x/y"])
+def test_web_page_instead_of_a_file(server, cache):
+    server.script["/a.pkl"] = [
+        lambda handler: headers(handler, 200, {"Content-Type": "text/html", "Content-Length": 0})
+    ]
+    with pytest.raises(UserError, match="a web page instead of the file"):
+        open_url(f"{server.url}/a.pkl")
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://", "http:///x", "ftp://x/y", "hf://owner", "hf://o/r/a\nb", "htp://x/y", "http://[bad]/x", "http://a..b/x",
+        "http://h/\udcff", "file://relative", "file://", "http://x/y#sha256=abc", "http://x/y#sha256=", "http://x/y#SHA256=0",
+    ],
+)  # fmt: skip
 def test_no_address(url):
-    with pytest.raises(UserError, match=url):
+    with pytest.raises(UserError) as err:
         open_url(url)
+    assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize("target", ["ftp://x/y", "file:///etc/hostname", "http://[bad"])
+def test_redirects_to_no_address(target, server):
+    server.script["/a.pkl"] = [status(302, Location=target)]
+    with pytest.raises(UserError, match="check the address"):
+        open_url(f"{server.url}/a.pkl")
+    assert len(server.requests) == 1
+
+
+def test_passwords_are_not_shown(server):
+    server.script["/a.pkl"] = [status(404)]
+    with pytest.raises(UserError) as err:
+        open_url(server.url.replace("//", "//me:secret@") + "/a.pkl")
+    assert "secret" not in str(err.value)
 
 
 def test_checksum(server, cache):
@@ -298,6 +400,26 @@ def test_known_checksums(server, cache, monkeypatch):
     monkeypatch.setitem(dnnlib.util.KNOWN_SHA256, f"{server.url}/a.pkl", "0" * 64)
     with pytest.raises(UserError, match="wrong checksum"):
         open_url(f"{server.url}/a.pkl")
+    url = f"{server.url}/a.pkl"
+    (cache / f"{hashlib.md5(url.encode()).hexdigest()}_a.pkl").write_bytes(b"kept before")
+    with pytest.raises(UserError, match="wrong checksum.*delete it to fetch it again"):
+        open_url(url)
+
+
+def test_checksum_of_what_another_process_fetches(server):
+    server.script["/a.pkl"] = [serve(delay=1.0)]
+    first, second = fetch_in_process(f"{server.url}/a.pkl"), fetch_in_process(f"{server.url}/a.pkl#sha256={'0' * 64}")
+    (out, _), (_, err) = first.communicate(), second.communicate()
+    assert out == f"{len(DATA)}\n"
+    assert "wrong checksum" in err
+
+
+def test_files_of_the_user_stay(tmp_path):
+    path = tmp_path / "mine.partial"
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match="wrong checksum"):
+        open_url(f"{path.as_uri()}#sha256={'0' * 64}")
+    assert path.read_bytes() == b"x"
 
 
 def test_offline(server, cache, monkeypatch):
@@ -360,3 +482,54 @@ def test_offline_option(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # put back afterwards
     result = run_cli(generate, "--preset=edm2-img512-xs-fid", f"--outdir={tmp_path}", "--offline")
     fails_with(result, "edm2-img512-xs-2147483-0.135.pkl is needed and no network is wanted", "save it as")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def hub_file(data: bytes) -> Callable:
+    def behave(handler: Handler) -> None:
+        fields = {
+            "X-Repo-Commit": "0" * 40,
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "Content-Length": len(data),
+        }
+        headers(handler, 200, fields)
+        if handler.command == "GET":
+            handler.wfile.write(data)
+
+    return behave
+
+
+def on_the_hub(server, tmp_path, *command) -> subprocess.CompletedProcess:
+    """Run a command that takes the local server for the hub."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "OPENEDM2_"))}
+    env.update(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hub"))
+    command = [sys.executable, "-m", "training.snapshot", *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_hub(server, tmp_path, snapshot_file):
+    folder = tmp_path / "folder"
+    assert run_cli(snapshot_tool, "export", snapshot_file, folder, "--license=mit").exit_code == 0
+    for name in ("config.json", "model.safetensors"):
+        server.script[f"/me/digits/resolve/main/{name}"] = [hub_file((folder / name).read_bytes())]
+    server.script["/me/digits/resolve/main/other.safetensors"] = [status(404, **{"X-Error-Code": "EntryNotFound"})]
+
+    for source in ("hf://me/digits", "hf://me/digits/model.safetensors"):
+        done = on_the_hub(server, tmp_path, "inspect", source, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["nimg"] == 1024
+    fetched = len(server.requests)
+    assert on_the_hub(server, tmp_path, "inspect", "hf://me/digits", "--offline").returncode == 0
+    assert len(server.requests) == fetched
+
+    for source, fragment in [
+        ("hf://me/digits/other.safetensors", "not to be had from the hub"),
+        ("hf://me/none --offline", "prefetch"),
+    ]:
+        done = on_the_hub(server, tmp_path, "inspect", *source.split())
+        assert done.returncode == 2
+        assert done.stderr.startswith("Error: hf://me/") and done.stderr.count("\n") == 1
+        assert fragment in done.stderr
