@@ -45,6 +45,11 @@ class UserError(ValueError):
     """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
 
 
+def one_line(text: object) -> str:
+    """At most 300 printable characters of a message from elsewhere."""
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]
+
+
 OUT_OF_MEMORY = "out of memory: use smaller batches (--batch-gpu in training, --batch elsewhere) or a smaller network"
 
 
@@ -305,11 +310,7 @@ def _split_checksum(url: str) -> tuple[str, str]:
 
 def _shown(url: str) -> str:
     """An address as it may be printed: on one line, and without a password."""
-    return re.sub(r"//[^/@]*@", "//", _one_line(url))
-
-
-def _one_line(text: object) -> str:
-    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]
+    return re.sub(r"//[^/@]*@", "//", one_line(url))
 
 
 def _file_path(address: str) -> Path:
@@ -381,9 +382,9 @@ def _download(url: str, target: Path, checksum: str, num_attempts: int, verbose:
         except UserError:
             raise
         except (ValueError, requests.exceptions.TooManyRedirects) as err:  # of this address, or one redirected to
-            raise UserError(f"{_shown(url)}: {_one_line(err)}: check the address") from None
+            raise UserError(f"{_shown(url)}: {one_line(err)}: check the address") from None
         except requests.RequestException as err:
-            reason, wait = f"{type(err).__name__}: {_one_line(err)}", 0.0
+            reason, wait = f"{type(err).__name__}: {one_line(err)}", 0.0
         size = partial.stat().st_size if partial.is_file() else 0
         failures = 1 if size > furthest else failures + 1
         furthest = max(size, furthest)
@@ -424,10 +425,10 @@ def _fetch_rest(url: str, partial: Path, version_file: Path, verbose: bool) -> N
         if code in (408, 425, 429) or code >= 500:
             wait = answer.get("Retry-After", "")
             seconds = float(wait) if re.fullmatch(r"[0-9]{1,6}", wait) else 0.0
-            raise _TryAgainError(_one_line(f"{code} {response.reason}"), seconds)
+            raise _TryAgainError(one_line(f"{code} {response.reason}"), seconds)
         if code not in (200, 206):
             raise UserError(
-                f"{_shown(url)}: the server says {_one_line(f'{code} {response.reason}')}: check the address"
+                f"{_shown(url)}: the server says {one_line(f'{code} {response.reason}')}: check the address"
             )
         if code == 200:
             if answer.get("Content-Type", "").startswith("text/html") and not partial.stem.endswith((".html", ".htm")):
@@ -504,11 +505,11 @@ def _hub_file(url: str) -> Path:
         raise
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError, ValueError) as err:
         if not isinstance(err, errors.LocalEntryNotFoundError):
-            raise UserError(f"{url}: not to be had from the hub ({_one_line(err)})") from None
+            raise UserError(f"{url}: not to be had from the hub ({one_line(err)})") from None
         # That nothing is kept is not the reason why nothing came.
-        raise RunError(f"{url}: not fetched from the hub ({_one_line(err.__cause__ or err)})") from None
+        raise RunError(f"{url}: not fetched from the hub ({one_line(err.__cause__ or err)})") from None
     except Exception as err:  # the library lets through what those that it is built on raise
-        raise RunError(f"{url}: not fetched from the hub ({_one_line(err)})") from None
+        raise RunError(f"{url}: not fetched from the hub ({one_line(err)})") from None
 
 
 @functools.cache

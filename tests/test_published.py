@@ -305,6 +305,8 @@ def test_bad_statistics(tmp_path):
     with pytest.raises(UserError, match="holds no statistics"):
         load_stats(COND)
     with pytest.raises(UserError, match="must be finite"):
+        load_stats(write(tmp_path, dict(fid=dict(mu=np.array([np.nan]), sigma=np.eye(1)))))
+    with pytest.raises(UserError, match="must be of shapes"):
         load_stats(write(tmp_path, dict(fid=dict(mu=np.zeros(2), sigma=np.eye(3)))))
     np.savez(tmp_path / "other.npz", a=np.zeros(2))
     with pytest.raises(UserError, match="other.npz: holds no statistics"):

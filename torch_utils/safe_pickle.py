@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.util import UserError, atomic_write, one_line
 
 # Limits against hostile files. The largest published network takes about a hundredth of the steps.
 MAX_STEPS = 4_000_000  # instructions, and items that they handle
@@ -83,16 +83,8 @@ class StoredTensor:
         try:
             storage = torch.load(io.BytesIO(self.storage), map_location="cpu", weights_only=True)
             return _rebuild_tensor_v2(storage, self.offset, self.size, self.stride, False, OrderedDict())
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            EOFError,
-            AssertionError,
-            pickle.UnpicklingError,
-        ) as err:
-            raise UserError(f"{self.source}: a tensor cannot be read ({_one_line(err)}): copy the file again") from None
+        except Exception as err:  # torch has many ways to say that a file is damaged
+            raise UserError(f"{self.source}: a tensor cannot be read ({one_line(err)}): copy the file again") from None
 
 
 @dataclass(eq=False)
@@ -161,12 +153,8 @@ def _refusals_name(source: str) -> Iterator[None]:
         raise UserError(f"{source}: {err}; nothing in the file was run") from None
     except EOFError:
         raise UserError(f"{source}: the file is truncated: copy it again") from None
-    except (LookupError, TypeError, ValueError, AttributeError) as err:
-        raise UserError(f"{source}: damaged pickle ({_one_line(err)}): copy it again") from None
-
-
-def _one_line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:200] or type(err).__name__
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as err:
+        raise UserError(f"{source}: damaged pickle ({one_line(err)}): copy it again") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +162,7 @@ class _Name:
     """A global name that the layout uses, and what calling it gives."""
 
     name: str
-    call: Callable[..., Any]
+    call: Callable[..., Any] | None
 
 
 @dataclass
@@ -183,6 +171,7 @@ class _File:
 
     source: str
     steps: int = 0
+    storages: dict[int, "_Storage"] = field(default_factory=dict)  # by id of their bytes, looked through once
 
     def work(self, items: int) -> None:
         self.steps += items
@@ -309,8 +298,8 @@ class _Machine:
 
     def call(self) -> None:
         args, name = self.pop(), self.pop()
-        if type(name) is not _Name or type(args) is not tuple:
-            raise TypeError("a call of something that is no name")
+        if type(name) is not _Name or name.call is None or type(args) is not tuple:
+            raise TypeError("a call of something that is no function")
         self.file.work(sum(len(arg) for arg in args if isinstance(arg, (list, tuple, set, dict))))
         self.push(name.call(*args))
 
@@ -318,10 +307,10 @@ class _Machine:
         state, target = self.pop(), self.stack[-1]
         if type(target) is PersistentObject and type(state) is dict and not target.state:
             target.state = state
-        elif type(target) is StoredArray:
+        elif type(target) is StoredArray and type(state) is tuple:
             _fill_array(target, *state)
-        elif type(target) is _DType:
-            _, target.byte_order, *_ = state
+        elif type(target) is _DType and type(state) is tuple and state[1:2] in [("<",), (">",), ("|",)]:
+            (target.byte_order,) = state[1:2]
         elif not (type(target) is dict and state is None):
             raise TypeError("attributes for something that has none")
 
@@ -416,6 +405,8 @@ def _container(class_name: str) -> PersistentObject:
 
 
 def _set(items: list[Any] | tuple = ()) -> set:
+    if type(items) not in (list, tuple):
+        raise TypeError("a set of something that is no list")
     return set(map(_key, items))
 
 
@@ -427,12 +418,12 @@ class _DType:
     byte_order: str = "|"
 
     def code(self) -> str:
-        return ("<" if self.byte_order not in ("<", ">", "|") else self.byte_order) + self.kind
+        return self.byte_order + self.kind
 
 
 def _dtype(kind: str, _align: bool = False, _copy: bool = False) -> _DType:
-    if kind not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-        raise _RefusedError(f"it holds an array of type {str(kind)[:20]!r}, not of numbers")
+    if type(kind) is not str or kind not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        raise _RefusedError("it holds an array that is not of numbers")
     return _DType(kind)
 
 
@@ -448,7 +439,7 @@ def _fill_array(
 
 
 def _array_of(data: memoryview, dtype: _DType, shape: tuple, order: str) -> StoredArray:
-    if not isinstance(dtype, _DType) or not isinstance(data, memoryview) or order not in ("C", "F"):
+    if type(dtype) is not _DType or type(data) is not memoryview or type(order) is not str or order not in "CF":
         raise _RefusedError("it holds an array that is not of numbers")
     if not _is_shape(shape) or math.prod(shape) * int(dtype.kind[1]) != len(data):
         raise ValueError("an array whose size does not fit its shape")
@@ -488,27 +479,38 @@ STORAGE_DTYPES = {
 
 def _storage(file: _File, blob: memoryview) -> _Storage:
     """A nested file of `torch.save`, looked through before torch gets to read it: it must be one storage."""
+    if type(blob) is not memoryview:
+        raise TypeError("a storage must be bytes")
+    if id(blob) not in file.storages:
+        file.storages[id(blob)] = _look_through(file, blob)
+    return file.storages[id(blob)]
+
+
+def _look_through(file: _File, blob: memoryview) -> _Storage:
+    keys_found = []
 
     def find(name: str) -> _Name:
-        if name not in (*STORAGE_DTYPES, "collections.OrderedDict"):
+        if name == "collections.OrderedDict":
+            return _Name(name, lambda: {})
+        if name not in STORAGE_DTYPES:
             raise _RefusedError(f"a tensor in it asks for {name[:MAX_NAME]!r}")
-        return _Name(name, dict)
+        return _Name(name, None)
 
     def find_persistent(pid: Any) -> _Storage:
-        kind, storage_type, _key, _location, numel, view = pid
-        if kind != "storage" or view is not None or type(numel) is not int or storage_type.name not in STORAGE_DTYPES:
+        kind, storage_type, key, location, numel, view = pid
+        known = kind == "storage" and type(storage_type) is _Name and view is None
+        if not known or type(key) is not str or type(location) is not str or type(numel) is not int:
             raise ValueError("a tensor of unknown form")
+        keys_found.append(key)
         return _Storage(file.source, blob, STORAGE_DTYPES[storage_type.name], numel)
 
-    if not isinstance(blob, memoryview):
-        raise TypeError("a storage must be bytes")
     machine = _Machine(blob, file, find, find_persistent)
     magic, version, _system = machine.run(), machine.run(), machine.run()
     storage, keys = machine.run(), machine.run()
     known = magic == LEGACY_MAGIC and version == 1001 and machine.protocols == {2}
-    if not known or type(storage) is not _Storage or len(keys) != 1:
+    if not known or type(storage) is not _Storage or len(keys_found) != 1 or keys != keys_found:
         raise ValueError("a tensor of unknown form")
-    if machine.position + 8 + storage.numel * storage.dtype.itemsize != len(blob):
+    if machine.number("<q") != storage.numel or len(blob) - machine.position != storage.numel * storage.dtype.itemsize:
         raise ValueError("a tensor is truncated")
     return storage
 
@@ -565,19 +567,25 @@ def module_tensors(module: PersistentObject, source: str) -> dict[str, StoredTen
     with _refusals_name(source):
         while todo:
             prefix, record, depth = todo.pop()
-            visited += 1
+            if type(record) is not PersistentObject:
+                raise TypeError("a module that is none")
+            parts = [record.state[key] for key in ("_parameters", "_buffers", "_modules")]
+            visited += 1 + sum(len(part) for part in parts)
             if visited > MAX_NODES or depth > MAX_DEPTH:
                 raise _RefusedError("its modules are nested beyond all measure")
-            if type(record) is not PersistentObject:
-                raise TypeError(f"{prefix.rstrip('.') or 'the network'} is no module")
-            own = {**record.state["_parameters"], **record.state["_buffers"]}
-            for name, tensor in own.items():
+            if not all(type(name) is str and len(name) <= MAX_NAME for part in parts for name in part):
+                raise TypeError("the name of a module or tensor is none")
+            for name, tensor in {**parts[0], **parts[1]}.items():
                 if tensor is not None:
                     if type(tensor) is not StoredTensor:
                         raise TypeError(f"{prefix}{name} is no tensor")
                     tensors[f"{prefix}{name}"] = tensor
-            children = [(f"{prefix}{name}.", child, depth + 1) for name, child in record.state["_modules"].items()]
+            children = [(f"{prefix}{name}.", child, depth + 1) for name, child in parts[2].items()]
             todo += [child for child in reversed(children) if child[1] is not None]
+        # Tensors that share their values would make a large network of a small file.
+        stored = {id(tensor.storage): len(tensor.storage) for tensor in tensors.values()}
+        if sum(math.prod(t.size) * t.dtype.itemsize for t in tensors.values()) > sum(stored.values()):
+            raise _RefusedError("its tensors share their values")
     return tensors
 
 
@@ -589,21 +597,30 @@ def plain(value: Any, source: str) -> Any:
     """
     nodes = 0
 
-    def reduce(value: Any, depth: int) -> Any:
+    def count(more: int) -> None:
         nonlocal nodes
-        nodes += 1
-        if nodes > MAX_NODES or depth > MAX_DEPTH:
+        nodes += more
+        if nodes > MAX_NODES:
             raise _RefusedError("its options are nested beyond all measure")
+
+    def reduce(value: Any, depth: int) -> Any:
+        count(1 if depth <= MAX_DEPTH else MAX_NODES)
         if type(value) is StoredArray:
-            nodes += math.prod(value.shape)
+            count(math.prod(max(n, 1) for n in value.shape) * (1 + len(value.shape)))
             return reduce(value.load().tolist(), depth + 1)
         if type(value) is dict:
-            return {str(key): reduce(item, depth + 1) for key, item in value.items()}
+            return {reduce(str(key), depth + 1): reduce(item, depth + 1) for key, item in value.items()}
         if type(value) in (list, tuple):
             return [reduce(item, depth + 1) for item in value]
-        if value is None or type(value) in (bool, str) or (type(value) in (int, float) and math.isfinite(value)):
+        if type(value) is str:
+            count(len(value) // 16)
+            value.encode()  # fails for what no file could hold
             return value
-        raise TypeError(f"{type(value).__name__} among its options")
+        if value is None or type(value) is bool:
+            return value
+        if (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value)):
+            return value
+        raise TypeError(f"{type(value).__name__} among its options that is none of JSON's")
 
     with _refusals_name(source):
         return reduce(value, 0)

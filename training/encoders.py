@@ -98,7 +98,7 @@ class StabilityVAEEncoder(Encoder):
             except ImportError:
                 raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
             try:
-                vae = AutoencoderKL.from_pretrained(self.vae_name, local_files_only=offline())
+                vae = AutoencoderKL.from_pretrained(self.vae_name, use_safetensors=True, local_files_only=offline())
             except (OSError, ValueError) as err:
                 reason = str(err).strip().splitlines()[0]
                 raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None

@@ -1,15 +1,18 @@
 """Statistics of image features that metrics compare."""
 
+import math
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dnnlib.util import UserError, open_url
+from dnnlib.util import UserError, one_line, open_url
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import StoredArray
 
+MAX_METRICS, MAX_FEATURES = 16, 1 << 13
 Stats = dict[str, dict[str, np.ndarray]]
 
 
@@ -24,30 +27,74 @@ def load_stats(path_or_url: str | Path) -> Stats:
     path = Path(open_url(path_or_url, return_filename=True))
     with open(path, "rb") as f:
         is_npz = f.read(2) == b"PK"
-    entries = _read_npz(path) if is_npz else published_stats(safe_pickle.load(path))
-    stats: Stats = {}
-    for metric, entry in entries.items():
-        mu, sigma = (np.asarray(entry[key], dtype=np.float64) for key in ("mu", "sigma"))
-        if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise UserError(f"{path}: mu and sigma of {metric} must be finite, of shapes [D] and [D, D]")
-        stats[metric] = dict(mu=mu, sigma=sigma)
+    stats = _read_npz(path) if is_npz else published_stats(safe_pickle.load(path), str(path))
     if not stats:
         raise UserError(f"{path}: holds no statistics (mu and sigma)")
     return stats
 
 
-def published_stats(data: Any) -> dict[str, dict[str, np.ndarray]]:
-    """The entries with `mu` and `sigma` of what was read from a pickle; none if it is something else."""
-    found = {}
-    for metric, entry in data.items() if isinstance(data, dict) else ():
-        if isinstance(entry, dict) and all(isinstance(entry.get(key), StoredArray) for key in ("mu", "sigma")):
-            found[metric] = {key: entry[key].load() for key in ("mu", "sigma")}
-    return found
+def published_stats(data: Any, source: str) -> Stats:
+    """The entries with `mu` and `sigma` of what was read from the pickle `source`; none if it is something else.
+
+    Raises:
+        UserError: they are not statistics.
+    """
+    stats: Stats = {}
+    for metric, entry in data.items() if type(data) is dict else ():
+        if type(metric) is str and type(entry) is dict and {"mu", "sigma"} <= entry.keys():
+            if len(stats) == MAX_METRICS:
+                raise UserError(f"{source}: holds statistics of more than {MAX_METRICS} metrics")
+            arrays = {key: entry[key] for key in ("mu", "sigma")}
+            if not all(type(array) is StoredArray for array in arrays.values()):
+                raise UserError(f"{source}: mu and sigma of {one_line(metric)[:50]} are not arrays")
+            _check_shapes(arrays["mu"].shape, arrays["sigma"].shape, source)
+            stats[metric] = {key: _finite(array.load(), source) for key, array in arrays.items()}
+    return stats
 
 
-def _read_npz(path: Path) -> dict[str, dict[str, np.ndarray]]:
+def _read_npz(path: Path) -> Stats:
+    """`mu` and `sigma` of an .npz file, {} if it has none, read with a limit on the memory they take."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {"fid": {key: arrays[key] for key in ("mu", "sigma")}} if {"mu", "sigma"} <= set(arrays) else {}
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as err:
-        raise UserError(f"{path}: cannot be read ({err}): copy it again") from None
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("error")
+            if not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
+                return {}
+            shapes = [_npy_header(archive, f"{key}.npy")[0] for key in ("mu", "sigma")]
+            _check_shapes(*shapes, str(path))
+            return {"fid": {key: _finite(_npy_data(archive, f"{key}.npy"), str(path)) for key in ("mu", "sigma")}}
+    except UserError:
+        raise
+    except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
+        raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
+
+
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, Fortran order, type and length of the header of an .npy file."""
+    with archive.open(name) as f:
+        if np.lib.format.read_magic(f) != (1, 0):
+            raise ValueError(f"{name} is not of the usual version of its format")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        if dtype.kind not in "fiu" or dtype.itemsize > 8:
+            raise ValueError(f"{name} is not an array of numbers")
+        return shape, fortran, dtype, f.tell()
+
+
+def _npy_data(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    shape, fortran, dtype, start = _npy_header(archive, name)
+    with archive.open(name) as f:
+        f.seek(start)
+        data = f.read(math.prod(shape) * dtype.itemsize)
+    return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
+
+
+def _check_shapes(mu: tuple[int, ...], sigma: tuple[int, ...], source: str) -> None:
+    if not (len(mu) == 1 and 1 <= mu[0] <= MAX_FEATURES and sigma == mu * 2):
+        raise UserError(f"{source}: mu and sigma must be of shapes [D] and [D, D], D up to {MAX_FEATURES}")
+
+
+def _finite(array: np.ndarray, source: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise UserError(f"{source}: mu and sigma must be finite")
+    return array

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.util import UserError, is_url, open_url
+from dnnlib.util import UserError, is_url, one_line, open_url
 from training.encoders import Encoder
-from training.snapshot.description import build, describe, misfit
+from training.snapshot.description import DTYPES, build, describe, misfit
 from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published import PublishedFile, write_published
 
@@ -123,12 +123,14 @@ def build_for(file: SnapshotFile) -> tuple[nn.Module, Encoder]:
     """
     net, encoder = build(str(file.path), file.metadata)
     wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    for what, names in [("lack", wanted.keys() - set(file.names)), ("hold beside it", set(file.names) - wanted.keys())]:
+    for what, names in [("lack", wanted.keys() - set(file.names)), ("hold besides", set(file.names) - wanted.keys())]:
         if names:
             raise misfit(str(file.path), f"they {what} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
     for name in file.names:
-        if tuple(file.shape(name)) != wanted[name]:
+        if file.shape(name) != wanted[name]:
             raise misfit(str(file.path), f"{name} is {list(file.shape(name))} instead of {list(wanted[name])}")
+        if file.dtype(name) not in DTYPES:
+            raise misfit(str(file.path), f"{name} is not of type float32, float16 or bfloat16")
     return net, encoder
 
 
@@ -154,8 +156,8 @@ def _open_folder(folder: str, which: str) -> NativeFile:
     try:
         metadata = json.loads(config.read_text())
     except (ValueError, RecursionError) as err:
-        raise UserError(f"{config}: not JSON ({err})") from None
-    if not isinstance(metadata, dict) or "architecture" not in metadata:
+        raise UserError(f"{config}: not JSON ({one_line(err)})") from None
+    if metadata is None:
         raise UserError(f"{config}: not the description of a network of this project")
     _check_which(weights, which)
     return NativeFile(weights, metadata)

@@ -8,7 +8,7 @@ import click
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import CommandGroup, UserError, is_url, offline_option, open_url
+from dnnlib.util import CommandGroup, UserError, is_url, offline_option, one_line, open_url
 from torch_utils import safe_pickle
 from training.flops import count_parameters
 from training.metrics import load_stats, published_stats
@@ -17,6 +17,7 @@ from training.snapshot import WRITERS, SnapshotFile, build_for, check_suffix, op
 from training.snapshot.hub import export_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MEASURED = {"file", "bytes", "parameters", "tensors", "dtype"}  # what `inspect` finds out itself
 dtype_option = click.option(
     "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(list(DTYPES))
 )
@@ -107,7 +108,8 @@ def inspect(source: str, as_json: bool) -> None:
         print(json.dumps(facts))
         return
     for key, value in facts.items():
-        print(f"{key + ':':20s}{value if isinstance(value, str) else json.dumps(value)}")
+        plainly = isinstance(value, str) and value.isprintable()
+        print(f"{one_line(key) + ':':20s}{value if plainly else json.dumps(value)}")
 
 
 def facts_of_network(source: str) -> dict[str, Any]:
@@ -119,8 +121,7 @@ def facts_of_network(source: str) -> dict[str, Any]:
         "parameters": count_parameters(net),
         "tensors": len(file.names),
         "dtype": str(chosen_dtype(file, None)).removeprefix("torch."),
-        **file.metadata,
-    }
+    } | {key: value for key, value in file.metadata.items() if key not in MEASURED}
 
 
 def facts_of_statistics(source: str) -> dict[str, Any] | None:
@@ -128,7 +129,7 @@ def facts_of_statistics(source: str) -> dict[str, Any] | None:
     if Path(source).is_dir() or not source.partition("#")[0].endswith((".pkl", ".npz")):
         return None
     path = Path(open_url(source, return_filename=True))
-    if path.suffix == ".pkl" and not published_stats(safe_pickle.load(path)):
+    if path.suffix == ".pkl" and not published_stats(safe_pickle.load(path), str(path)):
         return None
     stats = load_stats(path)
     features = {metric: f"mean and covariance of {len(entry['mu'])} features" for metric, entry in stats.items()}

@@ -1,42 +1,21 @@
 """What a snapshot's JSON block says, and the network and encoder that are built from it."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from dnnlib.util import UserError, code_version
+from dnnlib.util import UserError, code_version, one_line
+from torch_utils import safe_pickle
 from training.encoders import ENCODERS, Encoder
 from training.networks_edm2 import Precond
 from training.networks_toy import ToyModel
 
 FORMAT_VERSION = 1
 ARCHITECTURES: dict[str, type[nn.Module]] = {"edm2.Precond": Precond, "toy.ToyModel": ToyModel}
-
-# The largest arguments of a network that are believed, a few times those of the largest published one. A hostile file
-# could otherwise ask for a network that takes hours to build.
-MAX_ARGUMENTS = dict(
-    img_resolution=1 << 16,
-    img_channels=1 << 12,
-    label_dim=1 << 24,
-    model_channels=1 << 12,
-    channel_mult=64,
-    channel_mult_noise=64,
-    channel_mult_emb=64,
-    num_blocks=64,
-    attn_resolutions=1 << 16,
-    logvar_channels=1 << 16,
-    channels_per_head=1 << 16,
-    in_dim=1 << 12,
-    num_layers=1 << 10,
-    hidden_dim=1 << 16,
-)
-MAX_LIST = 64  # numbers in a list
-MAY_BE_NONE = {"channel_mult_noise", "channel_mult_emb", "clip_act"}
-TEXTS = {"vae_name"}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that tensors may have
 
 
 def describe(net: nn.Module, encoder: Encoder, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -45,10 +24,37 @@ def describe(net: nn.Module, encoder: Encoder, metadata: dict[str, Any]) -> dict
     return {
         **metadata,
         "format_version": FORMAT_VERSION,
-        "architecture": {"name": architecture, "kwargs": net.init_kwargs},
+        "architecture": {"name": architecture, "kwargs": safe_pickle.plain(net.init_kwargs, architecture)},
         "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
         "code_version": code_version(),
     }
+
+
+def checked_metadata(source: str, metadata: Any) -> dict[str, Any]:
+    """A JSON block in which what is there is of the right type. `source` names the file.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(metadata, dict):
+        raise UserError(f"{source}: its description is not that of a network of this project")
+    metadata = safe_pickle.plain(metadata, source)
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{source}: format version {one_line(version)[:50]} is unknown: update this code")
+    for key, kind in _METADATA_TYPES.items():
+        if metadata.get(key) is not None and type(metadata[key]) is not kind:
+            raise UserError(f"{source}: its description is damaged: {key} is not of type {kind.__name__}")
+    return metadata
+
+
+_METADATA_TYPES = {
+    **dict.fromkeys(["architecture", "encoder", "config", "dataset", "dataset_kwargs", "loss_kwargs"], dict),
+    **dict.fromkeys(["source", "license", "code_version"], str),
+    "nimg": int,
+    "ema_std": float,
+    "reconstructed_from": list,
+}
 
 
 def build(source: str, metadata: dict[str, Any]) -> tuple[nn.Module, Encoder]:
@@ -59,43 +65,104 @@ def build(source: str, metadata: dict[str, Any]) -> tuple[nn.Module, Encoder]:
     """
     try:
         architecture, encoder = metadata["architecture"], metadata["encoder"]
-        net_class, net_kwargs = ARCHITECTURES.get(architecture["name"]), architecture["kwargs"]
-        encoder_class, encoder_kwargs = ENCODERS.get(encoder["name"]), encoder["kwargs"]
+        net_name, net_kwargs = architecture["name"], architecture["kwargs"]
+        encoder_name, encoder_kwargs = encoder["name"], encoder["kwargs"]
+        net_class, encoder_class = ARCHITECTURES.get(net_name), ENCODERS.get(encoder_name)
     except (KeyError, TypeError) as err:
-        raise UserError(f"{source}: its description is incomplete ({err!r})") from None
+        raise UserError(f"{source}: its description is incomplete ({one_line(repr(err))[:100]})") from None
     if net_class is None:
-        raise UserError(f"{source}: unknown architecture {architecture['name']!r} (known: {', '.join(ARCHITECTURES)})")
+        raise UserError(f"{source}: unknown architecture {net_name[:50]!r} (known: {', '.join(ARCHITECTURES)})")
     if encoder_class is None:
-        raise UserError(f"{source}: unknown encoder {encoder['name']!r} (known: {', '.join(ENCODERS)})")
-    make_net: Callable[..., nn.Module] = (
-        functools.partial(net_class, precision="fp32") if net_class is Precond else net_class
-    )
+        raise UserError(f"{source}: unknown encoder {encoder_name[:50]!r} (known: {', '.join(ENCODERS)})")
+    make_net: Callable[..., nn.Module] = net_class
+    if net_class is Precond:
+        make_net = functools.partial(Precond, precision="fp32")
     try:
-        _check_arguments({**net_kwargs, **encoder_kwargs})
+        _check_arguments(net_kwargs, _NETWORK_ARGUMENTS[net_name])
+        _check_arguments(encoder_kwargs, _ENCODER_ARGUMENTS)
         with torch.device("meta"):
-            return make_net(**net_kwargs), encoder_class(**encoder_kwargs)
+            made = make_net(**net_kwargs), encoder_class(**encoder_kwargs)
     except Exception as err:  # what a damaged or foreign description asks for can fail in any way
         raise misfit(source, err) from None
+    channels = {len(encoder_kwargs[key]) for key in ("raw_mean", "raw_std") if key in encoder_kwargs}
+    if isinstance(made[0], Precond) and channels and channels != {made[0].img_channels}:
+        raise misfit(source, f"the encoder has statistics of {channels} channels")
+    return made
 
 
 def misfit(source: str, err: Exception | str) -> UserError:
-    reason = " ".join(str(err).split())[:300]
-    return UserError(f"{source}: the weights do not fit the architecture: {reason}")
+    return UserError(f"{source}: the weights do not fit the architecture: {one_line(err)[:300]}")
 
 
-def _check_arguments(kwargs: dict[str, Any]) -> None:
+# Arguments of networks and encoders, and which values are believed. The largest are a few times those of the largest
+# published network: a hostile file could otherwise ask for one that takes hours to build.
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and low <= value <= high
+
+
+def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _list(check: Callable[[Any], bool], low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and low <= len(value) <= high and all(map(check, value))
+
+
+def _filter(value: Any) -> bool:
+    return _list(_number(-1e6, 1e6), 2, 64)(value) and len(value) % 2 == 0 and abs(sum(value)) > 1e-6
+
+
+TINY, HUGE = 1e-12, 1e12
+_NETWORK_ARGUMENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "edm2.Precond": dict(
+        img_resolution=_whole(1, 1 << 14),
+        img_channels=_whole(1, 1 << 12),
+        label_dim=_whole(0, 1 << 20),
+        sigma_data=_number(TINY, HUGE),
+        logvar_channels=_whole(1, 1 << 14),
+        model_channels=_whole(1, 1 << 12),
+        channel_mult=_list(_whole(1, 16), 1, 8),
+        channel_mult_noise=_optional(_whole(1, 64)),
+        channel_mult_emb=_optional(_whole(1, 64)),
+        num_blocks=_whole(0, 16),
+        attn_resolutions=_list(_whole(0, 1 << 14), 0, 16),
+        label_balance=_number(0, 1),
+        concat_balance=_number(0, 1),
+        resample_filter=_filter,
+        channels_per_head=_whole(1, 1 << 14),
+        dropout=_number(0, 0.999),
+        res_balance=_number(0, 1),
+        attn_balance=_number(0, 1),
+        clip_act=_optional(_number(TINY, HUGE)),
+    ),
+    "toy.ToyModel": dict(
+        in_dim=_whole(1, 1 << 12),
+        num_layers=_whole(0, 64),
+        hidden_dim=_whole(1, 1 << 14),
+        sigma_data=_number(TINY, HUGE),
+    ),
+}
+_ENCODER_ARGUMENTS: dict[str, Callable[[Any], bool]] = dict(
+    vae_name=lambda value: type(value) is str and 0 < len(value) <= 500 and value.isprintable(),
+    raw_mean=_list(_number(-HUGE, HUGE), 1, 1 << 12),
+    raw_std=_list(_number(TINY, HUGE), 1, 1 << 12),
+)
+
+
+def _check_arguments(kwargs: dict[str, Any], known: dict[str, Callable[[Any], bool]]) -> None:
     """
     Raises:
-        ValueError: an argument of a network or encoder is of the wrong type or beyond all measure.
+        ValueError: there is an unknown argument, or one of the wrong type or beyond all measure.
     """
     for name, value in kwargs.items():
-        numbers = value if isinstance(value, list) else [value]
-        if len(numbers) > MAX_LIST:
-            raise ValueError(f"{name} has {len(numbers)} values")
-        for number in numbers:
-            if name in MAX_ARGUMENTS:
-                fine = type(number) is int and 0 <= number <= MAX_ARGUMENTS[name]
-            else:
-                fine = type(number) in (int, float) and math.isfinite(number)
-            if not (fine or (number is None and name in MAY_BE_NONE) or (type(number) is str and name in TEXTS)):
-                raise ValueError(f"{name}={str(value)[:100]}")
+        if name not in known:
+            raise ValueError(f"unknown argument {name[:50]!r}")
+        if not known[name](value):
+            shown = repr(value)[:50] if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
+            raise ValueError(f"{name} cannot be {shown}")

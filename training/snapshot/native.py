@@ -9,8 +9,8 @@ from typing import Any
 import safetensors
 import torch
 
-from dnnlib.util import UserError, atomic_write
-from training.snapshot.description import FORMAT_VERSION
+from dnnlib.util import UserError, atomic_write, one_line
+from training.snapshot.description import checked_metadata
 
 METADATA_KEY = "openedm2"
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -36,22 +36,27 @@ class NativeFile:
                 text = (self._file.metadata() or {}).get(METADATA_KEY)
                 metadata = None if text is None else json.loads(text)
         except (safetensors.SafetensorError, ValueError, RecursionError) as err:
-            raise UserError(f"{path}: damaged or truncated snapshot ({err}): copy it again") from None
-        if not isinstance(metadata, dict):
+            raise UserError(f"{path}: damaged or truncated snapshot ({one_line(err)}): copy it again") from None
+        if metadata is None:
             raise UserError(f"{path}: a safetensors file, but not a snapshot of this project")
-        if metadata.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{path}: format version {metadata.get('format_version')} is unknown: update this code")
-        self.metadata = metadata
+        self.metadata = checked_metadata(str(path), metadata)
         self.names = list(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """One of `DTYPE_NAMES`; None = another."""
+        stored = self._file.get_slice(name).get_dtype()
+        return next((dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == stored), None)
+
     def get_tensor(self, name: str) -> torch.Tensor:
         try:
             return self._file.get_tensor(name)
         except (safetensors.SafetensorError, RuntimeError, ValueError) as err:
-            raise UserError(f"{self.path}: tensor {name} cannot be read ({err}): copy the file again") from None
+            raise UserError(
+                f"{self.path}: tensor {name} cannot be read ({one_line(err)}): copy the file again"
+            ) from None
 
 
 def write_native(

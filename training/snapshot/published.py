@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dnnlib.util import EasyDict, UserError
+from dnnlib.util import EasyDict, UserError, one_line
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
 from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.networks_edm2 import Block, MPConv, MPFourier, Precond, UNet
 from training.networks_toy import MPSiLU, ToyModel
-from training.snapshot.description import FORMAT_VERSION, build
+from training.snapshot.description import FORMAT_VERSION, build, checked_metadata
 
 # Positional arguments of the published classes.
 PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
@@ -59,23 +59,25 @@ class PublishedFile:
         self._tensors = safe_pickle.module_tensors(record, source)
         self.names = list(self._tensors)
         others = data if isinstance(data, dict) else {}
-        self.metadata: dict[str, Any] = {**_times_of(name), "source": name, **_own_metadata(others)}
-        self.metadata["format_version"] = FORMAT_VERSION
+        metadata: dict[str, Any] = {**_times_of(name), "source": name, **_own_metadata(others)}
         toy = record.class_name == "ToyModel"
         arguments = _arguments(record, TOY_ARGS if toy else PRECOND_ARGS, source)
         arguments.pop("use_fp16", None)
-        self.metadata["architecture"] = {"name": "toy.ToyModel" if toy else "edm2.Precond", "kwargs": arguments}
-        self.metadata["encoder"] = _encoder(others.get("encoder"), source)
+        metadata["format_version"] = FORMAT_VERSION
+        metadata["architecture"] = {"name": "toy.ToyModel" if toy else "edm2.Precond", "kwargs": arguments}
+        metadata["encoder"] = _encoder(others.get("encoder"), source)
         if isinstance(others.get("dataset_kwargs"), dict):
-            self.metadata["dataset_kwargs"] = safe_pickle.plain(others["dataset_kwargs"], source)
+            metadata["dataset_kwargs"] = others["dataset_kwargs"]
         if isinstance(others.get("loss_fn"), PersistentObject):
             state = others["loss_fn"].state
-            self.metadata["loss_kwargs"] = safe_pickle.plain(
-                {key: state[key] for key in LOSS_KEYS if key in state}, source
-            )
+            metadata["loss_kwargs"] = {key: state[key] for key in LOSS_KEYS if key in state}
+        self.metadata = checked_metadata(source, metadata)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].size
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
@@ -98,7 +100,7 @@ class PublishedFile:
         self._check_family([record.class_name])
         if record.class_name not in ("Precond", "ToyModel"):
             raise UserError(
-                f"{self.path}: unknown architecture {record.class_name!r} (known in pickles: 'Precond', 'ToyModel')"
+                f"{self.path}: unknown architecture {record.class_name[:50]!r} (known: 'Precond', 'ToyModel')"
             )
         return record
 
@@ -110,7 +112,7 @@ class PublishedFile:
 
 
 def _listed(keys: Any) -> str:
-    return ", ".join(repr(key) for key in list(keys)[:10])
+    return one_line(", ".join(repr(key)[:30] for key in list(keys)[:6]))
 
 
 def _times_of(name: str) -> dict[str, Any]:
@@ -138,22 +140,31 @@ def _arguments(record: PersistentObject, names: tuple[str, ...], source: str) ->
 def _encoder(record: Any, source: str) -> dict[str, Any]:
     if record is None:
         return {"name": "StandardRGBEncoder", "kwargs": {}}
-    if not isinstance(record, PersistentObject):
+    if type(record) is not PersistentObject:
         raise UserError(f"{source}: its encoder is not that of a network")
     if record.class_name != "StabilityVAEEncoder":
         return {"name": record.class_name, "kwargs": {}}
-    kwargs = _arguments(record, VAE_ARGS, source)
+    kwargs = {**StabilityVAEEncoder().init_kwargs, "final_mean": 0, "final_std": FINAL_STD}
+    kwargs.update(_arguments(record, VAE_ARGS, source))
     kwargs.pop("batch_size", None)
-    defaults = StabilityVAEEncoder().init_kwargs
-    mean, std = (np.asarray(kwargs.get(key, defaults[key]), dtype=np.float64) for key in ("raw_mean", "raw_std"))
-    if {"final_mean", "final_std"} & kwargs.keys():
-        # Other final statistics amount to other raw ones.
-        final_mean, final_std = (
-            np.asarray(kwargs.pop(key, value)) for key, value in [("final_mean", 0), ("final_std", FINAL_STD)]
-        )
-        mean, std = mean - final_mean * std / final_std, std * FINAL_STD / final_std
-    kwargs.update(raw_mean=mean.tolist(), raw_std=std.tolist())
-    return {"name": record.class_name, "kwargs": {**defaults, **kwargs}}
+    channels = len(kwargs["raw_mean"]) if isinstance(kwargs["raw_mean"], list) else 1
+    mean, std, final_mean, final_std = (
+        _per_channel(kwargs.pop(key), channels, f"{source}: {key} of its encoder")
+        for key in ("raw_mean", "raw_std", "final_mean", "final_std")
+    )
+    # Other final statistics than ours amount to other raw ones.
+    kwargs["raw_mean"] = [m - fm * s / fs for m, s, fm, fs in zip(mean, std, final_mean, final_std, strict=True)]
+    kwargs["raw_std"] = [s * FINAL_STD / fs for s, fs in zip(std, final_std, strict=True)]
+    return {"name": record.class_name, "kwargs": kwargs}
+
+
+def _per_channel(value: Any, channels: int, what: str) -> list[float]:
+    """One number per channel, of a list of them or one for all."""
+    numbers = value if isinstance(value, list) else [value] * channels
+    low = 1e-12 if "_std" in what else -1e12
+    if len(numbers) != channels or not all(type(n) in (int, float) and low <= n <= 1e12 for n in numbers):
+        raise UserError(f"{what} is not a sensible number, or one per channel")
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------
