@@ -1,6 +1,8 @@
 """Hostile and damaged pickles: one clear error each, and nothing in them is run."""
 
+import contextlib
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -8,19 +10,23 @@ import random
 import struct
 import time
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
-from conftest import GOLDEN, fails_with, run_cli
+from conftest import GOLDEN, fails_with, npy, run_cli, tiny_network
 
 from dnnlib.util import EasyDict, UserError
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
+from training.encoders import StandardRGBEncoder
 from training.metrics import load_stats
-from training.snapshot import load_network
+from training.snapshot import load_network, save_network
 from training.snapshot.__main__ import main as snapshot_tool
 
 OFFICIAL = sorted((GOLDEN / "official").glob("*.pkl"))
@@ -194,7 +200,49 @@ def repeated(start: bytes, part: bytes, count: int, end: bytes = b".") -> bytes:
     return pickle.PROTO + b"\x04" + start + part * count + end
 
 
+def text(value: str) -> bytes:
+    data = value.encode()
+    return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
+
+
+def code_of(module: str, attribute: str) -> bytes:
+    return text(module) + text(attribute) + pickle.STACK_GLOBAL
+
+
+PUT0, PUT1, GET0, GET1 = pickle.BINPUT + b"\0", pickle.BINPUT + b"\1", pickle.BINGET + b"\0", pickle.BINGET + b"\1"
+START = pickle.PROTO + b"\x04"
+DEEP_TUPLE = pickle.EMPTY_TUPLE + pickle.TUPLE1 * 300_000
+WIDE_TUPLE = pickle.EMPTY_TUPLE + pickle.TUPLE1 + (PUT0 + GET0 + pickle.TUPLE2) * 60
+
+
+def dict_of(key: bytes) -> bytes:
+    """A nested storage file that makes an OrderedDict of one pair."""
+    pairs = pickle.EMPTY_LIST + pickle.MARK + key + pickle.NONE + pickle.TUPLE2 + pickle.APPENDS
+    code = pickle.PROTO + b"\x02" + code_of("collections", "OrderedDict") + pairs + pickle.TUPLE1 + pickle.REDUCE + b"."
+    return (
+        START
+        + code_of("torch.storage", "_load_from_bytes")
+        + pickle.BINBYTES
+        + struct.pack("<I", len(code))
+        + code
+        + pickle.TUPLE1
+        + pickle.REDUCE
+        + b"."
+    )
+
+
+def many_calls(function: bytes, argument: bytes, count: int) -> bytes:
+    call = GET1 + GET0 + pickle.REDUCE + pickle.POP
+    return START + argument + PUT0 + pickle.POP + function + PUT1 + pickle.POP + call * count + pickle.NONE + b"."
+
+
 EXHAUSTING = {
+    "hash of a deep tuple": dict_of(DEEP_TUPLE),
+    "hash of a wide tuple": dict_of(WIDE_TUPLE),
+    "type of a deep tuple": START + code_of("numpy", "dtype") + DEEP_TUPLE + pickle.TUPLE1 + pickle.REDUCE + b".",
+    "sets of a long text": many_calls(code_of("builtins", "set"), text("a" * 500_000) + pickle.TUPLE1, 60_000),
+    "long text unpacked": START + text("a" * 300_000) + PUT0 + pickle.POP + code_of("numpy", "dtype") + text("f8") + pickle.TUPLE1
+    + pickle.REDUCE + (GET0 + pickle.BUILD) * 100_000 + b".",
     "deep lists": repeated(b"", pickle.EMPTY_LIST, 10**6, pickle.APPEND * (10**6 - 1) + b"."),
     "doubled tuples": repeated(pickle.EMPTY_TUPLE, pickle.MEMOIZE + pickle.BINGET + b"\0" + pickle.TUPLE2, 100),
     "endless memo": repeated(pickle.NONE, pickle.MEMOIZE, 5 * 10**6),
@@ -214,6 +262,45 @@ def test_files_that_would_take_forever(case, tmp_path):
         with pytest.raises(UserError, match="hostile.pkl"):
             read(path)
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    "shape", [(60_000_000, 0), (2**40, 0), (4_000_000, 1, 1, 1, 1, 1, 1, 1), (0, 2**47, 2**47), (200_000,)]
+)
+def test_arrays_as_options(shape):
+    data = b"x" * math.prod(shape)
+    with pytest.raises(UserError, match="nested beyond all measure"):
+        safe_pickle.plain({"a": safe_pickle.StoredArray(data, "|u1", shape)}, "x.pkl")
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), b"x", "\ud800", {"a": {1}}])
+def test_no_options(value):
+    with pytest.raises(UserError, match="x.pkl: damaged pickle"):
+        safe_pickle.plain({"a": [value]}, "x.pkl")
+
+
+def test_text_many_times():
+    with pytest.raises(UserError, match="nested beyond all measure"):
+        safe_pickle.plain(["a" * 500_000] * 60_000, "x.pkl")
+
+
+def test_shared_parts_of_networks():
+    def chain(depth: int, **state) -> PersistentObject:
+        network = PersistentObject("M", dict(dict(_parameters={}, _buffers={}, _modules={}), **state))
+        for _ in range(depth):
+            network = PersistentObject("M", dict(_parameters={}, _buffers={}, _modules=dict(a=network, b=network)))
+        return network
+
+    for network in (
+        chain(16, _parameters=dict.fromkeys(map(str, range(40_000)))),
+        chain(0, _modules={"a" * 200_000: chain(0)}),
+        chain(0, _modules={1: chain(0)}),
+    ):
+        with pytest.raises(UserError, match="x.pkl: "):
+            safe_pickle.module_tensors(network, "x.pkl")
+    tensor = safe_pickle.loads(nested(saved(storage())))
+    with pytest.raises(UserError, match="its tensors share their values"):
+        safe_pickle.module_tensors(chain(0, _parameters={str(i): tensor for i in range(1000)}), "x.pkl")
 
 
 def test_options_nested_beyond_measure():
@@ -255,6 +342,15 @@ def hostile_network(tmp_path: Path, **kwargs) -> Path:
         dict(label_dim=None),
         dict(img_resolution=1 << 40),
         dict(channels_per_head=0),
+        dict(img_resolution=0, channel_mult=[1] * 8),
+        dict(model_channels=4093, channel_mult=[61] * 8, channels_per_head=1),
+        dict(resample_filter=[1, -1]),
+        dict(resample_filter=[1, 1, 1]),
+        dict(resample_filter=1),
+        dict(clip_act=-1),
+        dict(res_balance=1e308),
+        dict(concat_balance=[1, 2]),
+        dict(sigma_data=0),
         dict(bogus=1),
     ],
 )
@@ -262,6 +358,100 @@ def test_networks_that_would_take_forever(kwargs, tmp_path):
     defaults = dict(img_resolution=8, img_channels=1, label_dim=0)
     with pytest.raises(UserError, match="do not fit the architecture"):
         load_network(hostile_network(tmp_path, **{**defaults, **kwargs}))
+
+
+def test_arguments_of_the_encoder_do_not_hide_those_of_the_network(tmp_path):
+    record = safe_pickle.load(hostile_network(tmp_path, num_layers=10**9))["ema"]
+    record = PersistentObject("ToyModel", record.state, "somewhere")
+    encoder = PersistentObject("StabilityVAEEncoder", dict(_init_args=(), _init_kwargs=dict(num_layers=1)), "somewhere")
+    safe_pickle.save(tmp_path / "net.pkl", dict(ema=record, encoder=encoder))
+    with pytest.raises(UserError, match="num_layers cannot be 1000000000"):
+        load_network(tmp_path / "net.pkl")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(raw_mean={"a": 1}), dict(raw_mean="abc"), dict(raw_mean=[[1.0], 2.0]), dict(final_mean="abc"), dict(final_std=0),
+        dict(final_mean=[0.0] * 3), dict(raw_std=[1e308] * 4), dict(raw_std=[-1.0] * 4), dict(bogus=1), dict(vae_name=5),
+        dict(raw_mean=[0.0] * 5, raw_std=[1.0] * 5),
+    ],
+)  # fmt: skip
+def test_hostile_encoders(kwargs, tmp_path):
+    record = safe_pickle.load(hostile_network(tmp_path, img_resolution=8, img_channels=4, label_dim=0))["ema"]
+    record.module = "somewhere"
+    encoder = PersistentObject("StabilityVAEEncoder", dict(_init_args=(), _init_kwargs=kwargs), "somewhere")
+    safe_pickle.save(tmp_path / "net.pkl", dict(ema=record, encoder=encoder))
+    with pytest.raises(UserError, match="encoder|do not fit"):
+        load_network(tmp_path / "net.pkl")
+
+
+def test_native_files_of_other_types(tmp_path, snapshot_file):
+    tensors = safetensors.torch.load_file(snapshot_file)
+    with safetensors.safe_open(snapshot_file, framework="pt") as f:
+        metadata = f.metadata()
+    for dtype in (torch.float64, torch.int64, torch.complex64):
+        changed = {**tensors, "unet.out_gain": tensors["unet.out_gain"].to(dtype)}
+        safetensors.torch.save_file(changed, tmp_path / "other.safetensors", metadata)
+        with pytest.raises(UserError, match="unet.out_gain is not of type float32, float16 or bfloat16"):
+            load_network(tmp_path / "other.safetensors")
+
+
+def test_texts_of_metadata_do_not_reach_the_terminal_raw(tmp_path):
+    metadata = dict(source="\x1b[31m\nfake: line", code_version="\x1b[0m")
+    save_network(tmp_path / "a.safetensors", tiny_network(), StandardRGBEncoder(), metadata)
+    output = run_cli(snapshot_tool, "inspect", tmp_path / "a.safetensors").output
+    assert "\x1b" not in output and "\nfake" not in output
+
+
+def npz_member(name: str, data: bytes, path: Path, compression=zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("mu.npy", npy(np.zeros(2)))
+        archive.writestr("sigma.npy", npy(np.eye(2)))
+        archive.writestr(name, data)
+    return path
+
+
+def npy_file(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"abc",
+        npy(np.array(["a"])),
+        npy(np.zeros(2, dtype=[("a", "f4")])),
+        npy(np.zeros(2, dtype=complex)),
+        npy(np.full(2, np.longdouble(1))),
+        npy(np.array([0x7FA00000, 0], dtype=np.uint32).view(np.float32)),
+        npy(np.zeros([2, 2])),
+        npy(np.zeros(2))[:-1],
+        npy_file("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,), }"),
+        npy_file(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**70},), }}"),
+        npy_file("{'descr': '<f8', 'fortran_order': False, 'shape': (2L,), }"),
+        npy_file("((((((2,"),
+        npy_file("-" * 9000 + "1"),
+    ],
+)
+def test_hostile_npz(member, tmp_path):
+    with pytest.raises(UserError, match="a.npz") as err:
+        load_stats(npz_member("mu.npy", member, tmp_path / "a.npz"))
+    assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize("position", [6, 8, 20, 60])
+def test_damaged_npz(position, tmp_path):
+    path = npz_member("other", b"", tmp_path / "a.npz")
+    data = bytearray(path.read_bytes())
+    directory = data.index(b"PK\x01\x02")
+    for start in (position, directory + position % 40):
+        changed = data.copy()
+        changed[start] ^= 0xFF
+        path.write_bytes(changed)
+        with contextlib.suppress(UserError):
+            load_stats(path)
 
 
 # ---------------------------------------------------------------------------------------------------------

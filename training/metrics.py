@@ -73,7 +73,7 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], b
     with archive.open(name) as f:
         if np.lib.format.read_magic(f) != (1, 0):
             raise ValueError(f"{name} is not of the usual version of its format")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # type: ignore[call-arg]  (an annotation of NumPy's)
         if dtype.kind not in "fiu" or dtype.itemsize > 8:
             raise ValueError(f"{name} is not an array of numbers")
         return shape, fortran, dtype, f.tell()
