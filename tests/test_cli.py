@@ -714,7 +714,11 @@ def test_folders_that_are_no_snapshots(run, tmp_path):
     fails_with(run_cli(snapshot_tool, "export", source, run, "--license=mit"), "holds other files")
     folder = tmp_path / "model"
     assert run_cli(snapshot_tool, "export", source, folder, "--license=mit").exit_code == 0
-    for text, message in [("{", "not JSON"), ("[]", "not the description"), ('{"architecture": 1}', "format version")]:
+    for text, message in [
+        ("{", "not JSON"),
+        ("[]", "config.json: its description is not that"),
+        ('{"architecture": 1}', "format version"),
+    ]:
         (folder / "config.json").write_text(text)
         fails_with(run_cli(snapshot_tool, "inspect", folder), message)
 

@@ -59,8 +59,7 @@ def _read_npz(path: Path) -> Stats:
             warnings.simplefilter("error")
             if not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
                 return {}
-            shapes = [_npy_header(archive, f"{key}.npy")[0] for key in ("mu", "sigma")]
-            _check_shapes(*shapes, str(path))
+            _check_shapes(_npy_header(archive, "mu.npy")[0], _npy_header(archive, "sigma.npy")[0], str(path))
             return {"fid": {key: _finite(_npy_data(archive, f"{key}.npy"), str(path)) for key in ("mu", "sigma")}}
     except UserError:
         raise
@@ -73,7 +72,7 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], b
     with archive.open(name) as f:
         if np.lib.format.read_magic(f) != (1, 0):
             raise ValueError(f"{name} is not of the usual version of its format")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)  # type: ignore[call-arg]  (an annotation of NumPy's)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
         if dtype.kind not in "fiu" or dtype.itemsize > 8:
             raise ValueError(f"{name} is not an array of numbers")
         return shape, fortran, dtype, f.tell()

@@ -18,7 +18,7 @@ from torch import nn
 
 from dnnlib.util import UserError, is_url, one_line, open_url
 from training.encoders import Encoder
-from training.snapshot.description import DTYPES, build, describe, misfit
+from training.snapshot.description import DTYPES, build, checked_metadata, describe, misfit
 from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published import PublishedFile, write_published
 
@@ -157,10 +157,8 @@ def _open_folder(folder: str, which: str) -> NativeFile:
         metadata = json.loads(config.read_text())
     except (ValueError, RecursionError) as err:
         raise UserError(f"{config}: not JSON ({one_line(err)})") from None
-    if metadata is None:
-        raise UserError(f"{config}: not the description of a network of this project")
     _check_which(weights, which)
-    return NativeFile(weights, metadata)
+    return NativeFile(weights, checked_metadata(str(config), metadata))
 
 
 def _check_which(path: Path, which: str) -> None:
