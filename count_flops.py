@@ -1,16 +1,17 @@
 """Count parameters and operations of a network."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from dnnlib.util import CommandLine, UserError, offline_option
+from dnnlib.util import CommandLine, UserError, is_url, offline_option
 from torch_utils import misc
 from training.flops import count_operations, count_parameters, peak_memory_per_sample
 from training.networks_edm2 import Precond
-from training.presets import TRAINING_PRESETS, preset_network
+from training.presets import TRAINING_PRESETS, preset_network, unknown_preset
 from training.snapshot import build_for, open_snapshot
 
 
@@ -18,8 +19,10 @@ def open_network(name: str) -> torch.nn.Module:
     """The network of a file, URL or training preset, without its values."""
     if name in TRAINING_PRESETS:
         with torch.device("meta"):
-            return Precond(**preset_network(name), precision="fp32")
-    return build_for(open_snapshot(name))[0]
+            return Precond(**preset_network(name), precision="fp32").eval()
+    if not is_url(name) and not Path(name).suffix and not Path(name).exists():
+        raise unknown_preset("NET", name, TRAINING_PRESETS)
+    return build_for(open_snapshot(name))[0].eval()
 
 
 def measure_memory(net: torch.nn.Module) -> int | None:
@@ -28,7 +31,7 @@ def measure_memory(net: torch.nn.Module) -> int | None:
         return None
     device = misc.select_device("cuda")
     misc.set_up_device(device)
-    net.to_empty(device=device).eval().precision = "fp16"
+    net.to_empty(device=device).precision = "fp16"
     return peak_memory_per_sample(net, device)
 
 

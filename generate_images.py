@@ -9,10 +9,11 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, given_options, offline_option, parse_int_list, parsed_by
+from dnnlib.util import CommandLine, UserError, given_options, is_url, offline_option, parse_int_list, parsed_by
 from torch_utils import distributed, misc
 from training.generation import generate_images, image_path, load_image_network
 from training.presets import GENERATION_PRESETS, generation_table, unknown_preset
+from training.snapshot import open_snapshot
 
 MAX_GRID = 10_000
 
@@ -248,9 +249,10 @@ def main(
     if preset is not None:
         chosen = GENERATION_PRESETS.get(preset)
         if chosen is None:
-            raise unknown_preset(preset, GENERATION_PRESETS)
-        net, gnet = net or chosen.net, gnet or chosen.gnet
-        guidance = chosen.guidance if guidance is None else guidance
+            raise unknown_preset("--preset", preset, GENERATION_PRESETS)
+        net, guidance = net or chosen.net, chosen.guidance if guidance is None else guidance
+        if guidance != 1:
+            gnet = gnet or chosen.gnet
     if net is None:
         raise UserError("which network? Give --net or --preset (see --list-presets)")
     guidance = 1.0 if guidance is None else guidance
@@ -265,6 +267,11 @@ def main(
         opts["guidance_interval"] = guidance_interval
     distributed.init()
     with distributed.fail_together():
+        if distributed.get_local_rank() == 0:
+            for network in (net, gnet):  # fetched once, and failing once, for all processes of a machine
+                if network is not None and is_url(network):
+                    open_snapshot(network)
+    with distributed.fail_together():
         target = misc.select_device(device)
         misc.set_up_device(target)
         snapshot = load_image_network(net, target)
@@ -274,6 +281,7 @@ def main(
             guide.net.precision = snapshot.net.precision
             if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
                 raise UserError(f"--gnet={gnet} works on other latents than --net={net}: they must share an encoder")
+        snapshot.encoder.prepare(target)
         suffix = snapshot.encoder.output_suffix(snapshot.net.img_channels)
         if grid is not None and suffix != ".png":
             raise UserError("--grid needs a network that makes pixels; this one makes latents")

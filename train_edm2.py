@@ -38,7 +38,7 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
     """
     preset = opts["preset"]
     if preset not in TRAINING_PRESETS:
-        raise unknown_preset(preset, TRAINING_PRESETS)
+        raise unknown_preset("--preset", preset, TRAINING_PRESETS)
     explicit = {key: value for key, value in opts.items() if value is not None}
     if explicit.pop("fp16") is False:
         if explicit["precision"] not in ("auto", "fp32"):

@@ -93,6 +93,8 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except click.UsageError as err:
+        if isinstance(err, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            raise  # prints the help
         raise _BadInput(err.format_message()) from err
     except UserError as err:
         # From a loader process the message comes with a traceback before it.
@@ -200,7 +202,6 @@ CACHE_VARIABLE = "DNNLIB_CACHE_DIR"  # where downloads are kept, ~/.cache/dnnlib
 OFFLINE_VARIABLE = "OPENEDM2_OFFLINE"  # 1 = use nothing but what is kept
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds before the second attempt, doubled for each further one
-UNFINISHED = (".partial", ".version", ".mismatch", ".lock")  # suffixes of what stands beside a copy in the making
 KNOWN_SHA256: dict[str, str] = {}  # by URL; none has been published yet for the files used here
 
 
@@ -280,8 +281,7 @@ def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int
         raise UserError(f"{CACHE_VARIABLE}={os.environ.get(CACHE_VARIABLE)}: {err}") from None
     folder = Path(cache_dir) if cache_dir is not None else home / "downloads"
     target = folder / f"{key}_{re.sub(r'[^0-9a-zA-Z._-]', '_', parts.path.rsplit('/', 1)[-1])[-128:]}"
-    kept = [target, *sorted(path for path in folder.glob(f"{key}_*") if path.suffix not in UNFINISHED)]
-    kept = [path for path in kept if path.is_file()]
+    kept = [path for path in sorted(folder.glob(f"{key}_*")) if path.is_file()]
     if kept:
         return _verified(kept[0], url, checksum)
     if offline():
@@ -323,12 +323,17 @@ def _file_path(address: str) -> Path:
     return path
 
 
+def _beside(target: Path, suffix: str) -> Path:
+    """A helper file, under a name that is not taken for that of a copy, here or by the published tools."""
+    return target.with_name(f"tmp_{target.name}.{suffix}")
+
+
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Only one process at a time is inside, on a file."""
     import filelock
 
-    lock = filelock.FileLock(f"{target}.lock")
+    lock = filelock.FileLock(_beside(target, "lock"))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -370,8 +375,7 @@ def _download(url: str, target: Path, checksum: str, num_attempts: int, verbose:
     """Fetch `url` as `target`, going on from what an earlier attempt has left."""
     import requests
 
-    partial = target.with_name(f"{target.name}.partial")
-    version_file = target.with_name(f"{target.name}.version")
+    partial, version_file = _beside(target, "partial"), _beside(target, "version")
     failures = furthest = 0
     while True:
         try:
@@ -393,7 +397,7 @@ def _download(url: str, target: Path, checksum: str, num_attempts: int, verbose:
         time.sleep(min(max(BACK_OFF * 2 ** (failures - 1), wait), MAX_BACK_OFF))
 
     if checksum and (actual := _sha256(partial)) != checksum:
-        aside = target.with_name(f"{target.name}.mismatch")
+        aside = _beside(target, "mismatch")
         os.replace(partial, aside)
         version_file.unlink(missing_ok=True)
         raise UserError(f"{_shown(url)}: wrong checksum, SHA-256 {actual}; what came is put aside as {aside}")
@@ -442,7 +446,7 @@ def _fetch_rest(url: str, partial: Path, version_file: Path, verbose: bool) -> N
         with (
             open(partial, "ab") as f,
             tqdm(
-                desc=partial.stem.partition("_")[2],
+                desc=partial.stem.split("_", 2)[2],
                 total=total,
                 initial=have,
                 unit="B",

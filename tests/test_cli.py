@@ -517,18 +517,56 @@ def test_generation_presets(name, tmp_path):
     assert not (tmp_path / "my images").exists()
 
 
+# Preset, network, guide, guidance, result; copied from the publications.
+PUBLISHED = """
+img512-xs-fid img512-xs-2147483-0.135 - 1 3.53
+img512-xs-dino img512-xs-2147483-0.200 - 1 103.39
+img512-s-fid img512-s-2147483-0.130 - 1 2.56
+img512-s-dino img512-s-2147483-0.190 - 1 68.64
+img512-m-fid img512-m-2147483-0.100 - 1 2.25
+img512-m-dino img512-m-2147483-0.155 - 1 58.44
+img512-l-fid img512-l-1879048-0.085 - 1 2.06
+img512-l-dino img512-l-1879048-0.155 - 1 52.25
+img512-xl-fid img512-xl-1342177-0.085 - 1 1.96
+img512-xl-dino img512-xl-1342177-0.155 - 1 45.96
+img512-xxl-fid img512-xxl-0939524-0.070 - 1 1.91
+img512-xxl-dino img512-xxl-0939524-0.150 - 1 42.84
+img64-s-fid img64-s-1073741-0.075 - 1 1.58
+img64-m-fid img64-m-2147483-0.060 - 1 1.43
+img64-l-fid img64-l-1073741-0.040 - 1 1.33
+img64-xl-fid img64-xl-0671088-0.040 - 1 1.33
+img512-xs-guid-fid img512-xs-2147483-0.045 img512-xs-uncond-2147483-0.045 1.40 2.91
+img512-xs-guid-dino img512-xs-2147483-0.150 img512-xs-uncond-2147483-0.150 1.70 79.94
+img512-s-guid-fid img512-s-2147483-0.025 img512-xs-uncond-2147483-0.025 1.40 2.23
+img512-s-guid-dino img512-s-2147483-0.085 img512-xs-uncond-2147483-0.085 1.90 52.32
+img512-m-guid-fid img512-m-2147483-0.030 img512-xs-uncond-2147483-0.030 1.20 2.01
+img512-m-guid-dino img512-m-2147483-0.015 img512-xs-uncond-2147483-0.015 2.00 41.98
+img512-l-guid-fid img512-l-1879048-0.015 img512-xs-uncond-2147483-0.015 1.20 1.88
+img512-l-guid-dino img512-l-1879048-0.035 img512-xs-uncond-2147483-0.035 1.70 38.20
+img512-xl-guid-fid img512-xl-1342177-0.020 img512-xs-uncond-2147483-0.020 1.20 1.85
+img512-xl-guid-dino img512-xl-1342177-0.030 img512-xs-uncond-2147483-0.030 1.70 35.67
+img512-xxl-guid-fid img512-xxl-0939524-0.015 img512-xs-uncond-2147483-0.015 1.20 1.81
+img512-xxl-guid-dino img512-xxl-0939524-0.015 img512-xs-uncond-2147483-0.015 1.70 33.09
+img512-s-autog-fid img512-s-2147483-0.070 img512-xs-0134217-0.125 2.10 1.34
+img512-s-autog-dino img512-s-2147483-0.120 img512-xs-0134217-0.165 2.45 36.67
+img512-xxl-autog-fid img512-xxl-0939524-0.075 img512-m-0268435-0.155 2.05 1.25
+img512-xxl-autog-dino img512-xxl-0939524-0.130 img512-m-0268435-0.205 2.30 24.18
+img512-s-uncond-autog-fid img512-s-uncond-2147483-0.070 img512-xs-uncond-0134217-0.110 2.85 3.86
+img512-s-uncond-autog-dino img512-s-uncond-2147483-0.090 img512-xs-uncond-0134217-0.125 2.90 90.39
+img64-s-autog-fid img64-s-1073741-0.045 img64-xs-0134217-0.110 1.70 1.01
+img64-s-autog-dino img64-s-1073741-0.105 img64-xs-0134217-0.175 2.20 31.85
+"""
+
+
 def test_published_facts():
-    assert len(GENERATION_PRESETS) == 36
-    base = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions"
-    assert GENERATION_PRESETS["edm2-img512-xxl-autog-fid"] == GenerationPreset(
-        net=f"{base}/edm2-img512-xxl-0939524-0.075.pkl",
-        gnet=f"{base}/edm2-img512-m-0268435-0.155.pkl",
-        guidance=2.05,
-        metric="FID",
-        value=1.25,
-    )
-    assert GENERATION_PRESETS["edm2-img512-l-guid-dino"].gnet == f"{base}/edm2-img512-xs-uncond-2147483-0.035.pkl"
-    assert GENERATION_PRESETS["edm2-img64-xl-fid"].net == f"{base}/edm2-img64-xl-0671088-0.040.pkl"
+    base = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-"
+    expected = {}
+    for line in PUBLISHED.split("\n")[1:-1]:
+        name, net, gnet, guidance, value = line.split()
+        metric = {"fid": "FID", "dino": "FD-DINOv2"}[name.rsplit("-", 1)[1]]
+        guide = None if gnet == "-" else f"{base}{gnet}.pkl"
+        expected[f"edm2-{name}"] = GenerationPreset(f"{base}{net}.pkl", metric, float(value), guide, float(guidance))
+    assert expected == GENERATION_PRESETS
 
 
 def test_list_presets():
@@ -601,7 +639,16 @@ def test_cost_of_files(run, snapshot_file):
 
 def test_nothing_to_count():
     fails_with(run_cli(count_flops), "which network?", "edm2-img512-xxl")
-    fails_with(run_cli(count_flops, "edm2-img512-x"), "edm2-img512-x: no such file")
+    fails_with(run_cli(count_flops, "edm2-img512-x"), "unknown preset 'edm2-img512-x'", "edm2-img512-xs")
+    fails_with(run_cli(count_flops, "nowhere.pkl"), "nowhere.pkl: no such file")
+
+
+def test_dropout_costs_nothing(tmp_path):
+    counts = []
+    for dropout in (0.0, 0.5):
+        save_network(tmp_path / "net.safetensors", tiny_network(dropout=dropout), StandardRGBEncoder(), {})
+        counts.append(json.loads(run_cli(count_flops, tmp_path / "net.safetensors", "--json").output)["gflops"])
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.gpu
@@ -634,7 +681,8 @@ def test_convert_directory(run, tmp_path):
     for name in names:
         before, after = (open_snapshot(folder / f"{name}.safetensors") for folder in (run, tmp_path / "back"))
         for tensor in before.names:
-            assert torch.equal(before.get_tensor(tensor).half(), after.get_tensor(tensor).half())
+            assert before.dtype(tensor) == after.dtype(tensor)
+            assert torch.equal(before.get_tensor(tensor), after.get_tensor(tensor))
     (tmp_path / "back" / f"{names[0]}.safetensors").write_bytes(b"mine")
     result = run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "back", "--skip")
     assert (tmp_path / "back" / f"{names[0]}.safetensors").read_bytes() == b"mine"
@@ -655,6 +703,27 @@ def test_conversions_that_cannot_be(run, snapshot_file, tmp_path):
         assert run_cli(snapshot_tool, "convert", snapshot_file, both / f"a{suffix}").exit_code == 0
     fails_with(run_cli(snapshot_tool, "convert", both, tmp_path / "c"), "another file of that name")
     fails_with(run_cli(snapshot_tool, "bogus"), "No such command 'bogus'")
+    assert run_cli(snapshot_tool).output.startswith("Usage:")
+    # Nothing is written over what it is made of, or over another original.
+    kept = {suffix: (both / f"a{suffix}").read_bytes() for suffix in (".pkl", ".safetensors")}
+    fails_with(run_cli(snapshot_tool, "convert", both / "a.pkl", both / "a.pkl"), "is what is converted")
+    for suffix in ("pkl", "safetensors"):
+        result = run_cli(snapshot_tool, "convert", both, both, f"--format={suffix}", "--dtype=bf16")
+        assert "Nothing to convert." in result.output
+    assert kept == {suffix: (both / f"a{suffix}").read_bytes() for suffix in (".pkl", ".safetensors")}
+
+
+def test_spoiled_weights_go_no_further(run, tmp_path):
+    for path in run.glob("*.safetensors"):
+        shutil.copy(path, tmp_path)
+    spoiled = tmp_path / "network-snapshot-0000002-0.050.safetensors"
+    snapshot = load_network(spoiled)
+    snapshot.net.get_parameter("unet.out_conv.weight")[0, 0, 0, 0] = float("inf")
+    save_network(spoiled, snapshot.net, snapshot.encoder, snapshot.metadata)
+    message = "0000002-0.050.safetensors: unet.out_conv.weight holds NaN or infinity"
+    fails_with(run_cli(snapshot_tool, "convert", spoiled, tmp_path / "out.pkl"), message)
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.07"), message)
+    assert not (tmp_path / "out.pkl").exists() and not list(tmp_path.glob("phema*"))
 
 
 def test_inspect(run, tmp_path):
@@ -696,8 +765,19 @@ def test_export(run, tmp_path):
     # Weights without the JSON block in their header are enough, with config.json beside them.
     safetensors.torch.save_file(safetensors.torch.load_file(folder / "model.safetensors"), folder / "model.safetensors")
     assert load_network(folder).metadata == after.metadata
+    # Over an export, whole or not.
+    (folder / "config.json").unlink()
+    assert run_cli(snapshot_tool, "export", folder / "model.safetensors", folder).exit_code == 2  # names no network
+    assert run_cli(snapshot_tool, "export", source, folder, "--license=mit").exit_code == 0
     assert run_cli(snapshot_tool, "export", folder, folder).exit_code == 0  # knows its licence
     assert load_network(folder).metadata == after.metadata
+    # Not over the model of another project.
+    (folder / "config.json").write_text('{"model_type": "dinov2"}')
+    weights = (folder / "model.safetensors").read_bytes()
+    fails_with(run_cli(snapshot_tool, "export", source, folder, "--license=mit"), "config.json: format version None")
+    assert (folder / "model.safetensors").read_bytes() == weights
+    toy = GOLDEN / "official" / "toy-clsA-layers03-dim32.pkl"
+    fails_with(run_cli(snapshot_tool, "export", toy, tmp_path / "toy", "--license=mit"), "ToyModel makes no images")
 
 
 def test_licence_of_published_networks(tmp_path):
@@ -706,6 +786,15 @@ def test_licence_of_published_networks(tmp_path):
     assert run_cli(snapshot_tool, "export", tmp_path / "a.safetensors", tmp_path / "model").exit_code == 0
     card = (tmp_path / "model" / "README.md").read_text()
     assert "license: cc-by-nc-sa-4.0" in card and "NVIDIA's" in card and "latents of stabilityai/sd-vae-ft-mse" in card
+    # A network of our own is not NVIDIA's, whatever its name.
+    save_network(tmp_path / "edm2-img64-mine.pkl", tiny_network(), StandardRGBEncoder(), {"license": "mit"})
+    assert run_cli(snapshot_tool, "export", tmp_path / "edm2-img64-mine.pkl", tmp_path / "mine").exit_code == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "license: mit" in card and "NVIDIA" not in card
+    save_network(tmp_path / "edm2-img64-mine.pkl", tiny_network(), StandardRGBEncoder(), {})
+    fails_with(
+        run_cli(snapshot_tool, "export", tmp_path / "edm2-img64-mine.pkl", tmp_path / "m"), "under which licence?"
+    )
 
 
 def test_folders_that_are_no_snapshots(run, tmp_path):

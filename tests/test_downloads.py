@@ -147,7 +147,11 @@ def read(url: str, **kwargs) -> bytes:
 
 
 def kept(cache) -> list[str]:
-    return sorted(path.name.partition("_")[2] for path in cache.iterdir() if path.suffix != ".lock")
+    """Names without the hash; helper files begin with 'tmp_'."""
+    names = [path.name for path in cache.iterdir() if path.suffix != ".lock"]
+    return sorted(
+        "tmp_" + name.split("_", 2)[2] if name.startswith("tmp_") else name.partition("_")[2] for name in names
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def test_small_steps(server):
 def test_everything_was_there(server, cache):
     server.script["/a.pkl"] = [status(416, **{"Content-Range": f"bytes */{len(DATA)}"})]
     url = f"{server.url}/a.pkl"
-    name = f"{hashlib.md5(url.encode()).hexdigest()}_a.pkl"
+    name = f"tmp_{hashlib.md5(url.encode()).hexdigest()}_a.pkl"
     cache.mkdir(parents=True)
     (cache / f"{name}.partial").write_bytes(DATA)
     (cache / f"{name}.version").write_text(f'{len(DATA)} "v1"')
@@ -236,7 +240,7 @@ def test_everything_was_there(server, cache):
 @pytest.mark.parametrize("text", ["", "\udcff", '"v1"', f'{len(DATA)} "v0"', f"{len(DATA)} a\nb", '5 "v1"'])
 def test_doubtful_beginnings(text, server, cache):
     url = f"{server.url}/a.pkl"
-    name = f"{hashlib.md5(url.encode()).hexdigest()}_a.pkl"
+    name = f"tmp_{hashlib.md5(url.encode()).hexdigest()}_a.pkl"
     cache.mkdir(parents=True)
     (cache / f"{name}.partial").write_bytes(b"something else")
     (cache / f"{name}.version").write_text(text, errors="surrogateescape")
@@ -389,7 +393,7 @@ def test_checksum(server, cache):
     assert read(f"{server.url}/a.pkl#sha256={good.upper()}") == DATA
     with pytest.raises(UserError, match=f"wrong checksum.* {good}"):
         open_url(f"{server.url}/b.pkl#sha256={'0' * 64}")
-    assert kept(cache) == ["a.pkl", "b.pkl.mismatch"]
+    assert kept(cache) == ["a.pkl", "tmp_b.pkl.mismatch"]
     assert (next(cache.glob("*.mismatch"))).read_bytes() == DATA
     with pytest.raises(UserError, match="wrong checksum"):  # of a copy that was not checked when it came
         open_url(f"{server.url}/a.pkl#sha256={'0' * 64}")
@@ -453,9 +457,29 @@ def test_networks_at_urls(server, tmp_path, snapshot_file):
         result = run_cli(generate, f"--net={net}", f"--outdir={out}", "--seeds=1", "--steps=1")
         assert result.exit_code == 0, result.output
         assert (out / "000001.png").is_file()
+    count = len(server.requests)
     fails_with(
         run_cli(generate, f"--net={server.url}/net.bin", f"--outdir={tmp_path}"), "net.bin", ".safetensors or .pkl"
     )
+    assert len(server.requests) == count
+
+
+def test_two_processes_with_a_wrong_address(server, tmp_path):
+    server.script["/net.pkl"] = [status(404)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "generate_images.py",
+    ]
+    done = subprocess.run(
+        [*command, f"--net={server.url}/net.pkl", f"--outdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("the server says 404") == 1
+    assert len(server.requests) == 1
 
 
 def test_prefetch(server, monkeypatch):

@@ -31,6 +31,7 @@ LAYERS = [
         "training.encoders",
         "training.snapshot",
         "training.snapshot.description",
+        "training.snapshot.files",
         "training.snapshot.hub",
         "training.snapshot.native",
         "training.snapshot.published",
@@ -80,9 +81,8 @@ def test_imports_point_down(module):
 
 
 def test_no_import_cycles():
-    # A package's __init__ may name its own modules.
-    graph = {module: {i for i in imports(module) if not i.startswith(module + ".")} for module in SOURCES}
-    graph = {module: {i for i in targets if not module.startswith(i + ".")} for module, targets in graph.items()}
+    graph = {module: imports(module) for module in SOURCES}
+    graph["dnnlib.util"].remove("dnnlib")  # for the version, which setuptools wants there
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:

@@ -20,6 +20,13 @@ class Encoder:
         """File type for what `decode` makes of final latents with that many channels: '.png' or '.npy'."""
         return ".png"
 
+    def prepare(self, device: torch.device) -> None:
+        """Fetch and load what `encode_pixels` and `decode` need, which they would do when first called.
+
+        Raises:
+            UserError: it is not to be had.
+        """
+
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
         """uint8 pixels [N, C, H, W] -> raw latents."""
         raise NotImplementedError
@@ -85,6 +92,9 @@ class StabilityVAEEncoder(Encoder):
     @property
     def init_kwargs(self) -> dict:
         return dict(vae_name=self.vae_name, raw_mean=self.raw_mean, raw_std=self.raw_std)
+
+    def prepare(self, device: torch.device) -> None:
+        self.vae(device)
 
     def vae(self, device: torch.device) -> Any:
         """The VAE on `device`.

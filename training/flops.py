@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from training.networks_edm2 import Block, MPConv, Precond
+from training.networks_edm2 import Block, MPConv, Precond, effective_weights
 
 
 def count_operations(net: nn.Module) -> Counter[str]:
@@ -55,16 +55,16 @@ def peak_memory_per_sample(net: Precond, device: torch.device, batch: int = 8) -
 
     Args:
         net: on `device`; computes in its `precision`.
+        batch: samples of the smaller of the two evaluations that are compared, the other being twice as large.
     """
     peaks = []
-    for samples in (1, 1 + batch):
-        inputs = example_inputs(net, samples, device)
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        with torch.inference_mode():
+    # As in sampling: what the weights take is the same whatever the batch.
+    with torch.inference_mode(), effective_weights(net):
+        for samples in (batch, 2 * batch):
+            inputs = example_inputs(net, samples, device)
+            torch.cuda.reset_peak_memory_stats(device)
             net(*inputs)
-        torch.cuda.synchronize(device)
-        peaks.append(torch.cuda.max_memory_allocated(device))
+            peaks.append(torch.cuda.max_memory_allocated(device))
     return (peaks[1] - peaks[0]) // batch
 
 

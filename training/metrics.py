@@ -1,6 +1,6 @@
 """Statistics of image features that metrics compare."""
 
-import math
+import io
 import warnings
 import zipfile
 from pathlib import Path
@@ -59,31 +59,20 @@ def _read_npz(path: Path) -> Stats:
             warnings.simplefilter("error")
             if not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
                 return {}
-            _check_shapes(_npy_header(archive, "mu.npy")[0], _npy_header(archive, "sigma.npy")[0], str(path))
-            return {"fid": {key: _finite(_npy_data(archive, f"{key}.npy"), str(path)) for key in ("mu", "sigma")}}
-    except UserError:
-        raise
+            mu, sigma = (_read_npy(archive, name) for name in ("mu.npy", "sigma.npy"))
     except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
         raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
+    _check_shapes(mu.shape, sigma.shape, str(path))
+    return {"fid": {"mu": _finite(mu, str(path)), "sigma": _finite(sigma, str(path))}}
 
 
-def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, Fortran order, type and length of the header of an .npy file."""
-    with archive.open(name) as f:
-        if np.lib.format.read_magic(f) != (1, 0):
-            raise ValueError(f"{name} is not of the usual version of its format")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-        if dtype.kind not in "fiu" or dtype.itemsize > 8:
-            raise ValueError(f"{name} is not an array of numbers")
-        return shape, fortran, dtype, f.tell()
-
-
-def _npy_data(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    shape, fortran, dtype, start = _npy_header(archive, name)
-    with archive.open(name) as f:
-        f.seek(start)
-        data = f.read(math.prod(shape) * dtype.itemsize)
-    return np.ndarray(shape, dtype, data, order="F" if fortran else "C")
+def _read_npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    if archive.getinfo(name).file_size > MAX_FEATURES**2 * 8 + 4096:
+        raise ValueError(f"{name} is too large")
+    array = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{name} is not an array of real numbers")
+    return array
 
 
 def _check_shapes(mu: tuple[int, ...], sigma: tuple[int, ...], source: str) -> None:

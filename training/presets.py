@@ -231,7 +231,7 @@ def files_for(name: str) -> list[str]:
         return METRIC_FILES[name]
     preset = GENERATION_PRESETS.get(name)
     if preset is None:
-        raise unknown_preset(name, [*GENERATION_PRESETS, *METRIC_FILES])
+        raise unknown_preset("NAME", name, [*GENERATION_PRESETS, *METRIC_FILES])
     dataset = name.split("-")[1]
     files = [
         preset.net,
@@ -241,7 +241,8 @@ def files_for(name: str) -> list[str]:
     return [*files, f"{PUBLISHED_FILES}/dataset-refs/{dataset}.pkl"]
 
 
-def unknown_preset(name: str, known: Iterable[str]) -> UserError:
+def unknown_preset(option: str, name: str, known: Iterable[str]) -> UserError:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-    return UserError(f"unknown preset {name!r}; the nearest are {', '.join(near)}")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(known[:5])}, ..."
+    return UserError(f"{option}: unknown preset {name!r}; {hint}")

@@ -11,7 +11,15 @@ from tqdm import tqdm
 
 from dnnlib.util import UserError
 from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
-from training.snapshot import SnapshotFile, build_for, open_snapshot, read_metadata, write_snapshot
+from training.snapshot.files import (
+    SnapshotFile,
+    build_for,
+    finite_tensor,
+    open_snapshot,
+    read_metadata,
+    weights_dtype,
+    write_snapshot,
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,12 @@ def reconstruct_phema(
     out_nimg = times[-1] if outkimg is None else max(nimg for nimg in times if nimg // 1000 == outkimg)
     inputs = [avg for avg in inputs if avg.nimg <= out_nimg]
     newest = next(avg for avg in inputs if avg.nimg == out_nimg)
+    shapes = _shapes(newest)
     for avg in inputs:
-        if _shapes(avg) != _shapes(newest):
+        if _shapes(avg) != shapes:
             raise UserError(f"{avg.path} holds another network than {newest.path}: keep one run per directory")
     net, _ = build_for(newest.file)
     parameters = {name for name, _ in net.named_parameters()}
-    dtype = newest.file.get_tensor(next(iter(parameters))).dtype
 
     if suffix is None:
         suffix = ".pkl" if all(avg.path.suffix == ".pkl" for avg in inputs) else ".safetensors"
@@ -114,7 +122,7 @@ def reconstruct_phema(
         for std, tensors in zip(stds, outputs, strict=True):
             names = [avg.path.name for avg in inputs]
             metadata = {**newest.file.metadata, "ema_std": std, "nimg": out_nimg, "reconstructed_from": names}
-            write_snapshot(paths[std], net, tensors.__getitem__, dtype, metadata)
+            write_snapshot(paths[std], net, tensors.__getitem__, weights_dtype(newest.file, net), metadata)
     return list(paths.values())
 
 
@@ -128,14 +136,14 @@ def _combine(
     """Weighted sums of the inputs' parameters, one per column of `coefs` [n, m]; buffers are those of `newest`."""
     outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(coefs.shape[1])]
     for name in newest.file.names:
-        reference = newest.file.get_tensor(name)
+        reference = finite_tensor(newest.file, name)
         if name not in parameters:
             for tensors in outputs:
                 tensors[name] = reference
             continue
         sums = torch.zeros([coefs.shape[1], reference.numel()])
         for avg, weights in zip(inputs, coefs, strict=True):
-            sums.addr_(weights, avg.file.get_tensor(name).flatten().float())
+            sums.addr_(weights, finite_tensor(avg.file, name).flatten().float())
         for tensors, total in zip(outputs, sums, strict=True):
             tensors[name] = total.reshape(reference.shape).to(reference.dtype)
     return outputs

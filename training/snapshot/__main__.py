@@ -1,5 +1,6 @@
 """Convert, inspect, export and fetch network snapshots: `python -m training.snapshot`."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ from torch_utils import safe_pickle
 from training.flops import count_parameters
 from training.metrics import load_stats, published_stats
 from training.presets import files_for
-from training.snapshot import WRITERS, SnapshotFile, build_for, check_suffix, open_snapshot, write_snapshot
+from training.snapshot.files import (
+    WRITERS,
+    SnapshotFile,
+    build_for,
+    check_suffix,
+    finite_tensor,
+    open_snapshot,
+    weights_dtype,
+    write_snapshot,
+)
 from training.snapshot.hub import export_folder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEIGHT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURED = {"file", "bytes", "parameters", "tensors", "dtype"}  # what `inspect` finds out itself
 dtype_option = click.option(
-    "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(list(DTYPES))
+    "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(list(WEIGHT_TYPES))
 )
 
 
@@ -60,14 +70,19 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool)
         targets = plan_directory(Path(source), dest, f".{suffix}")
     else:
         check_suffix(dest)
+        if dest.exists() and Path(source).exists() and dest.samefile(source):
+            raise UserError(f"{dest}: is what is converted: choose another name for the result")
         targets = {source: dest}
+    if not targets:
+        print("Nothing to convert.")
     for path, target in tqdm(
         targets.items(), unit="file", disable=None if len(targets) > 1 else True, dynamic_ncols=True
     ):
         if not (skip and target.is_file()):
             file = open_snapshot(path)
             net, _ = build_for(file)
-            write_snapshot(target, net, file.get_tensor, chosen_dtype(file, dtype), file.metadata)
+            get_tensor = functools.partial(finite_tensor, file)
+            write_snapshot(target, net, get_tensor, chosen_dtype(file, net, dtype), file.metadata)
             tqdm.write(str(target))
 
 
@@ -81,20 +96,17 @@ def plan_directory(source: Path, dest: Path, suffix: str) -> dict[str, Path]:
     targets: dict[str, Path] = {}
     for path in files:
         target = dest / (path.stem + suffix)
-        if target.resolve() == path.resolve():
-            continue
+        if target in files:
+            continue  # converted already, or of this format from the beginning
         if target in targets.values():
             raise UserError(f"{path}: another file of that name in {source} would become {target}, too")
         targets[str(path)] = target
     return targets
 
 
-def chosen_dtype(file: SnapshotFile, dtype: str | None) -> torch.dtype:
+def chosen_dtype(file: SnapshotFile, net: torch.nn.Module, dtype: str | None) -> torch.dtype:
     """The type asked for, or that of the weights in the file."""
-    if dtype is not None:
-        return DTYPES[dtype]
-    net, _ = build_for(file)
-    return file.get_tensor(next(name for name, _ in net.named_parameters())).dtype
+    return WEIGHT_TYPES[dtype] if dtype is not None else weights_dtype(file, net)
 
 
 @main.command()
@@ -120,7 +132,7 @@ def facts_of_network(source: str) -> dict[str, Any]:
         "bytes": file.path.stat().st_size,
         "parameters": count_parameters(net),
         "tensors": len(file.names),
-        "dtype": str(chosen_dtype(file, None)).removeprefix("torch."),
+        "dtype": str(weights_dtype(file, net)).removeprefix("torch."),
     } | {key: value for key, value in file.metadata.items() if key not in MEASURED}
 
 
@@ -153,7 +165,7 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None) -
     What loads a snapshot loads the folder, too, and hf://owner/repo when it has been uploaded.
     """
     file = open_snapshot(source)
-    export_folder(file, dest, license_id, chosen_dtype(file, dtype))
+    export_folder(file, dest, license_id, WEIGHT_TYPES.get(dtype or ""))
     print(dest)
 
 

@@ -14,8 +14,9 @@ from training.networks_edm2 import Precond
 from training.networks_toy import ToyModel
 
 FORMAT_VERSION = 1
+METADATA_KEY = "openedm2"  # under which the JSON block stands in a file
 ARCHITECTURES: dict[str, type[nn.Module]] = {"edm2.Precond": Precond, "toy.ToyModel": ToyModel}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that tensors may have
+TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def describe(net: nn.Module, encoder: Encoder, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,7 @@ _METADATA_TYPES = {
     **dict.fromkeys(["architecture", "encoder", "config", "dataset", "dataset_kwargs", "loss_kwargs"], dict),
     **dict.fromkeys(["source", "license", "code_version"], str),
     "nimg": int,
+    "use_fp16": bool,
     "ema_std": float,
     "reconstructed_from": list,
 }

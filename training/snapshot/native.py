@@ -10,9 +10,8 @@ import safetensors
 import torch
 
 from dnnlib.util import UserError, atomic_write, one_line
-from training.snapshot.description import checked_metadata
+from training.snapshot.description import METADATA_KEY, checked_metadata
 
-METADATA_KEY = "openedm2"
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -25,8 +24,6 @@ class NativeFile:
     Raises:
         UserError: a damaged file, or one of another kind.
     """
-
-    suffix = ".safetensors"
 
     def __init__(self, path: Path, metadata: dict[str, Any] | None = None):
         self.path = path

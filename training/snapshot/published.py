@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from dnnlib.util import EasyDict, UserError, one_line
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
 from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardRGBEncoder
-from training.networks_edm2 import Block, MPConv, MPFourier, Precond, UNet
-from training.networks_toy import MPSiLU, ToyModel
-from training.snapshot.description import FORMAT_VERSION, build, checked_metadata
+from training.networks_edm2 import Block, MPConv, Precond, UNet
+from training.networks_toy import ToyModel
+from training.snapshot.description import FORMAT_VERSION, METADATA_KEY, build, checked_metadata
 
 # Positional arguments of the published classes.
 PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
@@ -35,23 +34,23 @@ NETWORKS_MODULE, ENCODERS_MODULE, LOSS_MODULE, TOY_MODULE = (
     "training.training_loop",
     "toy_example",
 )
-METADATA_KEY = "openedm2"  # our own entry: JSON text that the published tools do not look at
+PUBLISHED_NAME = r"edm2-img(512|64)-.*\.pkl"  # files of NVIDIA's release
+PUBLISHED_PLACE = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
+PUBLISHED_LICENSE = "cc-by-nc-sa-4.0"
 
 
 class PublishedFile:
     """A network in a published pickle, whose tensors are read when asked for.
 
     Args:
-        name: file name that says training time and EMA width, '...-{kimg}-{std}.pkl'.
+        address: path or URL, whose end says training time and EMA width: '...-{kimg}-{std}.pkl'.
         which: the network to take from a file of several.
 
     Raises:
         UserError: a damaged or hostile file, or one of another kind.
     """
 
-    suffix = ".pkl"
-
-    def __init__(self, path: Path, name: str, which: str = "ema"):
+    def __init__(self, path: Path, address: str, which: str = "ema"):
         self.path = path
         source = str(path)
         data = safe_pickle.load(path)
@@ -59,10 +58,12 @@ class PublishedFile:
         self._tensors = safe_pickle.module_tensors(record, source)
         self.names = list(self._tensors)
         others = data if isinstance(data, dict) else {}
-        metadata: dict[str, Any] = {**_times_of(name), "source": name, **_own_metadata(others)}
+        metadata: dict[str, Any] = {**_provenance(address), **_own_metadata(others)}
         toy = record.class_name == "ToyModel"
         arguments = _arguments(record, TOY_ARGS if toy else PRECOND_ARGS, source)
-        arguments.pop("use_fp16", None)
+        use_fp16 = arguments.pop("use_fp16", True)
+        if not toy:
+            metadata["use_fp16"] = bool(record.state.get("use_fp16", use_fp16))
         metadata["format_version"] = FORMAT_VERSION
         metadata["architecture"] = {"name": "toy.ToyModel" if toy else "edm2.Precond", "kwargs": arguments}
         metadata["encoder"] = _encoder(others.get("encoder"), source)
@@ -115,20 +116,27 @@ def _listed(keys: Any) -> str:
     return one_line(", ".join(repr(key)[:30] for key in list(keys)[:6]))
 
 
-def _times_of(name: str) -> dict[str, Any]:
-    """`nimg` and `ema_std` as a file name tells them; snapshots are taken at multiples of 1024 images."""
+def _provenance(address: str) -> dict[str, Any]:
+    """What path or URL of a published file tell. Its snapshots were taken at multiples of 1024 images."""
+    name = address.rsplit("/", 1)[-1]
+    metadata: dict[str, Any] = {"source": name}
     match = re.search(r"-(\d{7})-(0\.\d+)\.pkl$", name)
-    if match is None:
-        return {}
-    return {"nimg": -(-int(match[1]) * 1000 // 1024) * 1024, "ema_std": float(match[2])}
+    if match is not None:
+        metadata.update(nimg=-(-int(match[1]) * 1000 // 1024) * 1024, ema_std=float(match[2]))
+    if re.fullmatch(PUBLISHED_NAME, name) or address.startswith(PUBLISHED_PLACE):
+        metadata["license"] = PUBLISHED_LICENSE
+    return metadata
 
 
 def _own_metadata(data: dict[str, Any]) -> dict[str, Any]:
+    """The JSON block of a pickle that we wrote, which knows better than a file's name."""
+    if METADATA_KEY not in data:
+        return {}
     try:
-        metadata = json.loads(data.get(METADATA_KEY, "{}"))
+        metadata = json.loads(data[METADATA_KEY])
     except (TypeError, ValueError, RecursionError):
         return {}
-    return metadata if isinstance(metadata, dict) else {}
+    return {"license": None, **metadata} if isinstance(metadata, dict) else {}
 
 
 def _arguments(record: PersistentObject, names: tuple[str, ...], source: str) -> dict[str, Any]:
@@ -176,21 +184,30 @@ def write_published(
 ) -> None:
     """Write a pickle that the published tools can read, complete or not at all.
 
-    Args: as `training.snapshot.native.write_native`; buffers are float16, beside float32 weights float32.
+    Args: as `training.snapshot.native.write_native`. Buffers become float16, as all of a published file is, where that
+        keeps their values.
 
     Raises:
         UserError: the published tools know no such encoder.
         OSError: it could not be written.
     """
     _, encoder = build(str(path), dict(metadata))
-    # Published files hold everything in float16; bfloat16 would be too coarse for the Fourier features.
     parameters = {name for name, _ in net.named_parameters()}
-    buffer_dtype = torch.float32 if dtype == torch.float32 else torch.float16
-    record = _module_record(net, lambda name: get_tensor(name).to(dtype if name in parameters else buffer_dtype))
+
+    def get_stored(name: str) -> torch.Tensor:
+        tensor = get_tensor(name)
+        if name in parameters:
+            return tensor.to(dtype)
+        exact = dtype != torch.float32 and torch.equal(tensor.half().float(), tensor.float())
+        return tensor.half() if exact else tensor.float()
+
+    record = _module_record(net, get_stored)
     if isinstance(net, ToyModel):
         safe_pickle.save(path, record)
         return
-    config = metadata.get("config", {})
+    config = metadata.get("config") or {}
+    use_fp16 = metadata.get("use_fp16", config.get("precision") != "fp32")
+    record.state.update(use_fp16=use_fp16, _init_kwargs={"use_fp16": use_fp16, **record.init_kwargs})
     loss_kwargs = metadata.get("loss_kwargs") or {key: config[key] for key in ("P_mean", "P_std") if key in config}
     dataset_kwargs = metadata.get("dataset_kwargs") or dict(
         class_name="training.dataset.ImageFolderDataset",
@@ -201,26 +218,21 @@ def write_published(
     data = EasyDict(
         encoder=_encoder_record(encoder),
         dataset_kwargs=EasyDict(dataset_kwargs),
-        loss_fn=_record(LOSS_MODULE, "EDM2Loss", loss_state, kwargs=loss_kwargs),
+        loss_fn=_record(LOSS_MODULE, "EDM2Loss", loss_state, loss_kwargs),
         ema=record,
-        **{
-            METADATA_KEY: json.dumps(
-                {key: value for key, value in metadata.items() if key not in ("architecture", "encoder")}
-            )
-        },
     )
+    ours = {key: value for key, value in metadata.items() if key not in ("architecture", "encoder")}
+    data[METADATA_KEY] = json.dumps(ours)  # the published tools do not look at it
     safe_pickle.save(path, data)
 
 
-def _record(
-    module: str, class_name: str, state: dict[str, Any], args: tuple = (), kwargs: dict | None = None
-) -> PersistentObject:
-    return PersistentObject(class_name, {**state, "_init_args": args, "_init_kwargs": kwargs or {}}, module)
+def _record(module: str, class_name: str, state: dict[str, Any], kwargs: dict[str, Any]) -> PersistentObject:
+    return PersistentObject(class_name, {**state, "_init_args": (), "_init_kwargs": kwargs}, module)
 
 
 def _encoder_record(encoder: Encoder) -> PersistentObject:
     if isinstance(encoder, StandardRGBEncoder):
-        return _record(ENCODERS_MODULE, "StandardRGBEncoder", {})
+        return _record(ENCODERS_MODULE, "StandardRGBEncoder", {}, {})
     if not isinstance(encoder, StabilityVAEEncoder):
         raise UserError(
             f"the published tools have no {type(encoder).__name__}, which this network needs: keep it as .safetensors"
@@ -228,7 +240,7 @@ def _encoder_record(encoder: Encoder) -> PersistentObject:
     mean, std = np.array(encoder.raw_mean, np.float32), np.array(encoder.raw_std, np.float32)
     scale = np.float32(FINAL_STD) / std
     state = dict(vae_name=encoder.vae_name, scale=scale, bias=-mean * scale, batch_size=encoder.batch_size, _vae=None)
-    return _record(ENCODERS_MODULE, "StabilityVAEEncoder", state, kwargs=encoder.init_kwargs)
+    return _record(ENCODERS_MODULE, "StabilityVAEEncoder", state, encoder.init_kwargs)
 
 
 def _module_record(module: nn.Module, get_tensor: Callable[[str], torch.Tensor], prefix: str = "") -> PersistentObject:
@@ -243,65 +255,31 @@ def _module_record(module: nn.Module, get_tensor: Callable[[str], torch.Tensor],
     state["_modules"] = {
         name: _module_record(child, get_tensor, f"{prefix}{name}.") for name, child in module.named_children()
     }
-    if type(module).__name__ in safe_pickle.CONTAINERS:
-        return PersistentObject(type(module).__name__, state)
-    published = _published_class(module, in_toy=prefix.startswith("layers."))
-    return _record(
-        published.module, published.name, {**state, **published.attributes}, published.args, published.kwargs
-    )
-
-
-@dataclass(frozen=True)
-class _Class:
-    """What the published tools know one of our modules as."""
-
-    module: str
-    name: str
-    attributes: dict[str, Any]
-    args: tuple = ()
-    kwargs: dict[str, Any] | None = None
-
-
-def _published_class(module: nn.Module, in_toy: bool) -> _Class:
+    kind = type(module).__name__
+    if kind in safe_pickle.CONTAINERS:
+        return PersistentObject(kind, state)
+    kwargs = module.init_kwargs if isinstance(module, (Precond, ToyModel)) else {}
     if isinstance(module, Precond):
-        attributes = _attributes(module, "img_resolution img_channels label_dim sigma_data")
-        attributes["use_fp16"] = True
-        return _Class(NETWORKS_MODULE, "Precond", attributes, kwargs={"use_fp16": True, **_lists(module.init_kwargs)})
-    if isinstance(module, UNet):
-        attributes = _attributes(module, "label_balance concat_balance")
-        if module.emb_label is None:
-            attributes["emb_label"] = None
-        return _Class(NETWORKS_MODULE, "UNet", attributes)
-    if isinstance(module, Block):
-        options = _attributes(module, "flavor resample_filter resample_mode dropout res_balance attn_balance clip_act")
-        out_channels, emb_channels = module.emb_linear.weight.shape
-        attributes = {**options, "out_channels": out_channels, "num_heads": module.num_heads}
-        attributes.update(
-            {name: None for name in ("conv_skip", "attn_qkv", "attn_proj") if getattr(module, name) is None}
-        )
-        in_channels = out_channels if module.conv_skip is None else module.conv_skip.weight.shape[1]
-        options["attention"] = module.num_heads > 0
-        if module.num_heads > 0:
-            options["channels_per_head"] = out_channels // module.num_heads
-        return _Class(NETWORKS_MODULE, "Block", attributes, (in_channels, out_channels, emb_channels), options)
-    if isinstance(module, MPConv):
-        out_channels, in_channels, *kernel = module.weight.shape
-        if in_toy:
-            return _Class(TOY_MODULE, "MPLinear", {}, (in_channels, out_channels))
-        return _Class(
-            NETWORKS_MODULE, "MPConv", {"out_channels": out_channels}, (in_channels, out_channels), {"kernel": kernel}
-        )
-    if isinstance(module, MPFourier):
-        return _Class(NETWORKS_MODULE, "MPFourier", {}, (module.freqs.numel(),))
-    if isinstance(module, MPSiLU):
-        return _Class(TOY_MODULE, "MPSiLU", {})
-    assert isinstance(module, ToyModel), type(module)
-    return _Class(TOY_MODULE, "ToyModel", {"sigma_data": module.sigma_data}, kwargs=module.init_kwargs)
+        state.update(_attributes(module, "img_resolution img_channels label_dim sigma_data"))
+    elif isinstance(module, UNet):
+        state.update(_attributes(module, "label_balance concat_balance"))
+    elif isinstance(module, Block):
+        names = "flavor resample_filter resample_mode num_heads dropout res_balance attn_balance clip_act"
+        state.update(_attributes(module, names), out_channels=module.emb_linear.weight.shape[0])
+    elif isinstance(module, ToyModel):
+        state["sigma_data"] = module.sigma_data
+    elif isinstance(module, MPConv) and prefix.startswith("layers."):
+        kind = "MPLinear"
+    elif isinstance(module, MPConv):
+        state["out_channels"] = module.weight.shape[0]
+    # Layers that are left out are attributes, too.
+    state.update(
+        {name: None for name in ("emb_label", "conv_skip", "attn_qkv", "attn_proj") if name in module.__dict__}
+    )
+    place = TOY_MODULE if kind in ("ToyModel", "MPLinear", "MPSiLU") else NETWORKS_MODULE
+    return _record(place, kind, state, kwargs)
 
 
 def _attributes(module: nn.Module, names: str) -> dict[str, Any]:
-    return _lists({name: getattr(module, name) for name in names.split()})
-
-
-def _lists(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in options.items()}
+    values = {name: getattr(module, name) for name in names.split()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
