@@ -388,7 +388,8 @@ def _download(url: str, target: Path, checksum: str, num_attempts: int, verbose:
         except (ValueError, requests.exceptions.TooManyRedirects) as err:  # of this address, or one redirected to
             raise UserError(f"{_shown(url)}: {one_line(err)}: check the address") from None
         except requests.RequestException as err:
-            reason, wait = f"{type(err).__name__}: {one_line(err)}", 0.0
+            cause = getattr(err.args[0], "reason", err) if err.args else err  # without the layers around it
+            reason, wait = one_line(cause)[:150] or type(err).__name__, 0.0
         size = partial.stat().st_size if partial.is_file() else 0
         failures = 1 if size > furthest else failures + 1
         furthest = max(size, furthest)

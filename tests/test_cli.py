@@ -695,7 +695,9 @@ def test_conversions_that_cannot_be(run, snapshot_file, tmp_path):
     (tmp_path / "empty").mkdir()
     fails_with(run_cli(snapshot_tool, "convert", tmp_path / "empty", tmp_path / "x"), "empty: no .safetensors or .pkl")
     fails_with(run_cli(snapshot_tool, "convert", snapshot_file, tmp_path / "x.bin"), "x.bin: snapshots are")
-    fails_with(run_cli(snapshot_tool, "convert", tmp_path / "no.pkl", tmp_path / "x.pkl"), "no.pkl: no such file")
+    fails_with(
+        run_cli(snapshot_tool, "convert", tmp_path / "no.pkl", tmp_path / "x.pkl"), "no.pkl: no such file or directory"
+    )
     fails_with(run_cli(snapshot_tool, "convert", run, snapshot_file), "a directory is converted into a directory")
     both = tmp_path / "both"
     both.mkdir()

@@ -66,6 +66,8 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool)
       python -m training.snapshot convert edm2-img512-s-2147483-0.130.pkl edm2-s.safetensors
       python -m training.snapshot convert raw-snapshots/ native/
     """
+    if not is_url(source) and not Path(source).exists():
+        raise UserError(f"{source}: no such file or directory")
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         targets = plan_directory(Path(source), dest, f".{suffix}")
     else:
