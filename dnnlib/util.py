@@ -163,7 +163,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _errors_name(path):
+        with naming_errors(path):
             with open(partial, mode) as f:
                 yield f
                 f.flush()
@@ -181,12 +181,12 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     Raises:
         OSError: with the file's name.
     """
-    with _errors_name(path), open(path, "a") as f:
+    with naming_errors(path), open(path, "a") as f:
         f.write(line + "\n")
 
 
 @contextmanager
-def _errors_name(path: str | os.PathLike) -> Iterator[None]:
+def naming_errors(path: str | os.PathLike) -> Iterator[None]:
     """Inside, every OSError names `path`: that of a failed write names no file, or a temporary one."""
     try:
         yield

@@ -12,6 +12,7 @@ COMMANDS = {
     "generate_images": "generate_images.py",
     "reconstruct_phema": "reconstruct_phema.py",
     "count_flops": "count_flops.py",
+    "dataset_tool": "dataset_tool.py",
     "training.snapshot.__main__": "-m training.snapshot",
 }
 INTRODUCTION = """# Command line reference

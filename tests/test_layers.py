@@ -28,6 +28,9 @@ LAYERS = [
         "training.phema",
         "training.lr",
         "training.dataset",
+        "training.archives",
+        "training.image_sources",
+        "training.image_transforms",
         "training.encoders",
         "training.snapshot",
         "training.snapshot.description",
@@ -40,8 +43,15 @@ LAYERS = [
     },
     {"training.config"},
     {"training.presets", "training.previews"},
-    {"training.training_loop", "training.generation", "training.reconstruction", "training.metrics"},
-    {"train_edm2", "generate_images", "reconstruct_phema", "count_flops", "training.snapshot.__main__"},
+    {
+        "training.training_loop",
+        "training.generation",
+        "training.reconstruction",
+        "training.metrics",
+        "training.conversion",
+        "training.dataset_check",
+    },
+    {"train_edm2", "generate_images", "reconstruct_phema", "count_flops", "dataset_tool", "training.snapshot.__main__"},
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 SCRIPTS = LAYERS[-1]

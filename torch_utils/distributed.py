@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,23 @@ def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
     if get_world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
+
+
+def from_first(value: Any) -> Any:
+    """The value that the first process passed, on all of them."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather_to_first(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of all processes, in order of rank, on the first; nothing on the others. They may differ in size."""
+    if get_world_size() == 1:
+        return [tensor]
+    parts = [None] * get_world_size() if get_rank() == 0 else None
+    dist.gather_object(tensor, parts)
+    return [] if parts is None else [part for part in parts if part is not None]
 
 
 def any_rank(flag: bool) -> bool:

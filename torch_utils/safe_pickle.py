@@ -343,6 +343,9 @@ def _instructions() -> dict[int, Callable[[_Machine], None]]:
         pickle.SHORT_BINUNICODE: lambda self: self.push(self.text(self.number("<B"))),
         pickle.BINUNICODE: lambda self: self.push(self.text(self.number("<I"))),
         pickle.BINUNICODE8: lambda self: self.push(self.text(self.number("<Q"))),
+        # Text and bytes of Python 2, in which CIFAR is published: the short ones are names.
+        pickle.SHORT_BINSTRING: lambda self: self.push(str(self.take(self.number("<B")), "latin-1")),
+        pickle.BINSTRING: lambda self: self.push(self.take(self.number("<I"))),
         pickle.SHORT_BINBYTES: lambda self: self.push(self.take(self.number("<B"))),
         pickle.BINBYTES: lambda self: self.push(self.take(self.number("<I"))),
         pickle.BINBYTES8: lambda self: self.push(self.take(self.number("<Q"))),

@@ -108,7 +108,10 @@ class StabilityVAEEncoder(Encoder):
             except ImportError:
                 raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
             try:
-                vae = AutoencoderKL.from_pretrained(self.vae_name, use_safetensors=True, local_files_only=offline())
+                if self.vae_name.endswith(".safetensors"):
+                    vae = AutoencoderKL.from_single_file(self.vae_name, local_files_only=offline())
+                else:
+                    vae = AutoencoderKL.from_pretrained(self.vae_name, use_safetensors=True, local_files_only=offline())
             except (OSError, ValueError) as err:
                 reason = str(err).strip().splitlines()[0]
                 raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None

@@ -1,0 +1,211 @@
+"""Make, encode, decode and check datasets."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dnnlib.util import CommandGroup, UserError, offline_option, parsed_by
+from torch_utils import distributed, misc
+from training.conversion import ImageSettings, convert_images, decode_latents, default_workers, encode_images
+from training.dataset import ImageFolderDataset
+from training.dataset_check import check_dataset
+from training.encoders import StabilityVAEEncoder
+from training.image_sources import open_source, read_label_file
+from training.image_transforms import TRANSFORMS
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None or 0 in (int(match[1]), int(match[2])):
+        raise UserError(f"{text!r} is not of the form WxH, such as 512x512")
+    return int(match[1]), int(match[2])
+
+
+@click.group(cls=CommandGroup)
+def main() -> None:
+    """Make, encode, decode and check datasets."""
+
+
+max_images_option = click.option(
+    "--max-images", help="Use only the first images", metavar="INT", type=click.IntRange(min=1)
+)
+dest_option = click.option(
+    "--dest", help="ZIP file or folder to make", metavar="PATH", type=click.Path(path_type=Path), required=True
+)
+resume_option = click.option("--resume", help="Go on with what an interrupted run has left", is_flag=True)
+
+
+@main.command()
+@click.option(
+    "--source",
+    "sources",
+    help="Images: a folder, a ZIP, tar, Parquet, IDX or LMDB source; may be given several times",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+)
+@dest_option
+@max_images_option
+@click.option("--transform", help="How to make images square  [default: resize]", type=click.Choice(TRANSFORMS))
+@click.option(
+    "--resolution", help="Size of the images, such as 512x512", metavar="WxH", callback=parsed_by(parse_resolution)
+)
+@click.option(
+    "--channels", help="3 = RGB, 1 = grayscale", type=click.Choice(["1", "3"]), default="3", show_default=True
+)
+@click.option(
+    "--labels",
+    help="Labels: a CSV file of filename,label, or a dataset.json  [default: those of the source]",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+)
+@click.option("--workers", help="Worker processes  [default: all cores]", metavar="INT", type=click.IntRange(min=1))
+@click.option(
+    "--on-error",
+    help="What to do about broken images",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+)
+@resume_option
+def convert(
+    sources: tuple[Path, ...],
+    dest: Path,
+    max_images: int | None,
+    transform: str | None,
+    resolution: tuple[int, int] | None,
+    channels: str,
+    labels: Path | None,
+    workers: int | None,
+    on_error: str,
+    resume: bool,
+) -> None:
+    """Convert images into a dataset of uncompressed PNG files with labels.
+
+    Images are turned upright (EXIF) and become 8-bit RGB (or grayscale): of 16 bits the upper 8 are kept, transparent
+    parts become white. Labels come from dataset.json, class folders or the format's own labels.
+
+    \b
+    Examples:
+      # ImageNet at 512x512
+      python dataset_tool.py convert --source=imagenet/train --dest=img512.zip \\
+          --resolution=512x512 --transform=center-crop-dhariwal
+      # CIFAR-10, as it is published
+      python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
+    """
+    opened = [open_source(path) for path in sources]
+    width, height = resolution or (None, None)
+    given = read_label_file(labels) if labels is not None else None
+    settings = ImageSettings(transform, width, height, int(channels))
+    for source in opened:
+        print(f"{source.path}: {source.kind}{f', {source.count} images' if source.count is not None else ''}")
+    workers = workers if workers is not None else default_workers()
+    report = convert_images(opened, dest, settings, given, max_images, workers, on_error, resume)
+    print(f"{dest}: {report.written} images")
+    if report.too_small:
+        print(f"  {report.too_small} were too small and are left out")
+    for name, reason in report.skipped[:10]:
+        print(f"  left out: {name}: {reason}")
+    if len(report.skipped) > 10:
+        print(f"  and {len(report.skipped) - 10} more; report.json in {dest} lists them")
+
+
+def latent_options(command: Any) -> Any:
+    """Options that encode and decode share."""
+    options = [
+        click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True),
+        dest_option,
+        max_images_option,
+        click.option(
+            "--model-url",
+            help="VAE: a name on the Hugging Face hub, a local folder or a .safetensors file",
+            metavar="NAME",
+            default="stabilityai/sd-vae-ft-mse",
+            show_default=True,
+        ),
+        click.option("--batch", help="Images at a time", type=click.IntRange(min=1), default=8, show_default=True),
+        click.option(
+            "--precision",
+            help="What the VAE computes in",
+            type=click.Choice(list(PRECISIONS)),
+            default="fp32",
+            show_default=True,
+        ),
+        click.option(
+            "--device",
+            help="Where to compute; auto = the first of cuda, mps, cpu that is there",
+            type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+            default="auto",
+            show_default=True,
+        ),
+        resume_option,
+        offline_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: str, device: str, **opts: Any) -> None:
+    distributed.init()
+    with distributed.fail_together():
+        target = misc.select_device(device)
+        misc.set_up_device(target)
+        dataset = ImageFolderDataset(source)
+        encoder = StabilityVAEEncoder(vae_name=model_url, batch_size=opts["batch"])
+        encoder.prepare(target)
+    count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
+    distributed.print0(f"{dest}: {count} items")
+    distributed.shutdown()
+
+
+@main.command()
+@latent_options
+def encode(**opts: Any) -> None:
+    """Encode images as latents of Stability AI's VAE, as the 512x512 models are trained on.
+
+    Under torchrun the processes share the work.
+
+    \b
+    Example:
+      python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
+    """
+    run_vae(encode_images, **opts)
+
+
+@main.command()
+@latent_options
+def decode(**opts: Any) -> None:
+    """Decode latents into images, to look at them or to measure the VAE. Of a distribution, its mean is decoded."""
+    run_vae(decode_latents, **opts)
+
+
+@main.command()
+@click.argument("data", metavar="DATA")
+@click.option(
+    "--grid", help="Save a contact sheet with labels", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path)
+)
+@click.option("--json", "as_json", help="Print JSON", is_flag=True)
+def check(data: str, grid: Path | None, as_json: bool) -> None:
+    """Look through a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it."""
+    facts, problems = check_dataset(data, grid)
+    if as_json:
+        print(json.dumps({**facts, "problems": problems}))
+    else:
+        for key, value in facts.items():
+            print(f"{key + ':':24s}{value if isinstance(value, str) else json.dumps(value)}")
+        for problem in problems:
+            print(f"PROBLEM: {problem}")
+    if problems:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Encoded images -> pixels of the size that training wants."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from dnnlib.util import UserError
+
+Transform = Callable[[np.ndarray], np.ndarray | None]
+TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
+LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
+
+
+def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
+    """uint8 [H, W, channels], 1 (gray) or 3 (RGB), upright as the camera was held (EXIF).
+
+    16-bit grayscale keeps its upper 8 bits; palettes and CMYK become RGB; transparent parts become white.
+
+    Raises:
+        ValueError, OSError and others of Pillow: the data is damaged, or no image.
+    """
+    image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else PIL.Image.open(io.BytesIO(data))
+    with image:
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating point pixels, whose range is unknown")
+        if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = PIL.Image.new("RGBA", image.size, "white")
+            image = PIL.Image.alpha_composite(white, image)
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return pixels[:, :, None] if channels == 1 else pixels
+
+
+def resize(image: np.ndarray, width: int, height: int, how: PIL.Image.Resampling = LANCZOS) -> np.ndarray:
+    """[H, W, C] -> [height, width, C]."""
+    if image.shape[:2] == (height, width):
+        return image
+    flat = image[:, :, 0] if image.shape[2] == 1 else image
+    resized = np.asarray(PIL.Image.fromarray(flat).resize((width, height), how))
+    return resized.reshape(height, width, image.shape[2])
+
+
+def center_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The largest centred square, resized."""
+    size = min(image.shape[:2])
+    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return resize(image[y : y + size, x : x + size], width, height)
+
+
+def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
+    """Rows around the middle, resized to width x height, in the middle of a black square; None if it is too small."""
+    rows = round(width * image.shape[0] / image.shape[1])
+    if image.shape[1] < width or rows < height:
+        return None
+    image = resize(image[(image.shape[0] - rows) // 2 : (image.shape[0] + rows) // 2], width, height)
+    canvas = np.zeros([width, width, image.shape[2]], dtype=np.uint8)
+    canvas[(width - height) // 2 : (width + height) // 2] = image
+    return canvas
+
+
+def center_crop_dhariwal(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """As in ADM (Dhariwal and Nichol, 2021): halved while twice too large, bicubic to size, centre crop."""
+    while min(image.shape[:2]) >= 2 * width:
+        image = resize(image, image.shape[1] // 2, image.shape[0] // 2, BOX)
+    scale = width / min(image.shape[:2])
+    image = resize(image, round(image.shape[1] * scale), round(image.shape[0] * scale), BICUBIC)
+    y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[y : y + height, x : x + width]
+
+
+def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:
+    """The transform of that name (None: resize only) to width x height (None: as the image is).
+
+    Raises:
+        UserError: the transform and the size do not go together.
+    """
+    if name is None:
+        if width is None or height is None:
+            return lambda image: image
+        return lambda image: resize(image, width, height)
+    if width is None or height is None:
+        raise UserError(f"--transform={name} needs --resolution=WxH")
+    if name != "center-crop-wide" and width != height:
+        raise UserError(f"--transform={name} makes squares: --resolution must be NxN, not {width}x{height}")
+    if name == "center-crop-wide" and width < height:
+        raise UserError(f"--transform={name} is for wide images: --resolution={width}x{height} is a tall one")
+    function = {
+        "center-crop": center_crop,
+        "center-crop-wide": center_crop_wide,
+        "center-crop-dhariwal": center_crop_dhariwal,
+    }[name]
+    return lambda image: function(image, width, height)
