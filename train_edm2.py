@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import torch
 
 from dnnlib.util import CommandLine, UserError, parse_int_list, parse_nimg, parsed_by
@@ -46,13 +47,29 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
         explicit["precision"] = "fp32"
     explicit.setdefault("workers", 2 if misc.select_device(explicit["device"]).type == "cuda" else 0)
 
-    dataset = ImageFolderDataset(explicit["data"], use_labels=explicit["cond"])
+    dataset = ImageFolderDataset(explicit["data"], use_labels=explicit["cond"], xflip=explicit["xflip"])
+    if explicit["cache"]:
+        check_memory(dataset, explicit["workers"])
     if explicit["cond"] and not dataset.has_labels:
         raise UserError(f"--cond=1 needs labels, and {explicit['data']} has none: use --cond=0, or add dataset.json")
     config = TrainConfig(**{**TRAINING_PRESETS[preset], **explicit}, dataset=dataset.info())
     check_numbers(config)
     dataset.verify()
     return config, dataset
+
+
+def check_memory(dataset: ImageFolderDataset, workers: int) -> None:
+    """
+    Raises:
+        UserError: the decoded images do not fit into memory, once per process that reads them.
+    """
+    copies = max(workers, 1) * distributed.get_world_size()
+    needed, available = copies * dataset.decoded_bytes() / 1e9, psutil.virtual_memory().available / 1e9
+    if needed > 0.8 * available:
+        raise UserError(
+            f"--cache needs {needed:.1f} GB in {copies} processes, and {available:.1f} GB are free: "
+            f"leave it out, or use fewer --workers"
+        )
 
 
 def check_numbers(config: TrainConfig) -> None:
@@ -209,6 +226,17 @@ def note_missing_attention(config: TrainConfig) -> None:
     help="Loader processes per training process  [default: 2 on CUDA, else 0]",
     metavar="INT",
     type=click.IntRange(min=0),
+)
+@click.option(
+    "--xflip", help="Train on mirrored images, too", metavar="BOOL", type=bool, default=False, show_default=True
+)
+@click.option(
+    "--cache",
+    help="Keep decoded images in memory (small datasets always are)",
+    metavar="BOOL",
+    type=bool,
+    default=False,
+    show_default=True,
 )
 @click.option(
     "--status",

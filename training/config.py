@@ -19,6 +19,7 @@ MAY_CHANGE = {
     "precision",
     "bench",
     "workers",
+    "cache",
     "status",
     "snapshot",
     "checkpoint",
@@ -61,6 +62,8 @@ class TrainConfig:
     snapshot: int
     checkpoint: int
     dataset: DatasetInfo
+    xflip: bool = False
+    cache: bool = False
 
     def network_kwargs(self) -> dict[str, Any]:
         """Arguments of `Precond` beside the image shape."""

@@ -254,9 +254,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         assert self._labels is not None
         return self._labels[idx % len(self._files)].tolist()
 
-    def keep_in_memory(self, max_bytes: int) -> None:
-        """Cache decoded images from now on, if all of them fit."""
-        if len(self._files) * int(np.prod(self._shape)) * self._dtype.itemsize <= max_bytes and self._cache is None:
+    def decoded_bytes(self) -> int:
+        """Size of all decoded images."""
+        return len(self._files) * math.prod(self._shape) * self._dtype.itemsize
+
+    def keep_in_memory(self) -> None:
+        """Keep decoded images from now on."""
+        if self._cache is None:
             self._cache = {}
 
     def verify(self) -> None:

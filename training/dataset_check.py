@@ -69,12 +69,11 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
     facts.update(_labels(dataset, readable))
     if len(problems) > SHOWN:
         problems[SHOWN:] = [f"and {len(problems) - SHOWN} more unreadable images"]
-    if np.any(std == 0) and readable:
-        constant = ", ".join(str(channel) for channel in np.flatnonzero(std == 0))
+    constant = np.flatnonzero(std[: final_channels(dataset)] == 0).tolist()
+    if constant and readable:
+        facts["constant_channels"] = constant
         if dataset.dtype != np.uint8:
-            problems.append(f"{path}: channel {constant} is constant")
-        else:
-            facts["note"] = f"channel {constant} is constant"
+            problems.append(f"{path}: channel {constant[0]} of the latents is constant")
     if readable and not problems:
         facts.update(_noise(dataset, readable))
     facts["content_hash"] = dataset.info().content_hash

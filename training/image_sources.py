@@ -202,6 +202,10 @@ def _shards(path: Path, shards: Sequence[Path]) -> Source:
             try:
                 with tarfile.open(shard) as archive:
                     yield from _samples(shard, archive)
+                    if archive.fileobj is not None:
+                        archive.fileobj.seek(archive.offset)
+                        if len(archive.fileobj.read(tarfile.BLOCKSIZE)) not in (0, tarfile.BLOCKSIZE):
+                            raise EOFError("it ends within a file")
             except (tarfile.TarError, OSError, EOFError) as err:
                 raise UserError(f"--source={shard}: damaged tar file ({err}): copy it again") from None
 

@@ -28,7 +28,7 @@ from training.snapshot import save_network
 STATE_PATTERN = r"training-state-(\d+)\.pt"
 OPTIONS_NAME = "training_options.json"
 SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
-CACHE_BYTES = 1 << 26  # datasets up to this decoded size are kept in memory
+SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
 SIGMA_DATA = 0.5
 
 
@@ -99,7 +99,8 @@ def _train(
     part = (rank * batch_process, (rank + 1) * batch_process)
 
     # Data, network, optimiser.
-    dataset.keep_in_memory(CACHE_BYTES)
+    if config.cache or dataset.decoded_bytes() <= SMALL_DATASET:
+        dataset.keep_in_memory()
     encoder = encoder_for(dataset)
     net = build_network(config, final_channels(dataset)).to(device)
     net.precision = misc.resolve_precision(config.precision, device)

@@ -1,0 +1,674 @@
+"""dataset_tool.py: every kind of source, exact pixels, order, interruptions, latents, and what bad input is told."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli
+
+from dataset_tool import main as dataset_tool
+from training.archives import DatasetWriter
+from training.conversion import encode_png
+from training.dataset import ImageFolderDataset
+from training.encoders import StabilityVAEEncoder
+from training.image_transforms import decode_image, make_transform
+
+RNG = np.random.default_rng(0)
+
+
+def image(height: int = 20, width: int = 30, seed: int = 0, channels: int | None = 3) -> np.ndarray:
+    shape = [height, width] if channels is None else [height, width, channels]
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray, kind: str = "png", **kwargs) -> bytes:
+    f = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(f, format=kind, **kwargs)
+    return f.getvalue()
+
+
+def convert(tmp_path: Path, *sources, dest: str = "out.zip", ok: bool = True, options=("--workers=1",)):
+    args = [f"--source={source}" for source in sources]
+    result = run_cli(dataset_tool, "convert", *args, f"--dest={tmp_path / dest}", *options)
+    if not ok:
+        return result
+    assert result.exit_code == 0, result.output
+    return ImageFolderDataset(tmp_path / dest)
+
+
+def labels_of(dataset: ImageFolderDataset) -> list:
+    return [dataset.get_stored_label(i) for i in range(len(dataset))]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+@pytest.mark.parametrize(
+    ("name", "transform", "width", "height"),
+    [
+        ("resize32", None, 32, 32),
+        ("center-crop_32", "center-crop", 32, 32),
+        ("center-crop-dhariwal_32", "center-crop-dhariwal", 32, 32),
+        ("center-crop-wide_32x16", "center-crop-wide", 32, 16),
+    ],
+)
+def test_golden_transforms(name, transform, width, height):
+    golden = np.load(GOLDEN / "dataset_tool.npz")
+    for i in range(5):
+        made = make_transform(transform, width, height)(golden[f"source{i}"])
+        np.testing.assert_array_equal(made, golden[f"{name}_{i}"])
+
+
+@pytest.mark.parametrize(("count", "size", "seed"), [(100, 10, 0), (100, 10, 3), (7, 7, 0)])
+def test_golden_subsets(count, size, seed, tmp_path):
+    path = make_dataset(tmp_path / "data.zip", random_images(count, size=2))
+    whole = ImageFolderDataset(path)
+    subset = ImageFolderDataset(path, max_size=size, random_seed=seed)
+    expected = np.load(GOLDEN / "dataset_tool.npz")[f"subset_of{count}_max{size}_seed{seed}"]
+    assert [subset.name(i) for i in range(size)] == [whole.name(i) for i in expected]
+
+
+def test_too_small_for_wide():
+    assert make_transform("center-crop-wide", 64, 32)(image(20, 30)) is None
+
+
+GRAY = image(4, 4, channels=None)
+
+
+def with_exif(orientation: int) -> bytes:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image(4, 6), exif=exif)
+
+
+KINDS = {
+    "rgb": (encoded(image(4, 6)), image(4, 6)),
+    "gray": (encoded(GRAY), np.repeat(GRAY[:, :, None], 3, axis=2)),
+    "16 bits": (encoded(GRAY.astype(np.uint16) * 256 + 255), np.repeat(GRAY[:, :, None], 3, axis=2)),
+    "lying on its side": (with_exif(6), np.rot90(image(4, 6), -1)),
+    "upside down": (with_exif(3), image(4, 6)[::-1, ::-1]),
+    "transparent": (encoded(np.zeros([2, 2, 4], dtype=np.uint8)), np.full([2, 2, 3], 255)),
+    "opaque": (encoded(np.dstack([image(4, 6), np.full([4, 6], 255, np.uint8)])), image(4, 6)),
+    "pixels": (image(4, 6), image(4, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_images(kind):
+    data, expected = KINDS[kind]
+    np.testing.assert_array_equal(decode_image(data), expected)
+
+
+def test_palettes_and_cmyk():
+    f = io.BytesIO()
+    PIL.Image.fromarray(image(4, 6)).quantize(4).save(f, format="png")
+    expected = np.asarray(PIL.Image.fromarray(image(4, 6)).quantize(4).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(f.getvalue()), expected)
+    f = io.BytesIO()
+    PIL.Image.fromarray(image(16, 16)).convert("CMYK").save(f, format="jpeg", quality=100)
+    assert decode_image(f.getvalue()).shape == (16, 16, 3)
+
+
+def test_gray_stays_gray():
+    np.testing.assert_array_equal(decode_image(encoded(GRAY), channels=1), GRAY[:, :, None])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_files(channels, tmp_path):
+    """What we write is what Pillow reads, and so is what we read."""
+    pixels = image(8, 8, channels=channels)
+    (tmp_path / "a.png").write_bytes(encode_png(pixels))
+    with PIL.Image.open(tmp_path / "a.png") as read:
+        read.verify()
+    with PIL.Image.open(tmp_path / "a.png") as read:
+        np.testing.assert_array_equal(np.asarray(read).reshape(8, 8, channels), pixels)
+    np.testing.assert_array_equal(ImageFolderDataset(tmp_path)[0][0], pixels.transpose(2, 0, 1))
+    damaged = bytearray(encode_png(pixels))
+    damaged[60] ^= 1
+    (tmp_path / "a.png").write_bytes(damaged)
+    with pytest.raises(ValueError, match="cannot read a.png"):
+        ImageFolderDataset(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sources
+
+
+def folder_of_classes(path: Path, count: int = 3, size: tuple[int, int] = (8, 8)) -> Path:
+    files = {f"{c}/{i}.png": encoded(image(*size, seed=i)) for c in ("dog", "cat") for i in range(count)}
+    return make_dataset(path, files)
+
+
+@pytest.mark.parametrize("name", ["source.zip", "source"])
+def test_class_folders(name, tmp_path):
+    dataset = convert(tmp_path, folder_of_classes(tmp_path / name))
+    assert labels_of(dataset) == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(dataset[0][0], image(8, 8, seed=0).transpose(2, 0, 1))
+    assert [dataset.name(i) for i in (0, 5)] == ["00000/img00000000.png", "00000/img00000005.png"]
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("report.json"))["classes"] == ["cat", "dog"]
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_digits_come_out_as_they_are(tmp_path):
+    dataset, digits = convert(tmp_path, DIGITS, options=["--channels=1", "--workers=2"]), ImageFolderDataset(DIGITS)
+    assert len(dataset) == len(digits) and labels_of(dataset) == labels_of(digits)
+    for i in range(0, len(digits), 100):
+        np.testing.assert_array_equal(dataset[i][0], digits[i][0])
+
+
+def test_folder_as_destination(tmp_path):
+    dataset = convert(tmp_path, folder_of_classes(tmp_path / "source"), dest="out")
+    assert labels_of(dataset) == [0, 0, 0, 1, 1, 1]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000", "dataset.json", "report.json"]
+
+
+def test_several_sources_and_a_limit(tmp_path):
+    a = make_dataset(tmp_path / "a", {"cat/0.png": png(image(8, 8)), "dog/0.png": png(image(8, 8))})
+    b = make_dataset(tmp_path / "b.zip", {"ant/0.png": png(image(8, 8)), "cat/1.png": png(image(8, 8))})
+    assert labels_of(convert(tmp_path, a, b)) == [1, 2, 0, 1]
+    assert len(convert(tmp_path, a, b, dest="few.zip", options=["--max-images=3", "--workers=1"])) == 3
+
+
+def python2_batch(pixels: np.ndarray, labels: list[int], label_key: str) -> bytes:
+    """A batch as Python 2 pickled it: short texts and bytes are strings."""
+
+    def short(text: str) -> bytes:
+        return pickle.SHORT_BINSTRING + bytes([len(text)]) + text.encode()
+
+    array = pickle.GLOBAL + b"numpy.core.multiarray\n_reconstruct\n" + pickle.GLOBAL + b"numpy\nndarray\n"
+    array += pickle.BININT1 + b"\0" + pickle.TUPLE1 + short("b") + pickle.TUPLE3 + pickle.REDUCE
+    dtype = pickle.GLOBAL + b"numpy\ndtype\n" + short("u1") + pickle.BININT1 + b"\0" + pickle.BININT1 + b"\1"
+    dtype += pickle.TUPLE3 + pickle.REDUCE + pickle.MARK + pickle.BININT1 + b"\3" + short("|")
+    dtype += pickle.NONE * 3 + pickle.BININT + b"\xff" * 4 + pickle.BININT + b"\xff" * 4 + pickle.BININT1 + b"\0"
+    dtype += pickle.TUPLE + pickle.BUILD
+    shape = b"".join(pickle.BININT + struct.pack("<i", n) for n in pixels.shape) + pickle.TUPLE2
+    data = pixels.tobytes()
+    array += pickle.MARK + pickle.BININT1 + b"\1" + shape + dtype + pickle.NEWFALSE
+    array += pickle.BINSTRING + struct.pack("<I", len(data)) + data + pickle.TUPLE + pickle.BUILD
+    numbers = pickle.EMPTY_LIST + pickle.MARK + b"".join(pickle.BININT1 + bytes([n]) for n in labels) + pickle.APPENDS
+    items = short("data") + array + short(label_key) + numbers
+    return pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+
+
+def make_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(("folder", "key"), [("cifar-10-batches-py", "labels"), ("cifar-100-python", "fine_labels")])
+def test_cifar(folder, key, tmp_path):
+    pixels = RNG.integers(0, 256, [5, 3 * 32 * 32], dtype=np.uint8)
+    train, test = ("data_batch_1", "test_batch") if key == "labels" else ("train", "test")
+    files = {
+        f"{folder}/{test}": python2_batch(pixels[3:], [7, 8], key),
+        f"{folder}/{train}": python2_batch(pixels[:3], [1, 2, 3], key),
+        f"{folder}/readme.html": b"x",
+    }
+    dataset = convert(tmp_path, make_tar(tmp_path / "cifar.tar.gz", files, "w:gz"))
+    assert labels_of(dataset) == [1, 2, 3, 7, 8]
+    np.testing.assert_array_equal([dataset[i][0] for i in range(5)], pixels.reshape(5, 3, 32, 32))
+
+
+def idx_file(array: np.ndarray) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist(packed, tmp_path):
+    pixels = RNG.integers(0, 256, [4, 28, 28], dtype=np.uint8)
+    pack, end = (gzip.compress, ".gz") if packed else (bytes, "")
+    (tmp_path / f"train-images-idx3-ubyte{end}").write_bytes(pack(idx_file(pixels)))
+    (tmp_path / f"train-labels-idx1-ubyte{end}").write_bytes(pack(idx_file(np.array([3, 1, 4, 1], np.uint8))))
+    source = tmp_path / f"train-images-idx3-ubyte{end}"
+    dataset = convert(tmp_path, source, options=["--channels=1", "--workers=1"])
+    assert labels_of(dataset) == [3, 1, 4, 1]
+    np.testing.assert_array_equal([dataset[i][0][0] for i in range(4)], pixels)
+
+
+def test_webdataset_shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        files = {}
+        for i in range(2):
+            files[f"{shard}{i}.cls"] = str(10 * shard + i).encode()
+            files[f"{shard}{i}.jpg"] = encoded(image(8, 8, seed=i), "jpeg")
+            files[f"{shard}{i}.json"] = b"{}"
+        make_tar(tmp_path / "shards" / f"{shard:06d}.tar", files)
+    assert labels_of(convert(tmp_path, tmp_path / "shards")) == [0, 1, 10, 11]
+    assert labels_of(convert(tmp_path, tmp_path / "shards" / "000001.tar", dest="one.zip")) == [10, 11]
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        images = [{"bytes": encoded(image(8, 8, seed=i)), "path": None} for i in range(3)]
+        table = pa.table({"image": images, "label": [part, 5, 6]})
+        pq.write_table(table, tmp_path / "data" / f"train-{part:05d}-of-00002.parquet", row_group_size=2)
+    dataset = convert(tmp_path, tmp_path / "data")
+    assert labels_of(dataset) == [0, 5, 6, 1, 5, 6]
+    np.testing.assert_array_equal(dataset[4][0], image(8, 8, seed=1).transpose(2, 0, 1))
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    fails_with(
+        convert(tmp_path, tmp_path / "other.parquet", dest="x.zip", ok=False), "no column of images", "there are a"
+    )
+
+
+def test_lmdb(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
+        for i in range(3):
+            transaction.put(f"{i:03d}".encode(), encoded(image(8, 8, seed=i), "webp", lossless=True))
+    dataset = convert(tmp_path, tmp_path / "db")
+    assert not dataset.has_labels
+    np.testing.assert_array_equal(dataset[2][0], image(8, 8, seed=2).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("filename,label\n0.png,3\n1.png,1\n", [3, 1]),
+        ("0.png,3\n1.png,1\n", [3, 1]),
+        ("a/0.png,zebra\na/1.png,ant\n", [1, 0]),
+    ],
+)
+def test_label_files(text, expected, tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i}.png": png(image(8, 8)) for i in range(2)})
+    (tmp_path / "labels.csv").write_text(text)
+    dataset = convert(tmp_path, source, options=[f"--labels={tmp_path / 'labels.csv'}", "--workers=1"])
+    assert labels_of(dataset) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Order, interruptions
+
+
+def test_any_number_of_workers_makes_the_same_file(tmp_path):
+    source = make_dataset(
+        tmp_path / "src", {f"{i:03d}.png": encoded(image(20 + i % 7, 30, seed=i)) for i in range(100)}
+    )
+    options = ["--resolution=16x16", "--transform=center-crop"]
+    for workers in (1, 2, 3):
+        convert(tmp_path, source, dest=f"{workers}.zip", options=[*options, f"--workers={workers}"])
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes() == (tmp_path / "3.zip").read_bytes()
+
+
+@pytest.mark.parametrize("dest", ["out.zip", "out"])
+def test_resume(dest, tmp_path):
+    source = folder_of_classes(tmp_path / "src", count=40)
+    broken = tmp_path / "src" / "dog" / "7.png"
+    whole = broken.read_bytes()
+    convert(tmp_path, source, dest=f"whole{dest}")
+    broken.write_bytes(whole[:50])
+    fails_with(convert(tmp_path, source, dest=dest, ok=False), "dog/7.png: cannot be read", "--on-error=skip")
+    assert not (tmp_path / dest).exists() and (tmp_path / f"{dest}.partial").exists()
+    fails_with(convert(tmp_path, source, dest=dest, ok=False), "an interrupted run left this: go on with --resume")
+    result = convert(tmp_path, source, dest=dest, ok=False, options=["--resume", "--max-images=50"])
+    fails_with(result, "begun with other options")
+    broken.write_bytes(whole)
+    if dest == "out.zip":
+        with open(tmp_path / "out.zip.partial", "ab") as f:
+            f.write(b"PK\3\4" + b"half an entry")
+    dataset = convert(tmp_path, source, dest=dest, options=["--resume", "--workers=1"])
+    assert dataset.info() == ImageFolderDataset(tmp_path / f"whole{dest}").info()
+    assert not list(tmp_path.glob("*.partial*"))
+    if dest == "out.zip":
+        assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "wholeout.zip").read_bytes()
+
+
+def test_killed_and_resumed(tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i:04d}.png": encoded(image(150, 150, seed=i % 5)) for i in range(400)})
+    options = [f"--source={source}", "--resolution=64x64", "--workers=2"]
+    command = [sys.executable, "dataset_tool.py", "convert", *options, f"--dest={tmp_path / 'out.zip'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "out.zip.partial"
+    deadline = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size > 200_000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert partial.exists() and not (tmp_path / "out.zip").exists()
+    for dest, extra in (("out.zip", ["--resume"]), ("other.zip", [])):
+        assert run_cli(dataset_tool, "convert", *options, f"--dest={tmp_path / dest}", *extra).exit_code == 0
+    assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "other.zip").read_bytes()
+
+
+def test_broken_images_left_out(tmp_path):
+    source = folder_of_classes(tmp_path / "src")
+    (source / "cat" / "1.png").write_bytes(b"nothing")
+    result = convert(tmp_path, source, ok=False, options=["--on-error=skip", "--workers=1"])
+    assert result.exit_code == 0
+    assert "5 images" in result.output and "left out: cat/1.png: cannot be read: damaged" in result.output
+    dataset = ImageFolderDataset(tmp_path / "out.zip")
+    assert labels_of(dataset) == [0, 0, 1, 1, 1]
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert [name for name, _ in json.loads(archive.read("report.json"))["skipped"]] == ["cat/1.png"]
+
+
+@pytest.mark.slow
+def test_a_million_images(tmp_path):
+    """ZIP64, and little memory."""
+    data = encode_png(np.zeros([2, 2, 3], dtype=np.uint8))
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from training.conversion import ImageSettings, convert_images
+from training.image_sources import Source, SourceImage
+def images():
+    for i in range(10**6):
+        yield SourceImage(str(i), {data!r}, i % 1000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert_images([Source("test", Path("x"), 10**6, images)], Path({str(tmp_path / "m.zip")!r}), ImageSettings(None, None, None, 3), workers=2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1000, "MB"
+    dataset = ImageFolderDataset(tmp_path / "m.zip")
+    assert len(dataset) == 10**6
+    assert dataset.get_stored_label(999_999) == 999
+    with zipfile.ZipFile(tmp_path / "m.zip") as archive:
+        assert len(archive.namelist()) == 10**6 + 2
+
+
+def test_offsets_beyond_4_gigabytes(tmp_path):
+    # A sparse file stands for large images.
+    writer = DatasetWriter(tmp_path / "x.zip", {})
+    writer.write("a.png", b"first")
+    files = writer._files
+    files._f.seek(5 * 2**30)  # type: ignore[union-attr]
+    writer.write("b.png", b"second")
+    writer.finish()
+    with zipfile.ZipFile(tmp_path / "x.zip") as archive:
+        assert archive.read("a.png") == b"first"
+        assert archive.read("b.png") == b"second"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What bad input is told
+
+
+def test_bad_sources(tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails_with(convert(tmp_path, tmp_path / "empty", ok=False), "empty: no images in it (found no files)")
+    make_dataset(tmp_path / "texts", {"a.txt": b"x", "b.md": b"x"})
+    fails_with(convert(tmp_path, tmp_path / "texts", ok=False), "no images in it (found .md, .txt)")
+    fails_with(convert(tmp_path, tmp_path / "nowhere", ok=False), "nowhere: no such file or folder")
+    (tmp_path / "odd.bin").write_bytes(b"odd stuff")
+    fails_with(convert(tmp_path, tmp_path / "odd.bin", ok=False), "neither a ZIP", "b'odd stuf'")
+    whole = make_tar(tmp_path / "x.tar", {f"{i}.png": encoded(image(64, 64)) for i in range(9)})
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:40000])
+    fails_with(convert(tmp_path, tmp_path / "cut.tar", ok=False), "cut.tar")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_sizes(tmp_path):
+    mixed = make_dataset(tmp_path / "mixed", {"a.png": png(image(8, 8)), "b.png": png(image(9, 9))})
+    fails_with(convert(tmp_path, mixed, ok=False), "b.png is 9x9, but a.png 8x8", "--resolution")
+    shutil.rmtree(tmp_path / "out.zip.partial", ignore_errors=True)
+    wide = make_dataset(tmp_path / "wide", {"a.png": png(image(8, 9))})
+    fails_with(convert(tmp_path, wide, dest="b.zip", ok=False), "a.png is 9x8, not square", "--transform")
+    options = ["--transform=center-crop-wide", "--resolution=64x32"]
+    fails_with(convert(tmp_path, wide, dest="c.zip", ok=False, options=options), "all 1 images are too small")
+    assert not list(tmp_path.glob("b.zip*")) and not list(tmp_path.glob("c.zip*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--resolution=64"], "'64' is not of the form WxH"),
+        (["--resolution=0x8"], "'0x8' is not of the form"),
+        (["--transform=center-crop"], "needs --resolution"),
+        (["--transform=center-crop", "--resolution=8x4"], "must be NxN"),
+        (["--transform=center-crop-wide", "--resolution=4x8"], "for wide images"),
+        (["--transform=bogus"], "--transform"),
+        (["--max-images=0"], "--max-images"),
+        (["--labels=nowhere.csv"], "--labels=nowhere.csv: cannot be read"),
+    ],
+)
+def test_bad_options(options, fragment, tmp_path):
+    fails_with(convert(tmp_path, folder_of_classes(tmp_path / "src"), ok=False, options=options), fragment)
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i}.png": png(image(8, 8)) for i in range(5)})
+    (tmp_path / "l.csv").write_text("0.png,1\n")
+    options = [f"--labels={tmp_path / 'l.csv'}"]
+    fails_with(
+        convert(tmp_path, source, ok=False, options=options), "no label for 4 images, such as 1.png, 2.png, 3.png"
+    )
+    (tmp_path / "l.csv").write_text("0.png,1,2\n")
+    fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "row 1 has 3 columns")
+
+
+def test_existing_destination(tmp_path):
+    (tmp_path / "out.zip").write_bytes(b"mine")
+    fails_with(convert(tmp_path, folder_of_classes(tmp_path / "src"), ok=False), "out.zip: is there already")
+    assert (tmp_path / "out.zip").read_bytes() == b"mine"
+
+
+def test_full_disk(tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i}.png": encoded(image(64, 64, seed=i)) for i in range(40)})
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); import dataset_tool; dataset_tool.main(['convert', '--source={source}', '--dest={tmp_path / 'out.zip'}', '--workers=1'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"Error: File too large: {tmp_path / 'out.zip.partial'}\n"
+    dataset = convert(tmp_path, source, options=["--resume", "--workers=1"])
+    assert len(dataset) == 40
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Latents
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    """A small AutoencoderKL with random weights that makes latents of an eighth of the size."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pixels") / "pixels.zip"
+    labels = {f"00000/img{i:08d}.png": i % 3 for i in range(10)}
+    return make_dataset(path, random_images(10, size=16), labels)
+
+
+def run_tool(*args) -> None:
+    result = run_cli(dataset_tool, *args)
+    assert result.exit_code == 0, result.output
+
+
+def test_encode(vae, pixels, tmp_path):
+    from diffusers import AutoencoderKL
+
+    run_tool("encode", f"--source={pixels}", f"--dest={tmp_path / 'l.zip'}", f"--model-url={vae}", "--batch=3")
+    latents, images = ImageFolderDataset(tmp_path / "l.zip"), ImageFolderDataset(pixels)
+    assert latents.name(3) == "00000/img-mean-std-00000003.npy"
+    assert (latents.image_shape, latents.dtype) == ((8, 2, 2), np.float32)
+    assert labels_of(latents) == [i % 3 for i in range(10)]
+    model = AutoencoderKL.from_pretrained(vae).eval()
+    with torch.no_grad():
+        x = torch.from_numpy(images[3][0])[None].float() / 255  # [0, 1], as the published latents were made
+        distribution = model.encode(x).latent_dist
+    expected = torch.cat([distribution.mean, distribution.std], dim=1)[0]
+    torch.testing.assert_close(torch.from_numpy(latents[3][0]), expected, rtol=1e-4, atol=1e-5)
+    # Training draws mean + std * noise, whitened.
+    encoder = StabilityVAEEncoder()
+    final = encoder.encode_latents(expected[None], lambda mean: torch.full_like(mean, 2.0))
+    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (encoder.raw_mean, encoder.raw_std))
+    torch.testing.assert_close(final[0], (expected[:4] + 2 * expected[4:] - mean) / std * 0.5)
+
+
+def test_decode(vae, pixels, tmp_path):
+    from diffusers import AutoencoderKL
+
+    run_tool("encode", f"--source={pixels}", f"--dest={tmp_path / 'l.zip'}", f"--model-url={vae}")
+    run_tool(
+        "decode", f"--source={tmp_path / 'l.zip'}", f"--dest={tmp_path / 'd'}", f"--model-url={vae}", "--max-images=4"
+    )
+    decoded, latents = ImageFolderDataset(tmp_path / "d"), ImageFolderDataset(tmp_path / "l.zip")
+    assert len(decoded) == 4 and labels_of(decoded) == [0, 1, 2, 0]
+    model = AutoencoderKL.from_pretrained(vae).eval()
+    with torch.no_grad():
+        x = model.decode(torch.from_numpy(latents[2][0][None, :4])).sample.clamp(0, 1) * 255
+    assert np.abs(decoded[2][0].astype(int) - x[0].numpy().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_precision(precision, vae, pixels, tmp_path):
+    for name in ("fp32", precision):
+        run_tool("encode", f"--source={pixels}", f"--dest={tmp_path / name}", f"--model-url={vae}", f"--precision={name}", "--max-images=2", "--device=cpu", "--offline")  # fmt: skip
+    exact, rough = (ImageFolderDataset(tmp_path / name)[0][0] for name in ("fp32", precision))
+    error = np.linalg.norm(exact - rough) / np.linalg.norm(exact)
+    assert 0 < error < 0.05
+
+
+def test_two_processes_encode_the_same(vae, pixels, tmp_path):
+    run_tool("encode", f"--source={pixels}", f"--dest={tmp_path / 'one.zip'}", f"--model-url={vae}", "--batch=2")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "dataset_tool.py",
+        "encode",
+    ]
+    options = [f"--source={pixels}", f"--dest={tmp_path / 'two.zip'}", f"--model-url={vae}", "--batch=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (ImageFolderDataset(tmp_path / f"{name}.zip") for name in ("one", "two"))
+    assert labels_of(one) == labels_of(two)
+    for i in range(10):
+        np.testing.assert_allclose(one[i][0], two[i][0], rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_encoding(vae, pixels, tmp_path, monkeypatch):
+    args = ["encode", f"--source={pixels}", f"--dest={tmp_path / 'l.zip'}", f"--model-url={vae}", "--batch=2"]
+    calls = []
+    encode_pixels = StabilityVAEEncoder.encode_pixels
+
+    def interrupted(self, x):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode_pixels(self, x)
+
+    monkeypatch.setattr(StabilityVAEEncoder, "encode_pixels", interrupted)
+    assert run_cli(dataset_tool, *args).exit_code == 1
+    run_tool(*args, "--resume")
+    assert calls == [2] * 3 + [2] * 3
+    assert len(ImageFolderDataset(tmp_path / "l.zip")) == 10
+
+
+def test_bad_latents(vae, pixels, tmp_path):
+    args = [f"--dest={tmp_path / 'x.zip'}", f"--model-url={vae}"]
+    fails_with(
+        run_cli(dataset_tool, "decode", f"--source={pixels}", *args), "holds 3 channels of uint8, not VAE latents"
+    )
+    latents = make_dataset(tmp_path / "l.zip", {"a.npy": npy(np.ones([8, 2, 2], np.float32))})
+    fails_with(run_cli(dataset_tool, "encode", f"--source={latents}", *args), "8 channels of float32, not RGB images")
+    odd = make_dataset(tmp_path / "odd.zip", random_images(1, size=9))
+    fails_with(run_cli(dataset_tool, "encode", f"--source={odd}", *args), "divisible by 8, not 9")
+    bad = [f"--source={pixels}", f"--dest={tmp_path / 'y.zip'}", f"--model-url={tmp_path / 'nowhere'}", "--offline"]
+    fails_with(run_cli(dataset_tool, "encode", *bad), "nowhere could not be loaded")
+    bad = make_dataset(tmp_path / "nan.zip", {"a.npy": npy(np.full([8, 2, 2], np.nan, np.float32))})
+    fails_with(run_cli(dataset_tool, "decode", f"--source={bad}", *args), "the latents hold NaN")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# check
+
+
+def check(path: Path, *options, exit_code: int = 0) -> dict:
+    result = run_cli(dataset_tool, "check", path, "--json", *options)
+    assert result.exit_code == exit_code, result.output
+    return json.loads(result.output)
+
+
+def test_check(tmp_path):
+    facts = check(DIGITS, f"--grid={tmp_path / 'grid.png'}")
+    assert facts["images"] == 1797 and facts["shapes"] == {"1x8x8 uint8": 1797} and facts["label_dim"] == 10
+    assert facts["duplicates"] == 0 and facts["unreadable"] == 0 and facts["problems"] == []
+    assert sum(facts["label_histogram"].values()) == 1797
+    assert facts["content_hash"] == ImageFolderDataset(DIGITS).info().content_hash
+    images = np.stack([image for image, _ in ImageFolderDataset(DIGITS)]).astype(np.float64)
+    assert facts["mean"] == [pytest.approx(images.mean(), abs=1e-3)]
+    assert facts["std"] == [pytest.approx(images.std(), abs=1e-3)]
+    assert facts["sigma_data"] == pytest.approx((images / 127.5 - 1).std(), rel=0.02)
+    with PIL.Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (800, 912)
+
+
+def test_check_finds_what_is_wrong(tmp_path):
+    files = random_images(4)
+    files["00000/img00000004.png"] = files["00000/img00000001.png"]
+    files["00000/img00000005.png"] = b"broken"
+    files["00000/img00000006.png"] = png(image(9, 9))
+    path = make_dataset(tmp_path / "d", files)
+    facts = check(path, exit_code=1)
+    assert facts["duplicates"] == 1
+    assert facts["duplicate_examples"] == [["00000/img00000001.png", "00000/img00000004.png"]]
+    assert facts["unreadable"] == 2
+    assert any("img00000005.png" in problem for problem in facts["problems"])
+    assert any("9x9" in problem for problem in facts["problems"])
+    text = run_cli(dataset_tool, "check", path)
+    assert text.exit_code == 1 and "PROBLEM: " in text.output
+    fails_with(run_cli(dataset_tool, "check", tmp_path / "nowhere"), "no such dataset")
+
+
+def test_check_latents(tmp_path):
+    rng = np.random.default_rng(0)
+    encoder = StabilityVAEEncoder()
+    mean, std = (np.array(v).reshape(-1, 1, 1) for v in (encoder.raw_mean, encoder.raw_std))
+    files = {}
+    for i in range(50):
+        draw = rng.standard_normal([4, 8, 8]) * std + mean
+        files[f"{i:03d}.npy"] = npy(np.concatenate([draw, np.full([4, 8, 8], 1e-3)]).astype(np.float32))
+    facts = check(make_dataset(tmp_path / "l.zip", files))
+    assert facts["encoder"] == "StabilityVAEEncoder" and facts["channels_seen_by_the_model"] == 4
+    assert facts["sigma_data"] == pytest.approx(0.5, rel=0.03)
+    assert (facts["suggested_P_mean"], facts["suggested_P_std"]) == (pytest.approx(-0.4, abs=0.03), 1.0)
+    files["x.npy"] = npy(np.full([8, 8, 8], np.inf, np.float32))
+    facts = check(make_dataset(tmp_path / "bad", files), exit_code=1)
+    assert "NaN or infinity" in facts["problems"][0]
+    constant = {f"{i}.npy": npy(np.stack([np.ones([4, 4]), image(4, 4, i, None)]).astype(np.float32)) for i in range(3)}
+    facts = check(make_dataset(tmp_path / "constant", constant), exit_code=1)
+    assert facts["problems"] == [f"{tmp_path / 'constant'}: channel 0 of the latents is constant"]
