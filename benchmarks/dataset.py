@@ -169,10 +169,9 @@ def measure_million(folder: Path, small: Path) -> None:
             )
             memory.append(next(iter(loader))[0])
             seconds.append(time.perf_counter() - start)
-        print(
-            f"  2 workers ({context}): first batch after {seconds[1]:.2f} s, {memory[1] - memory[0]:.0f} MB more each than with "
-            f"a small archive ({seconds[0]:.2f} s)"
-        )
+        more = memory[1] - memory[0]
+        print(f"  2 workers ({context}): first batch after {seconds[1]:.2f} s, of a small archive {seconds[0]:.2f} s")
+        print(f"    {more:.0f} MB more per worker than with the small archive")
 
 
 if __name__ == "__main__":
