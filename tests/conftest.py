@@ -42,6 +42,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def offline_only_where_said(monkeypatch):
+    """--offline sets a variable of the process; put it back after each test."""
+    monkeypatch.setenv("OPENEDM2_OFFLINE", "0")
+
+
 def png(image: np.ndarray) -> bytes:
     """PNG file of uint8 [H, W] or [H, W, C]."""
     f = io.BytesIO()

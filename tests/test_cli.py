@@ -282,7 +282,7 @@ def test_outdir_is_a_file(tmp_path):
 # generate_images.py
 
 
-def test_all_generation_options(run, tmp_path, monkeypatch):
+def test_all_generation_options(run, tmp_path):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
     args = [
         f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / 'out'}", "--subdirs", "--seeds=1,2,999-1001", "--class=3",
@@ -290,7 +290,6 @@ def test_all_generation_options(run, tmp_path, monkeypatch):
         "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--device=cpu",
         f"--grid={tmp_path / 'grid.png'}", "--skip-existing", "--offline",
     ]  # fmt: skip
-    monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # put back afterwards
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below.

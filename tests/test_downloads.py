@@ -502,8 +502,7 @@ def test_prefetch(server, monkeypatch):
     )
 
 
-def test_offline_option(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # put back afterwards
+def test_offline_option(tmp_path):
     result = run_cli(generate, "--preset=edm2-img512-xs-fid", f"--outdir={tmp_path}", "--offline")
     fails_with(result, "edm2-img512-xs-2147483-0.135.pkl is needed and no network is wanted", "save it as")
 
