@@ -1,7 +1,9 @@
 """Processes and ranks. The only module that knows about them; in a single process everything is a no-op."""
 
+import ctypes
 import os
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,12 +22,28 @@ def init() -> None:
 def shutdown() -> None:
     """Leave the process group, all processes together."""
     if dist.is_initialized():
-        # gloo's threads may free the tensors of the last exchange, for which they need Python's lock, while
-        # destroy_process_group holds it and waits for them. So that tensor lives on until after.
-        last = torch.zeros(1)
-        dist.all_reduce(last)
+        _exchange(0, dist.ReduceOp.MAX)
+        for work in _recent:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(work))  # outlives Python, too
         dist.destroy_process_group()
-        del last
+
+
+# gloo's threads may let go of an exchange some time after it is done. Where theirs is the last reference, they free its
+# tensor, for which they need Python's lock: destroy_process_group, which holds it, would wait for them for ever, and
+# while Python shuts down they would end the process. So the latest exchanges are held here.
+_recent: deque[Any] = deque(maxlen=16)
+
+
+def _exchange(value: int, op: Any) -> int:
+    """Reduce a number over all processes with a `dist.ReduceOp`."""
+    if get_world_size() == 1:
+        return value
+    message = torch.tensor([value])  # on the CPU: no GPU needs to be chosen yet
+    work = dist.all_reduce(message, op=op, async_op=True)
+    assert work is not None
+    work.wait()
+    _recent.append(work)
+    return int(message.item())
 
 
 def get_rank() -> int:
@@ -47,8 +65,7 @@ def print0(message: str) -> None:
 
 
 def barrier() -> None:
-    if get_world_size() > 1:
-        dist.all_reduce(torch.zeros(1))  # on the CPU: no GPU needs to be chosen yet
+    _exchange(0, dist.ReduceOp.MAX)
 
 
 @contextmanager
@@ -62,12 +79,10 @@ def fail_together() -> Iterator[None]:
         yield
     except Exception as err:
         error = err
-    failed = torch.tensor([get_rank() if error is not None else get_world_size()])
-    if get_world_size() > 1:
-        dist.all_reduce(failed, op=dist.ReduceOp.MIN)
-    if error is not None and failed.item() == get_rank():
+    failed = _exchange(get_rank() if error is not None else get_world_size(), dist.ReduceOp.MIN)
+    if error is not None and failed == get_rank():
         raise error
-    if failed.item() < get_world_size():
+    if failed < get_world_size():
         raise SystemExit(1)
 
 
@@ -104,11 +119,7 @@ def gather_to_first(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any process; the answer is the same on all."""
-    if get_world_size() == 1:
-        return flag
-    votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return bool(_exchange(int(flag), dist.ReduceOp.MAX))
 
 
 class SuspendSignals:
