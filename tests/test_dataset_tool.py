@@ -458,10 +458,48 @@ def test_labels_that_do_not_fit(tmp_path):
     (tmp_path / "l.csv").write_text("0.png,1\n")
     options = [f"--labels={tmp_path / 'l.csv'}"]
     fails_with(
-        convert(tmp_path, source, ok=False, options=options), "no label for 4 images, such as 1.png, 2.png, 3.png"
+        convert(tmp_path, source, ok=False, options=options), "--labels: none for 4 images, such as 1.png, 2.png, 3.png"
     )
+    (tmp_path / "l.csv").write_text("0.png,1\n0.png,2\n")
+    fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "0.png is there twice, as 1 and 2")
     (tmp_path / "l.csv").write_text("0.png,1,2\n")
     fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "row 1 has 3 columns")
+
+
+@pytest.mark.parametrize(
+    ("labels", "fragment"),
+    [
+        ([1, "a"], "different kinds"),
+        ([-1, 2], "'-1' is no label"),
+        ([True, False], "'True' is no label"),
+        ([10**30, 1], "is no label"),
+        ([[1.0], [1.0, 2.0]], "'[1.0, 2.0]' is no label"),
+        ([1, None], "none for 1 images, such as 1.png"),
+    ],
+)
+def test_labels_of_sources(labels, fragment, tmp_path):
+    files = {f"{i}.png": png(image(8, 8)) for i in range(2)}
+    source = make_dataset(tmp_path / "src.zip", files, {f"{i}.png": label for i, label in enumerate(labels)})
+    fails_with(convert(tmp_path, source, ok=False), fragment)
+
+
+def test_files_that_systems_leave_behind(tmp_path):
+    files = {"a/1.png": png(image(8, 8)), "b/2.PNG": png(image(8, 8))}
+    junk = {"__MACOSX/a/._1.png": b"x", "b/._2.png": b"x", ".trash/3.png": b"x", "Thumbs.db": b"x"}
+    for source in (
+        make_dataset(tmp_path / "s.zip", {**files, **junk}),
+        make_dataset(tmp_path / "s", {**files, **junk}),
+    ):
+        assert labels_of(convert(tmp_path, source, dest=f"{source.name}.out.zip")) == [0, 1]
+
+
+def test_errors_of_workers_are_one_line(tmp_path):
+    source = folder_of_classes(tmp_path / "src", count=50)
+    (source / "cat" / "3.png").write_bytes(b"")
+    command = [sys.executable, "dataset_tool.py", "convert", f"--source={source}", "--workers=2"]
+    done = subprocess.run([*command, f"--dest={tmp_path / 'o.zip'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: cat/3.png: cannot be read") and done.stderr.count("\n") == 1
 
 
 def test_existing_destination(tmp_path):

@@ -1,9 +1,11 @@
 """Making datasets: any images in, square PNG files or latents out."""
 
 import concurrent.futures
+import contextlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -12,7 +14,7 @@ import sys
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from dnnlib.util import RunError, UserError, one_line
 from torch_utils import distributed
 from training.archives import DatasetWriter
-from training.dataset import ImageFolderDataset
+from training.dataset import MAX_LABEL, ImageFolderDataset
 from training.encoders import StabilityVAEEncoder, whiten
 from training.image_sources import Label, Source, SourceImage
 from training.image_transforms import decode_image, make_transform
@@ -99,7 +101,7 @@ def convert_images(
         resolution=None if settings.width is None else [settings.width, settings.height],
         channels=settings.channels,
         max_images=max_images,
-        labels=None if labels is None else len(labels),
+        labels=labels is not None,
         on_error=on_error,
     )
     total = None if any(source.count is None for source in sources) else sum(source.count or 0 for source in sources)
@@ -127,8 +129,12 @@ def _convert(
     report, listed = Report(), _Labels(labels)
     first: Converted | None = None
     images = itertools.islice(itertools.chain.from_iterable(source.images() for source in sources), max_images)
-    work: Iterator[list[Converted]] = _in_order(_Task(settings), _chunks(images, writer.names, total), workers)
-    with tqdm(total=total, unit="img", disable=None, dynamic_ncols=True) as progress:
+    # Closed before an error leaves, so that the workers end in order.
+    work = _in_order(_Task(settings), _chunks(images, writer.names, total), workers)
+    with (
+        contextlib.closing(work),
+        tqdm(total=total, unit="img", disable=None, dynamic_ncols=True) as progress,
+    ):
         for result in itertools.chain.from_iterable(work):
             progress.update()
             done = image_name(result.index) in writer.names
@@ -193,8 +199,8 @@ class _Labels:
         label = image.label
         if self.given is not None:
             label = self.given.get(image.name, self.by_base.get(image.name.rsplit("/", 1)[-1]))
-            if label is None:
-                self.missing.append(image.name)
+        if label is None:
+            self.missing.append(image.name)
         self.names.append(name)
         self.labels.append(label)
 
@@ -204,9 +210,10 @@ class _Labels:
         Raises:
             UserError: images without a label in the file, or labels of several kinds.
         """
-        if self.missing:
+        if self.missing and len(self.missing) < len(self.labels) + (self.given is not None):
+            where = "--labels" if self.given is not None else "the source's labels"
             first = ", ".join(self.missing[:3])
-            raise UserError(f"--labels: has no label for {len(self.missing)} images, such as {first}")
+            raise UserError(f"{where}: none for {len(self.missing)} images, such as {first}: complete them (--labels)")
         kinds = {type(label) for label in self.labels}
         if kinds == {str}:
             classes = sorted({label for label in self.labels if isinstance(label, str)})
@@ -216,7 +223,20 @@ class _Labels:
         if len(kinds - {type(None)}) > 1:
             named = next(i for i, label in enumerate(self.labels) if type(label) is not type(self.labels[0]))
             raise UserError(f"labels of different kinds: {self.labels[0]!r} and {self.labels[named]!r}: use --labels")
+        bad = next((label for label in self.labels if label is not None and not self._fits(label)), None)
+        if bad is not None:
+            raise UserError(
+                f"{one_line(bad)[:50]!r} is no label: whole numbers from 0 to {MAX_LABEL}, names, or lists of numbers "
+                "of one length are (--labels)"
+            )
         return None
+
+    def _fits(self, label: Label) -> bool:
+        if isinstance(label, list):
+            first = self.labels[0]
+            numbers = all(type(x) in (int, float) and math.isfinite(x) for x in label)
+            return numbers and isinstance(first, list) and len(label) == len(first) > 0
+        return type(label) is int and 0 <= label <= MAX_LABEL
 
     def to_json(self) -> bytes:
         """Contents of dataset.json; no labels at all if some image has none."""
@@ -416,7 +436,7 @@ def _chunks(
         yield chunk
 
 
-def _in_order(task: Callable[[Any], Any], chunks: Iterator[Any], workers: int) -> Iterator[Any]:
+def _in_order(task: "_Task", chunks: Iterator[Any], workers: int) -> Generator[list[Converted], None, None]:
     """Results of `task` for each chunk, in order, with no more than a few under way."""
     if workers <= 1:
         yield from map(task, chunks)

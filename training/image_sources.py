@@ -73,7 +73,9 @@ def open_source(path: Path) -> Source:
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in PIL.Image.registered_extensions()
+    """Whether a file is an image by its name, and not one that a system has put aside for itself."""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.replace("../", "").split("/"))
+    return os.path.splitext(name)[1].lower() in PIL.Image.registered_extensions() and not hidden
 
 
 def _open_folder(path: Path) -> Source:
@@ -150,7 +152,11 @@ def read_label_file(path: Path) -> dict[str, Label]:
         raise UserError(f"--labels={path}: row {bad + 1} has {len(rows[bad])} columns instead of filename,label")
     if rows and not is_image(rows[0][0]) and len(rows) > 1 and is_image(rows[1][0]):
         rows = rows[1:]  # headings
-    labels = {name.replace("\\", "/"): label.strip() for name, label in rows}
+    labels: dict[str, str] = {}
+    for name, label in rows:
+        name, label = name.replace("\\", "/"), label.strip()
+        if labels.setdefault(name, label) != label:
+            raise UserError(f"--labels={path}: {name} is there twice, as {labels[name]} and {label}")
     if not labels:
         raise UserError(f"--labels={path}: holds no labels")
     if all(label.isdecimal() for label in labels.values()):
