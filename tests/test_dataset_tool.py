@@ -566,6 +566,9 @@ def test_encode(vae, pixels, tmp_path):
         distribution = model.encode(x).latent_dist
     expected = torch.cat([distribution.mean, distribution.std], dim=1)[0]
     torch.testing.assert_close(torch.from_numpy(latents[3][0]), expected, rtol=1e-4, atol=1e-5)
+    file = vae / "diffusion_pytorch_model.safetensors"
+    run_tool("encode", f"--source={pixels}", f"--dest={tmp_path / 'f.zip'}", f"--model-url={file}", "--batch=3")
+    np.testing.assert_array_equal(ImageFolderDataset(tmp_path / "f.zip")[3][0], latents[3][0])
     # Training draws mean + std * noise, whitened.
     encoder = StabilityVAEEncoder()
     final = encoder.encode_latents(expected[None], lambda mean: torch.full_like(mean, 2.0))
@@ -646,7 +649,9 @@ def test_bad_latents(vae, pixels, tmp_path):
     odd = make_dataset(tmp_path / "odd.zip", random_images(1, size=9))
     fails_with(run_cli(dataset_tool, "encode", f"--source={odd}", *args), "divisible by 8, not 9")
     bad = [f"--source={pixels}", f"--dest={tmp_path / 'y.zip'}", f"--model-url={tmp_path / 'nowhere'}", "--offline"]
-    fails_with(run_cli(dataset_tool, "encode", *bad), "nowhere could not be loaded")
+    fails_with(
+        run_cli(dataset_tool, "encode", *bad), "nowhere could not be loaded", "python -m training.snapshot prefetch"
+    )
     bad = make_dataset(tmp_path / "nan.zip", {"a.npy": npy(np.full([8, 2, 2], np.nan, np.float32))})
     fails_with(run_cli(dataset_tool, "decode", f"--source={bad}", *args), "the latents hold NaN")
 

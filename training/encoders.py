@@ -1,15 +1,17 @@
 """Encoders between stored data (pixels or raw latents) and what the diffusion model sees."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from dnnlib.util import UserError, offline
+from dnnlib.util import OFFLINE_VARIABLE, UserError, offline, one_line
 from training.dataset import ImageFolderDataset
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
+PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
 FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of the published models
 
 
@@ -71,14 +73,15 @@ class StabilityVAEEncoder(Encoder):
     mean 0 and standard deviation 0.5. Pixels go in as [0, 1], as the published latents were made.
 
     Args:
-        vae_name: name or folder of a diffusers AutoencoderKL, loaded when pixels are first needed.
+        vae_name: a diffusers AutoencoderKL, loaded when pixels are first needed: a name on the Hugging Face hub, a
+            folder, or a .safetensors file (beside its config.json, or with the configuration of the published VAE).
         raw_mean, raw_std: statistics of the raw latents, per channel.
         batch_size: images per call of the VAE.
     """
 
     def __init__(
         self,
-        vae_name: str = "stabilityai/sd-vae-ft-mse",
+        vae_name: str = PUBLISHED_VAE,
         raw_mean: Sequence[float] = (5.81, 3.25, 0.12, -2.15),
         raw_std: Sequence[float] = (4.17, 4.62, 3.71, 3.28),
         batch_size: int = 8,
@@ -109,11 +112,20 @@ class StabilityVAEEncoder(Encoder):
                 raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
             try:
                 if self.vae_name.endswith(".safetensors"):
-                    vae = AutoencoderKL.from_single_file(self.vae_name, local_files_only=offline())
+                    folder = os.path.dirname(self.vae_name) or "."
+                    described = os.path.isfile(os.path.join(folder, "config.json"))
+                    config = folder if described else PUBLISHED_VAE
+                    vae = AutoencoderKL.from_single_file(self.vae_name, config=config, local_files_only=offline())
                 else:
                     vae = AutoencoderKL.from_pretrained(self.vae_name, use_safetensors=True, local_files_only=offline())
             except (OSError, ValueError) as err:
-                reason = str(err).strip().splitlines()[0]
+                reason = one_line(str(err).strip().splitlines()[0])
+                if offline() and not os.path.exists(self.vae_name):
+                    reason = (
+                        f"no network is wanted ({OFFLINE_VARIABLE}=1), and it is not in the cache of huggingface_hub; "
+                        f"fetch it where there is one: python -m training.snapshot prefetch hf://{self.vae_name}/config.json "
+                        f"hf://{self.vae_name}/diffusion_pytorch_model.safetensors"
+                    )
                 raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None
             self._vae = vae.eval().requires_grad_(False)
         return self._vae.to(device)
