@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import torch
 from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli
@@ -351,6 +352,9 @@ def test_killed_and_resumed(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert partial.exists() and not (tmp_path / "out.zip").exists()
+    while any(str(tmp_path) in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.1)
     for dest, extra in (("out.zip", ["--resume"]), ("other.zip", [])):
         assert run_cli(dataset_tool, "convert", *options, f"--dest={tmp_path / dest}", *extra).exit_code == 0
     assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "other.zip").read_bytes()

@@ -11,6 +11,8 @@ import os
 import signal
 import struct
 import sys
+import threading
+import time
 import warnings
 import zlib
 from collections import deque
@@ -445,7 +447,9 @@ def _in_order(task: "_Task", chunks: Iterator[Any], workers: int) -> Generator[l
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with (
         warnings.catch_warnings(),
-        concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt) as pool,
+        concurrent.futures.ProcessPoolExecutor(
+            workers, context, initializer=_begin_worker, initargs=(os.getpid(),)
+        ) as pool,
     ):
         warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
         under_way: deque[concurrent.futures.Future] = deque()
@@ -463,9 +467,16 @@ def _in_order(task: "_Task", chunks: Iterator[Any], workers: int) -> Generator[l
                 future.cancel()
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C is the main process's to answer."""
+def _begin_worker(parent: int) -> None:
+    """Ctrl-C is the main process's to answer; without that process, a worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def default_workers() -> int:

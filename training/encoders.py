@@ -123,8 +123,8 @@ class StabilityVAEEncoder(Encoder):
                 if offline() and not os.path.exists(self.vae_name):
                     reason = (
                         f"no network is wanted ({OFFLINE_VARIABLE}=1), and it is not in the cache of huggingface_hub; "
-                        f"fetch it where there is one: python -m training.snapshot prefetch hf://{self.vae_name}/config.json "
-                        f"hf://{self.vae_name}/diffusion_pytorch_model.safetensors"
+                        "fetch it where there is one: python -m training.snapshot prefetch "
+                        f"hf://{self.vae_name}/config.json hf://{self.vae_name}/diffusion_pytorch_model.safetensors"
                     )
                 raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None
             self._vae = vae.eval().requires_grad_(False)
