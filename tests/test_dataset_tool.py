@@ -73,7 +73,9 @@ def test_golden_transforms(name, transform, width, height):
     golden = np.load(GOLDEN / "dataset_tool.npz")
     for i in range(5):
         made = make_transform(transform, width, height)(golden[f"source{i}"])
-        np.testing.assert_array_equal(made, golden[f"{name}_{i}"])
+        # Pillow 13 rounds otherwise when width and height change by different factors; the golden values are its.
+        older = int(PIL.__version__.split(".")[0]) < 13
+        np.testing.assert_allclose(made.astype(int), golden[f"{name}_{i}"].astype(int), rtol=0, atol=2 if older else 0)
 
 
 @pytest.mark.parametrize(("count", "size", "seed"), [(100, 10, 0), (100, 10, 3), (7, 7, 0)])
