@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from dnnlib.util import CommandGroup, UserError, offline_option, parsed_by
+from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by
 from torch_utils import distributed, misc
 from training.conversion import ImageSettings, convert_images, decode_latents, default_workers, encode_images
 from training.dataset import ImageFolderDataset
@@ -16,8 +15,7 @@ from training.dataset_check import check_dataset
 from training.encoders import StabilityVAEEncoder
 from training.image_sources import open_source, read_label_file
 from training.image_transforms import TRANSFORMS
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from training.networks_edm2 import PRECISIONS
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -138,13 +136,7 @@ def latent_options(command: Any) -> Any:
             default="fp32",
             show_default=True,
         ),
-        click.option(
-            "--device",
-            help="Where to compute; auto = the first of cuda, mps, cpu that is there",
-            type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-            default="auto",
-            show_default=True,
-        ),
+        device_option,
         resume_option,
         offline_option,
     ]

@@ -9,7 +9,16 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, given_options, is_url, offline_option, parse_int_list, parsed_by
+from dnnlib.util import (
+    CommandLine,
+    UserError,
+    device_option,
+    given_options,
+    is_url,
+    offline_option,
+    parse_int_list,
+    parsed_by,
+)
 from torch_utils import distributed, misc
 from training.generation import generate_images, image_path, load_image_network
 from training.presets import GENERATION_PRESETS, generation_table, unknown_preset
@@ -191,13 +200,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     default="auto",
     show_default=True,
 )
-@click.option(
-    "--device",
-    help="Where to compute; auto = the first of cuda, mps, cpu that is there",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-)
+@device_option
 @click.option("--skip-existing", help="Skip seeds whose image is there", is_flag=True)
 @click.option(
     "--grid",

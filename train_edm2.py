@@ -8,7 +8,7 @@ import click
 import psutil
 import torch
 
-from dnnlib.util import CommandLine, UserError, parse_int_list, parse_nimg, parsed_by
+from dnnlib.util import CommandLine, UserError, device_option, parse_int_list, parse_nimg, parsed_by
 from torch_utils import distributed, misc
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
@@ -214,13 +214,7 @@ def note_missing_attention(config: TrainConfig) -> None:
 @click.option(
     "--bench", help="Let cuDNN choose its fastest kernels", metavar="BOOL", type=bool, default=True, show_default=True
 )
-@click.option(
-    "--device",
-    help="Where to train; auto = the first of cuda, mps, cpu that is there",
-    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
-    default="auto",
-    show_default=True,
-)
+@device_option
 @click.option(
     "--workers",
     help="Loader processes per training process  [default: 2 on CUDA, else 0]",

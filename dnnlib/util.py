@@ -128,6 +128,15 @@ def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
     return callback
 
 
+device_option = click.option(
+    "--device",
+    help="Where to compute; auto = the first of cuda, mps, cpu that is there",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
+
+
 def given_options(ctx: click.Context, leave_out: Iterable[str] = ()) -> list[str]:
     """The options that the user has given, as text in which a shell finds them again."""
     options = []

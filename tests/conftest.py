@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -116,6 +118,12 @@ def run_cli(command, *args) -> Result:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
+
+
+def torchrun(processes: int, *args, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a script of ours in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def fails_with(result: Result, *fragments: str, exit_code: int = 2) -> None:

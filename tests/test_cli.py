@@ -13,7 +13,19 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-from conftest import DIGITS, GOLDEN, ROOT, TINY, fails_with, make_dataset, png, random_images, run_cli, tiny_network
+from conftest import (
+    DIGITS,
+    GOLDEN,
+    ROOT,
+    TINY,
+    fails_with,
+    make_dataset,
+    png,
+    random_images,
+    run_cli,
+    tiny_network,
+    torchrun,
+)
 from write_cli_docs import render
 
 from count_flops import main as count_flops
@@ -337,16 +349,7 @@ def test_an_image_depends_on_its_seed_alone(snapshot_file, tmp_path):
         "--seeds=0-6",
         "--batch=2",
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *args,
-        f"--grid={tmp_path / 'd.png'}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = torchrun(2, *args, f"--grid={tmp_path / 'd.png'}", timeout=120)
     assert done.returncode == 0, done.stderr
     a, b, c, d = (images_in(tmp_path / name) for name in "abcd")
     assert a.keys() == d.keys() == b.keys() | c.keys()

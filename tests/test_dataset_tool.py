@@ -20,7 +20,7 @@ import PIL.Image
 import psutil
 import pytest
 import torch
-from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli
+from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli, torchrun
 
 from dataset_tool import main as dataset_tool
 from training.archives import DatasetWriter
@@ -608,18 +608,8 @@ def test_precision(precision, vae, pixels, tmp_path):
 
 def test_two_processes_encode_the_same(vae, pixels, tmp_path):
     run_tool("encode", f"--source={pixels}", f"--dest={tmp_path / 'one.zip'}", f"--model-url={vae}", "--batch=2")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "dataset_tool.py",
-        "encode",
-    ]
     options = [f"--source={pixels}", f"--dest={tmp_path / 'two.zip'}", f"--model-url={vae}", "--batch=2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = torchrun(2, "dataset_tool.py", "encode", *options)
     assert done.returncode == 0, done.stderr
     one, two = (ImageFolderDataset(tmp_path / f"{name}.zip") for name in ("one", "two"))
     assert labels_of(one) == labels_of(two)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from conftest import ROOT, fails_with, run_cli
+from conftest import ROOT, fails_with, run_cli, torchrun
 
 import dnnlib.util
 from dnnlib.util import RunError, UserError, open_url
@@ -466,17 +466,7 @@ def test_networks_at_urls(server, tmp_path, snapshot_file):
 
 def test_two_processes_with_a_wrong_address(server, tmp_path):
     server.script["/net.pkl"] = [status(404)]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "generate_images.py",
-    ]
-    done = subprocess.run(
-        [*command, f"--net={server.url}/net.pkl", f"--outdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = torchrun(2, "generate_images.py", f"--net={server.url}/net.pkl", f"--outdir={tmp_path}")
     assert done.returncode != 0
     assert done.stderr.count("the server says 404") == 1
     assert len(server.requests) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, ROOT, TINY, fails_with, make_dataset, npy, random_images, run_cli
+from conftest import DIGITS, ROOT, TINY, fails_with, make_dataset, npy, random_images, run_cli, torchrun
 
 from torch_utils.training_stats import Journal
 from train_edm2 import main as train
@@ -50,11 +50,6 @@ def assert_same_state(a, b, where=""):
 
 def largest_difference(a: dict, b: dict) -> float:
     return max(((a["net"][k] - b["net"][k]).norm() / b["net"][k].norm().clamp(min=1e-6)).item() for k in a["net"])
-
-
-def torchrun(processes: int, *args) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -283,9 +283,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         digest = hashlib.sha256()
         for base, file in enumerate(self._files):
             digest.update(f"{self._name(base)}\0{self._source.size(int(file))}\0".encode())
-        for base in (
-            np.linspace(0, len(self._files) - 1, min(len(self._files), FINGERPRINT_SAMPLES)).round().astype(int)
-        ):
+        for base in evenly_spaced(len(self._files), FINGERPRINT_SAMPLES):
             digest.update(struct.pack("<I", self._source.crc(int(self._files[base]))))
         if self._labels is not None:
             digest.update(np.ascontiguousarray(self._labels).tobytes())
@@ -370,6 +368,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if array.ndim == 2 and array.size > 0 and np.issubdtype(array.dtype, np.number) and np.isfinite(array).all():
             return array.astype(np.float32)
         raise UserError(f"{where}: labels must be all integers from 0 to {MAX_LABEL}, or all lists of finite numbers")
+
+
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Up to `most` of the indices below `count`, from the first to the last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def _size(shape: tuple[int, ...]) -> str:

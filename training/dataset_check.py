@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dnnlib.util import UserError, atomic_write
 from torch_utils.misc import drawable
-from training.dataset import ImageFolderDataset
+from training.dataset import ImageFolderDataset, evenly_spaced
 from training.encoders import FINAL_STD, StandardRGBEncoder, encoder_for, final_channels
 
 GRID_IMAGES, TILE = 64, 96  # of the contact sheet
@@ -110,7 +110,7 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     Neighbouring pixels of larger images agree, so that as much noise hides less of them: the levels go up by
     ln(resolution / 64) (Hoogeboom et al., "simple diffusion", ICML 2023, Eq. 4).
     """
-    chosen = [indices[i] for i in np.linspace(0, len(indices) - 1, min(len(indices), 2000)).round().astype(int)]
+    chosen = [indices[i] for i in evenly_spaced(len(indices), 2000)]
     encoder = encoder_for(dataset)
     generator = torch.Generator().manual_seed(0)
 
@@ -144,7 +144,7 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
 
 def save_contact_sheet(path: Path, dataset: ImageFolderDataset, indices: list[int]) -> None:
     """Evenly spaced images of a dataset with their labels, as PNG."""
-    chosen = [indices[i] for i in np.linspace(0, len(indices) - 1, min(len(indices), GRID_IMAGES)).round().astype(int)]
+    chosen = [indices[i] for i in evenly_spaced(len(indices), GRID_IMAGES)]
     images = drawable(torch.from_numpy(np.stack([dataset[i][0] for i in chosen])))
     columns = math.ceil(math.sqrt(len(chosen)))
     rows = math.ceil(len(chosen) / columns)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dnnlib.util import OFFLINE_VARIABLE, UserError, offline, one_line
-from training.dataset import ImageFolderDataset
+from training.dataset import ImageFolderDataset, evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
@@ -201,7 +201,7 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
         return StandardRGBEncoder()
     if final_channels(dataset) != dataset.num_channels:
         return StabilityVAEEncoder()
-    indices = np.linspace(0, len(dataset) - 1, min(len(dataset), max_items)).round().astype(int)
+    indices = evenly_spaced(len(dataset), max_items)
     moments = np.zeros([2, dataset.num_channels])
     for idx in indices:
         image = dataset[int(idx)][0].astype(np.float64)

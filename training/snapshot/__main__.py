@@ -13,6 +13,7 @@ from dnnlib.util import CommandGroup, UserError, is_url, offline_option, one_lin
 from torch_utils import safe_pickle
 from training.flops import count_parameters
 from training.metrics import load_stats, published_stats
+from training.networks_edm2 import PRECISIONS
 from training.presets import files_for
 from training.snapshot.files import (
     WRITERS,
@@ -26,10 +27,9 @@ from training.snapshot.files import (
 )
 from training.snapshot.hub import export_folder
 
-WEIGHT_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MEASURED = {"file", "bytes", "parameters", "tensors", "dtype"}  # what `inspect` finds out itself
 dtype_option = click.option(
-    "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(list(WEIGHT_TYPES))
+    "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(list(PRECISIONS))
 )
 
 
@@ -108,7 +108,7 @@ def plan_directory(source: Path, dest: Path, suffix: str) -> dict[str, Path]:
 
 def chosen_dtype(file: SnapshotFile, net: torch.nn.Module, dtype: str | None) -> torch.dtype:
     """The type asked for, or that of the weights in the file."""
-    return WEIGHT_TYPES[dtype] if dtype is not None else weights_dtype(file, net)
+    return PRECISIONS[dtype] if dtype is not None else weights_dtype(file, net)
 
 
 @main.command()
@@ -167,7 +167,7 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None) -
     What loads a snapshot loads the folder, too, and hf://owner/repo when it has been uploaded.
     """
     file = open_snapshot(source)
-    export_folder(file, dest, license_id, WEIGHT_TYPES.get(dtype or ""))
+    export_folder(file, dest, license_id, PRECISIONS.get(dtype or ""))
     print(dest)
 
 

@@ -16,7 +16,6 @@ from training.networks_toy import ToyModel
 FORMAT_VERSION = 1
 METADATA_KEY = "openedm2"  # under which the JSON block stands in a file
 ARCHITECTURES: dict[str, type[nn.Module]] = {"edm2.Precond": Precond, "toy.ToyModel": ToyModel}
-TENSOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def describe(net: nn.Module, encoder: Encoder, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from dnnlib.util import UserError, is_url, one_line, open_url
 from training.encoders import Encoder
-from training.snapshot.description import TENSOR_DTYPES, build, checked_metadata, describe, misfit
+from training.networks_edm2 import PRECISIONS
+from training.snapshot.description import build, checked_metadata, describe, misfit
 from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published import PublishedFile, write_published
 
@@ -122,7 +123,7 @@ def build_for(file: SnapshotFile) -> tuple[nn.Module, Encoder]:
     for name in file.names:
         if file.shape(name) != wanted[name]:
             raise misfit(str(file.path), f"{name} is {list(file.shape(name))} instead of {list(wanted[name])}")
-        if file.dtype(name) not in TENSOR_DTYPES:
+        if file.dtype(name) not in PRECISIONS.values():
             raise misfit(str(file.path), f"{name} is not of type float32, float16 or bfloat16")
     return net, encoder
 
