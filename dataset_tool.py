@@ -13,16 +13,21 @@ from training.conversion import ImageSettings, convert_images, decode_latents, d
 from training.dataset import ImageFolderDataset
 from training.dataset_check import check_dataset
 from training.encoders import StabilityVAEEncoder
-from training.image_sources import open_source, read_label_file
+from training.image_sources import SPLITS, open_source, read_label_file
 from training.image_transforms import TRANSFORMS
 from training.networks_edm2 import PRECISIONS
 
+MAX_RESOLUTION = 8192
+
 
 def parse_resolution(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if match is None or 0 in (int(match[1]), int(match[2])):
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if match is None or max(len(match[1]), len(match[2])) > 9:
         raise UserError(f"{text!r} is not of the form WxH, such as 512x512")
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if max(width, height) > MAX_RESOLUTION:
+        raise UserError(f"{text!r} is above {MAX_RESOLUTION}x{MAX_RESOLUTION}")
+    return width, height
 
 
 @click.group(cls=CommandGroup)
@@ -64,6 +69,13 @@ resume_option = click.option("--resume", help="Go on with what an interrupted ru
     metavar="FILE",
     type=click.Path(path_type=Path),
 )
+@click.option(
+    "--split",
+    help="Part of the dataset, of sources whose files name their part (CIFAR, MNIST, Hugging Face)",
+    type=click.Choice([*SPLITS, "all"]),
+    default="train",
+    show_default=True,
+)
 @click.option("--workers", help="Worker processes  [default: all cores]", metavar="INT", type=click.IntRange(min=1))
 @click.option(
     "--on-error",
@@ -81,6 +93,7 @@ def convert(
     resolution: tuple[int, int] | None,
     channels: str,
     labels: Path | None,
+    split: str,
     workers: int | None,
     on_error: str,
     resume: bool,
@@ -98,7 +111,7 @@ def convert(
       # CIFAR-10, as it is published
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
     """
-    opened = [open_source(path) for path in sources]
+    opened = [open_source(path, split) for path in sources]
     width, height = resolution or (None, None)
     given = read_label_file(labels) if labels is not None else None
     settings = ImageSettings(transform, width, height, int(channels))

@@ -97,8 +97,10 @@ def _one_line_errors() -> Iterator[None]:
             raise  # prints the help
         raise _BadInput(err.format_message()) from err
     except UserError as err:
-        # From a loader process the message comes with a traceback before it.
-        raise _BadInput(str(err).strip().splitlines()[-1].removeprefix("dnnlib.util.UserError: ")) from err
+        text = str(err).strip()
+        if "Traceback" in text:  # from a loader process; the message follows
+            text = text.splitlines()[-1].removeprefix("dnnlib.util.UserError: ")
+        raise _BadInput(" ".join(text.splitlines())) from err
     except RunError as err:
         raise click.ClickException(str(err)) from err
     except MemoryError as err:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import DIGITS, make_dataset, npy, png, random_images
 
+import training.dataset
 from dnnlib.util import UserError
-from training.dataset import ImageFolderDataset, RunSampler, collate, dataset_indices, leave_process_group
+from training.dataset import ImageFolderDataset, RunSampler, begin_loader_process, collate, dataset_indices
 from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for, final_channels
 
 GOLDEN_SUBSETS = np.load(DIGITS.parent.parent / "tests" / "golden" / "dataset_tool.npz")
@@ -153,9 +154,32 @@ def test_loader_processes_give_the_same_batches():
         )
         return [images for images, _labels in (x for _, x in zip(range(3), loader, strict=False))]
 
-    spawned = batches(num_workers=2, multiprocessing_context="spawn", worker_init_fn=leave_process_group)
+    spawned = batches(num_workers=2, multiprocessing_context="spawn", worker_init_fn=begin_loader_process)
     for a, b in zip(batches(), spawned, strict=True):
         assert torch.equal(a, b)
+
+
+PNGS = [(mode, size) for mode in ("L", "LA", "RGB", "RGBA") for size in ((1, 1), (7, 7), (64, 64))]
+
+
+@pytest.mark.parametrize("decoder", ["pyspng", "Pillow"])
+@pytest.mark.parametrize(("mode", "size"), PNGS)
+def test_both_png_decoders(decoder, mode, size, tmp_path, monkeypatch):
+    if decoder == "pyspng":
+        pytest.importorskip("pyspng")
+    else:
+        monkeypatch.setattr(training.dataset, "pyspng", None)
+    shape = [*size, {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}[mode]]
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels[::2] //= 16  # rows of both kinds of filters
+    path = make_dataset(tmp_path / "d", {"0.png": png(pixels[:, :, 0] if mode == "L" else pixels)})
+    np.testing.assert_array_equal(ImageFolderDataset(path)[0][0], pixels.transpose(2, 0, 1))
+    data = (path / "0.png").read_bytes()
+    middle = data.index(b"IDAT") + 8
+    for damaged in (data[:middle], data[:30], data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]):
+        (path / "0.png").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read 0.png"):
+            ImageFolderDataset(path)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import signal
 import struct
 import subprocess
@@ -225,12 +224,21 @@ def test_cifar(folder, key, tmp_path):
     train, test = ("data_batch_1", "test_batch") if key == "labels" else ("train", "test")
     files = {
         f"{folder}/{test}": python2_batch(pixels[3:], [7, 8], key),
-        f"{folder}/{train}": python2_batch(pixels[:3], [1, 2, 3], key),
+        f"./{folder}/{train}": python2_batch(pixels[:3], [1, 2, 3], key),
         f"{folder}/readme.html": b"x",
     }
     dataset = convert(tmp_path, make_tar(tmp_path / "cifar.tar.gz", files, "w:gz"))
-    assert labels_of(dataset) == [1, 2, 3, 7, 8]
-    np.testing.assert_array_equal([dataset[i][0] for i in range(5)], pixels.reshape(5, 3, 32, 32))
+    assert labels_of(dataset) == [1, 2, 3]
+    for split, expected in {"all": [1, 2, 3, 7, 8], "test": [7, 8]}.items():
+        options = [f"--split={split}", "--workers=1"]
+        dataset = convert(tmp_path, tmp_path / "cifar.tar.gz", dest=f"{split}.zip", options=options)
+        assert labels_of(dataset) == expected
+        np.testing.assert_array_equal([image for image, _ in dataset], pixels[-len(expected) :].reshape(-1, 3, 32, 32))
+    options = ["--split=validation"]
+    fails_with(
+        convert(tmp_path, tmp_path / "cifar.tar.gz", dest="v.zip", ok=False, options=options),
+        "no validation data in it: choose --split=train or test or all",
+    )
 
 
 def idx_file(array: np.ndarray) -> bytes:
@@ -247,6 +255,47 @@ def test_mnist(packed, tmp_path):
     dataset = convert(tmp_path, source, options=["--channels=1", "--workers=1"])
     assert labels_of(dataset) == [3, 1, 4, 1]
     np.testing.assert_array_equal([dataset[i][0][0] for i in range(4)], pixels)
+
+
+def test_folder_of_mnist(tmp_path):
+    """Training and test images; labels compressed or not; single channels apart."""
+    pixels = RNG.integers(0, 256, [5, 8, 8, 1], dtype=np.uint8)
+    source = tmp_path / "mnist"
+    source.mkdir()
+    for part, start, stop in (("t10k", 0, 2), ("train", 2, 5)):
+        (source / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_file(pixels[start:stop])))
+        (source / f"{part}-labels-idx1-ubyte").write_bytes(idx_file(np.arange(start, stop, dtype=np.uint8)))
+    assert labels_of(convert(tmp_path, source)) == [2, 3, 4]
+    dataset = convert(tmp_path, source, dest="all.zip", options=["--split=all", "--channels=1", "--workers=1"])
+    assert labels_of(dataset) == [2, 3, 4, 0, 1]
+    np.testing.assert_array_equal([image[0] for image, _ in dataset], pixels[[2, 3, 4, 0, 1], :, :, 0])
+    (source / "train-labels-idx1-ubyte").write_bytes(idx_file(np.zeros([2], np.uint8)))
+    fails_with(convert(tmp_path, source, dest="b.zip", ok=False), "3 images, but labels of shape [2]")
+
+
+def test_tar_of_class_folders(tmp_path):
+    files = {f"{c}/{i}.png": encoded(image(8, 8, seed=i)) for c in ("dog", "cat") for i in range(2)}
+    assert labels_of(convert(tmp_path, make_tar(tmp_path / "a.tar", files))) == [1, 1, 0, 0]
+    files["dataset.json"] = json.dumps({"labels": [[name, 7] for name in files]}).encode()
+    path = make_tar(tmp_path / "b.tar.gz", {f"./{name}": data for name, data in files.items()}, "w:gz")
+    assert labels_of(convert(tmp_path, path, dest="b.zip")) == [7, 7, 7, 7]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_files_of_equal_names(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for seed in range(2):
+            archive.writestr("a.png", encoded(image(8, 8, seed=seed)))
+    make_tar(
+        tmp_path / "x.tar",
+        {"a.png": encoded(image(8, 8, seed=0)), "a.PNG": encoded(image(8, 8, seed=1)), "a.cls": b"4"},
+    )
+    for name in ("x.zip", "x.tar"):
+        dataset = convert(tmp_path, tmp_path / name, dest=f"{name}.out.zip")
+        np.testing.assert_array_equal(
+            [pixels for pixels, _ in dataset], [image(8, 8, seed=seed).transpose(2, 0, 1) for seed in range(2)]
+        )
+    assert labels_of(dataset) == [4, 4]
 
 
 def test_webdataset_shards(tmp_path):
@@ -274,6 +323,16 @@ def test_parquet(tmp_path):
     dataset = convert(tmp_path, tmp_path / "data")
     assert labels_of(dataset) == [0, 5, 6, 1, 5, 6]
     np.testing.assert_array_equal(dataset[4][0], image(8, 8, seed=1).transpose(2, 0, 1))
+    # Other columns of bytes, other kinds of bytes, names of classes, rows without an image.
+    columns = {"thumbnail": [b"x", b"y"], "image": pa.array([encoded(image(8, 8)), None], pa.large_binary())}
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table({**columns, "label": [1, 0]}).replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "named.parquet")
+    result = convert(tmp_path, tmp_path / "named.parquet", dest="n.zip", ok=False, options=["--on-error=skip"])
+    assert result.exit_code == 0 and "named.parquet[1]: cannot be read: no image in column image" in result.output
+    assert labels_of(ImageFolderDataset(tmp_path / "n.zip")) == [1]
+    with zipfile.ZipFile(tmp_path / "n.zip") as archive:
+        assert json.loads(archive.read("report.json"))["classes"] == ["cat", "dog"]
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     fails_with(
         convert(tmp_path, tmp_path / "other.parquet", dest="x.zip", ok=False), "no column of images", "there are a"
@@ -296,6 +355,7 @@ def test_lmdb(tmp_path):
         ("filename,label\n0.png,3\n1.png,1\n", [3, 1]),
         ("0.png,3\n1.png,1\n", [3, 1]),
         ("a/0.png,zebra\na/1.png,ant\n", [1, 0]),
+        ("./0.png, 3\n0//../1.png,1\n", [3, 1]),
     ],
 )
 def test_label_files(text, expected, tmp_path):
@@ -330,7 +390,7 @@ def test_resume(dest, tmp_path):
     assert not (tmp_path / dest).exists() and (tmp_path / f"{dest}.partial").exists()
     fails_with(convert(tmp_path, source, dest=dest, ok=False), "an interrupted run left this: go on with --resume")
     result = convert(tmp_path, source, dest=dest, ok=False, options=["--resume", "--max-images=50"])
-    fails_with(result, "begun with other options")
+    fails_with(result, "begun with other max_images")
     broken.write_bytes(whole)
     if dest == "out.zip":
         with open(tmp_path / "out.zip.partial", "ab") as f:
@@ -340,6 +400,45 @@ def test_resume(dest, tmp_path):
     assert not list(tmp_path.glob("*.partial*"))
     if dest == "out.zip":
         assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "wholeout.zip").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["an image more", "an image less", "another image", "other size"])
+def test_resume_with_another_source(change, tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i:02d}.png": encoded(image(8, 8, seed=i)) for i in range(40)})
+    (source / "30.png").write_bytes(b"broken")
+    fails_with(convert(tmp_path, source, ok=False), "30.png: cannot be read")
+    (source / "30.png").write_bytes(encoded(image(9, 9) if change == "other size" else image(8, 8, seed=30)))
+    if change == "an image more":
+        (source / "10a.png").write_bytes(encoded(image(8, 8, seed=99)))
+    elif change == "an image less":
+        (source / "10.png").unlink()
+    elif change == "another image":
+        (source / "10.png").write_bytes(encoded(image(8, 8, seed=99)))
+    result = convert(tmp_path, source, ok=False, options=["--resume", "--workers=1"])
+    if change == "other size":
+        fails_with(result, "30.png is 9x9, but 00.png 8x8")
+    else:
+        fails_with(result, "has changed since", "delete that to start anew")
+
+
+def test_resume_that_leaves_out_what_stopped_it(tmp_path):
+    source = folder_of_classes(tmp_path / "src", count=20)
+    (source / "cat" / "0.png").write_bytes(b"broken")
+    (source / "dog" / "5.png").write_bytes(b"broken")
+    convert(tmp_path, source, ok=False)
+    result = convert(tmp_path, source, ok=False, options=["--resume", "--on-error=skip", "--workers=1"])
+    assert result.exit_code == 0 and "38 images" in result.output
+
+
+def test_one_run_at_a_time(tmp_path):
+    writer = DatasetWriter(tmp_path / "out.zip", {})
+    fails_with(
+        convert(tmp_path, folder_of_classes(tmp_path / "src"), ok=False, options=["--resume"]), "another run is making"
+    )
+    writer.write("a.png", b"x")
+    writer.finish()
+    (tmp_path / "out.zip").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_killed_and_resumed(tmp_path):
@@ -431,10 +530,67 @@ def test_bad_sources(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def damaged(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :]
+
+
+def test_damaged_containers(tmp_path):
+    """Whatever is wrong with them is told in one line that names them."""
+    files = {f"{i}.png": encoded(image(64, 64, seed=i)) for i in range(9)}
+    tar = make_tar(tmp_path / "whole.tar", files).read_bytes()
+    second = 512 * (1 + -(-len(files["0.png"]) // 512))
+    packed = gzip.compress(tar)
+    whole_zip = make_dataset(tmp_path / "whole.zip", files).read_bytes()
+    batch = {"cifar-10-batches-py/data_batch_1": python2_batch(np.zeros([5, 3072], np.uint8), [1] * 5, "labels")}
+    cifar = make_tar(tmp_path / "cifar.tar.gz", batch, "w:gz").read_bytes()
+    containers = {
+        "header.tar": damaged(tar, second),
+        "flipped.tar.gz": damaged(packed, len(packed) // 2),
+        "cut.tar.gz": packed[: len(packed) // 2],
+        "directory.zip": damaged(whole_zip, whole_zip.index(b"PK\1\2") + 1),
+        "cut-cifar.tar.gz": cifar[: len(cifar) // 2],
+        "flipped-cifar.tar.gz": damaged(cifar, len(cifar) // 2),
+        "cut.idx.gz": gzip.compress(idx_file(np.zeros([5, 8, 8], np.uint8)))[:-9],
+        "cut.idx": idx_file(np.zeros([5, 8, 8], np.uint8))[:-9],
+        "flat.idx": idx_file(np.zeros([5, 0, 8], np.uint8)),
+        "x.parquet": b"PAR1 and nothing else",
+    }
+    for name, data in containers.items():
+        (tmp_path / name).write_bytes(data)
+        fragment = "cannot be read" if name == "flipped.tar.gz" else name  # that is its image, too
+        fails_with(convert(tmp_path, tmp_path / name, ok=False), fragment)
+        for left in tmp_path.glob("out*"):
+            left.unlink()
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "data.mdb").write_bytes(bytes(9000))
+    fails_with(convert(tmp_path, tmp_path / "db", ok=False), "db: damaged")
+
+
+def test_damaged_entries_can_be_left_out(tmp_path):
+    data = make_dataset(tmp_path / "x.zip", {"a.png": png(image(8, 8)), "b.png": png(image(8, 8))}).read_bytes()
+    (tmp_path / "x.zip").write_bytes(damaged(data, data.index(b"IDAT") + 9))
+    make_dataset(tmp_path / "folder", {"b.png": png(image(8, 8))})
+    (tmp_path / "folder" / "a.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "folder" / "c.png")  # reading it would wait for ever
+    for name, reason in (("x.zip", "Bad CRC-32"), ("folder", "No such file")):
+        result = convert(tmp_path, tmp_path / name, dest=f"{name}.out", ok=False, options=["--on-error=skip"])
+        assert result.exit_code == 0, result.output
+        assert f"left out: a.png: cannot be read: {reason}" in result.output
+        assert len(ImageFolderDataset(tmp_path / f"{name}.out")) == 1
+    fails_with(convert(tmp_path, tmp_path / "x.zip", ok=False), "a.png: cannot be read: Bad CRC-32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_names_that_are_no_text(tmp_path):
+    (tmp_path / "src").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "src") + b"/\xff.png")).write_bytes(b"broken")
+    fails_with(convert(tmp_path, tmp_path / "src", ok=False), "\ufffd.png: cannot be read")
+
+
 def test_sizes(tmp_path):
     mixed = make_dataset(tmp_path / "mixed", {"a.png": png(image(8, 8)), "b.png": png(image(9, 9))})
     fails_with(convert(tmp_path, mixed, ok=False), "b.png is 9x9, but a.png 8x8", "--resolution")
-    shutil.rmtree(tmp_path / "out.zip.partial", ignore_errors=True)
+    assert not list(tmp_path.glob("out.zip*"))  # so that the corrected command works
     wide = make_dataset(tmp_path / "wide", {"a.png": png(image(8, 9))})
     fails_with(convert(tmp_path, wide, dest="b.zip", ok=False), "a.png is 9x8, not square", "--transform")
     options = ["--transform=center-crop-wide", "--resolution=64x32"]
@@ -447,6 +603,7 @@ def test_sizes(tmp_path):
     [
         (["--resolution=64"], "'64' is not of the form WxH"),
         (["--resolution=0x8"], "'0x8' is not of the form"),
+        (["--resolution=99999x99999"], "above 8192x8192"),
         (["--transform=center-crop"], "needs --resolution"),
         (["--transform=center-crop", "--resolution=8x4"], "must be NxN"),
         (["--transform=center-crop-wide", "--resolution=4x8"], "for wide images"),
@@ -469,7 +626,19 @@ def test_labels_that_do_not_fit(tmp_path):
     (tmp_path / "l.csv").write_text("0.png,1\n0.png,2\n")
     fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "0.png is there twice, as 1 and 2")
     (tmp_path / "l.csv").write_text("0.png,1,2\n")
-    fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "row 1 has 3 columns")
+    fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "'0.png,1,2' is not of the form")
+    for text, fragment in {
+        "0.png,\n": "'0.png,' is not of the form filename,label",
+        "filename,label\n": "holds no labels",
+        "0.png,1\n1.png,-1\n": "'-1' beside other labels",
+        "0.png,1.5\n": "'1.5' beside other labels",
+        "0.png," + "1" * 5000 + "\n": "1' beside other labels",
+        "a/0.png,1\nb/0.png,2\n": "none for 5 images, such as 0.png",
+    }.items():
+        (tmp_path / "l.csv").write_text(text)
+        fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), fragment)
+        for left in tmp_path.glob("b.zip.partial*"):
+            left.unlink()
 
 
 @pytest.mark.parametrize(
@@ -512,6 +681,15 @@ def test_existing_destination(tmp_path):
     (tmp_path / "out.zip").write_bytes(b"mine")
     fails_with(convert(tmp_path, folder_of_classes(tmp_path / "src"), ok=False), "out.zip: is there already")
     assert (tmp_path / "out.zip").read_bytes() == b"mine"
+
+
+def test_full_disk_from_the_first_image_on(tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i}.png": encoded(image(64, 64, seed=i)) for i in range(40)})
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); import dataset_tool; dataset_tool.main(['convert', '--source={source}', '--dest={tmp_path / 'out'}', '--workers=1'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"Error: File too large: {tmp_path / 'out.partial/00000/img00000000.png'}\n"
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_full_disk(tmp_path):
@@ -691,6 +869,9 @@ def test_check_finds_what_is_wrong(tmp_path):
     text = run_cli(dataset_tool, "check", path)
     assert text.exit_code == 1 and "PROBLEM: " in text.output
     fails_with(run_cli(dataset_tool, "check", tmp_path / "nowhere"), "no such dataset")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"broken")
+    assert "cannot read 0.png" in check(tmp_path / "bad", exit_code=1)["problems"][0]
 
 
 def test_check_latents(tmp_path):

@@ -2,10 +2,14 @@
 
 import json
 import os
+import shutil
 import struct
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from dnnlib.util import UserError, atomic_write, naming_errors
 
@@ -39,29 +43,62 @@ class DatasetWriter:
         if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
             raise UserError(f"--dest={dest}: is there already: choose another name, or delete it")
         self.partial = dest.with_name(f"{dest.name}.partial")
+        self._useless = False
         self._options_file = dest.with_name(f"{dest.name}.partial.json")
         dest.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(options, indent=2)
+        self._lock = filelock.FileLock(dest.with_name(f"{dest.name}.partial.lock"), timeout=0)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"--dest={dest}: another run is making it: wait for it, or stop it") from None
+        try:
+            self._begin(options, resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _begin(self, options: dict[str, Any], resume: bool) -> None:
         if self.partial.exists() or self._options_file.exists():
             if not resume:
                 raise UserError(f"{self.partial}: an interrupted run left this: go on with --resume, or delete it")
-            before = self._options_file.read_text() if self._options_file.is_file() else ""
-            if before != text:
-                raise UserError(f"--resume: {self.partial} was begun with other options ({self._options_file})")
+            try:
+                before = json.loads(self._options_file.read_text())
+                changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
+            except (OSError, ValueError, TypeError, AttributeError):
+                changed = ["options"]
+            if changed:
+                raise UserError(
+                    f"--resume: {self.partial} was begun with other {', '.join(changed)} (see {self._options_file}): "
+                    "delete both to start anew"
+                )
         with atomic_write(self._options_file, "w") as f:
-            f.write(text)
-        self._files = _ZipFiles(self.partial) if dest.suffix == ".zip" else _FolderFiles(self.partial)
-        self.names = self._files.names  # what is there
+            json.dump(options, f, indent=2)
+        is_zip = self.dest.suffix.lower() == ".zip"
+        self._files = _ZipFiles(self.partial) if is_zip else _FolderFiles(self.partial)
+        self.names: Collection[str] = self._files.names  # what is there
+
+    def _unlock(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
     def write(self, name: str, data: bytes) -> None:
         self._files.write(name, data)
 
+    def crc(self, name: str) -> int:
+        """CRC-32 of a file that is there."""
+        return self._files.crc(name)
+
+    def discard(self) -> None:
+        """Keep nothing: what is there is of no use."""
+        self._useless = True
+
     def close(self) -> None:
         """Stop; what is there stays to go on from."""
         self._files.close()
-        if not self.names:
-            self.partial.rmdir() if self.partial.is_dir() else self.partial.unlink()
+        if self._useless or not self.names:
+            shutil.rmtree(self.partial) if self.partial.is_dir() else self.partial.unlink()
             self._options_file.unlink()
+        self._unlock()
 
     def finish(self) -> None:
         """Give the complete dataset its name."""
@@ -70,6 +107,7 @@ class DatasetWriter:
             self.dest.rmdir()
         os.replace(self.partial, self.dest)
         self._options_file.unlink()
+        self._unlock()
 
 
 class _FolderFiles:
@@ -77,12 +115,17 @@ class _FolderFiles:
         self.path = path
         path.mkdir(exist_ok=True)
         files = (Path(root) / name for root, _folders, names in os.walk(path) for name in names)
-        self.names = {file.relative_to(path).as_posix() for file in files if not file.name.endswith(".tmp")}
+        # An empty file is one that the disk had not got yet when the power failed.
+        whole = (file for file in files if not file.name.endswith(".tmp") and file.stat().st_size > 0)
+        self.names = {file.relative_to(path).as_posix() for file in whole}
 
     def write(self, name: str, data: bytes) -> None:
         with atomic_write(self.path / name, sync=False) as f:
             f.write(data)
         self.names.add(name)
+
+    def crc(self, name: str) -> int:
+        return zlib.crc32((self.path / name).read_bytes())
 
     def close(self) -> None:
         pass
@@ -100,7 +143,8 @@ class _ZipFiles:
 
     def __init__(self, path: Path):
         self.path = path
-        self.names: set[str] = set()
+        self._crcs: dict[str, int] = {}
+        self.names = self._crcs.keys()
         self._directory = bytearray()
         self._count = 0
         with naming_errors(path):
@@ -143,7 +187,10 @@ class _ZipFiles:
         fields = (UNIX | VERSION, VERSION, UTF8, STORED, 0, DATE, crc, size, size, len(name), len(extra), 0, 0, 0, mode)
         self._directory += CENTRAL.pack(b"PK\1\2", *fields, min(position, MAX32)) + name + extra
         self._count += 1
-        self.names.add(name.decode())
+        self._crcs[name.decode()] = crc
+
+    def crc(self, name: str) -> int:
+        return self._crcs[name]
 
     def close(self) -> None:
         self._f.close()

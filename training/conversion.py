@@ -16,8 +16,8 @@ import time
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ from tqdm import tqdm
 from dnnlib.util import RunError, UserError, one_line
 from torch_utils import distributed
 from training.archives import DatasetWriter
-from training.dataset import MAX_LABEL, ImageFolderDataset
+from training.dataset import MAX_LABEL, ImageFolderDataset, evenly_spaced
 from training.encoders import StabilityVAEEncoder, whiten
 from training.image_sources import Label, Source, SourceImage
 from training.image_transforms import decode_image, make_transform
 
 CHUNK = 16  # images that a worker gets at a time
+MADE_AGAIN = 64  # images, to see that the source is the same
 AHEAD = 4  # chunks per worker that may be under way
 
 
@@ -103,8 +104,6 @@ def convert_images(
         resolution=None if settings.width is None else [settings.width, settings.height],
         channels=settings.channels,
         max_images=max_images,
-        labels=labels is not None,
-        on_error=on_error,
     )
     total = None if any(source.count is None for source in sources) else sum(source.count or 0 for source in sources)
     total = max_images if total is None else min(total, max_images or total)
@@ -132,15 +131,15 @@ def _convert(
     first: Converted | None = None
     images = itertools.islice(itertools.chain.from_iterable(source.images() for source in sources), max_images)
     # Closed before an error leaves, so that the workers end in order.
-    work = _in_order(_Task(settings), _chunks(images, writer.names, total), workers)
+    work = _in_order(_Task(settings), _chunks(images, writer.names), workers)
     with (
         contextlib.closing(work),
         tqdm(total=total, unit="img", disable=None, dynamic_ncols=True) as progress,
     ):
         for result in itertools.chain.from_iterable(work):
             progress.update()
-            done = image_name(result.index) in writer.names
-            if result.png is None and not done:
+            name = image_name(result.index)
+            if result.png is None and name not in writer.names:
                 if not result.is_error:
                     report.too_small += 1
                 elif on_error == "fail":
@@ -151,10 +150,18 @@ def _convert(
             if result.png is not None:
                 if first is None:
                     first = result
-                _check_size(result, first)
-                if not done:
-                    writer.write(image_name(result.index), result.png)
-            listed.add(image_name(result.index), result)
+                problem = _size_problem(result, first)
+                if problem:
+                    writer.discard()  # they have to be made in another way
+                    raise UserError(problem)
+                if name not in writer.names:
+                    writer.write(name, result.png)
+                elif zlib.crc32(result.png) != writer.crc(name):
+                    raise UserError(
+                        f"--resume: {result.name} has changed since {writer.partial} was begun: "
+                        "delete that to start anew"
+                    )
+            listed.add(name, result)
             report.written += 1
     if report.written == 0:
         if report.too_small > 0:
@@ -163,19 +170,21 @@ def _convert(
                 f"with --transform={settings.transform}: choose a lower one"
             )
         raise UserError(f"no images in {', '.join(str(source.path) for source in sources)} could be converted")
-    report.classes = listed.classes()
+    named = sources[0].classes if all(source.classes == sources[0].classes for source in sources) else None
+    report.classes = listed.classes() or (named if labels is None else None)
     return report, listed
 
 
-def _check_size(result: Converted, first: Converted) -> None:
+def _size_problem(result: Converted, first: Converted) -> str:
     width, height = result.size
     if result.size != first.size:
-        raise UserError(
+        return (
             f"{result.name} is {width}x{height}, but {first.name} {first.size[0]}x{first.size[1]}: "
             "give --resolution (and --transform)"
         )
-    if width != height:
-        raise UserError(f"{result.name} is {width}x{height}, not square: give --transform and --resolution")
+    return (
+        "" if width == height else f"{result.name} is {width}x{height}, not square: give --transform and --resolution"
+    )
 
 
 def _finish(writer: DatasetWriter, report: Report, listed: "_Labels", options: dict[str, Any]) -> None:
@@ -190,9 +199,10 @@ class _Labels:
 
     def __init__(self, given: dict[str, Label] | None):
         self.given = given
-        self.by_base: dict[str, Label] = {}
-        if given is not None:
-            self.by_base = {name.rsplit("/", 1)[-1]: label for name, label in given.items()}
+        self.by_base: dict[str, Label] = {}  # without folders, where that is one label
+        for name, label in (given or {}).items():
+            base = name.rsplit("/", 1)[-1]
+            self.by_base[base] = label if self.by_base.get(base, label) == label else None
         self.names: list[str] = []
         self.labels: list[Label] = []
         self.missing: list[str] = []
@@ -336,7 +346,7 @@ def _map_dataset(
     writer: DatasetWriter | None = None
     with distributed.fail_together():
         if rank == 0:
-            facts = dict(source=str(dataset.path), kind=kind, count=count, options=options)
+            facts = dict(source=dataset.info().content_hash, kind=kind, count=count, options=options)
             writer = DatasetWriter(dest, facts, resume)
     there = 0
     if writer is not None:
@@ -398,6 +408,9 @@ class _Task:
             results.append(result)
             if done:
                 continue
+            if image.error:
+                result.reason, result.is_error = f"cannot be read: {image.error}", True
+                continue
             try:
                 pixels = transform(decode_image(image.data, self.settings.channels))
             except Exception as err:  # a broken image can fail in any way
@@ -423,16 +436,18 @@ def encode_png(pixels: np.ndarray) -> bytes:
     )
 
 
-def _chunks(
-    images: Iterator[SourceImage], names: set[str], total: int | None
-) -> Iterator[list[tuple[int, SourceImage, bool]]]:
-    """Images with their index, and whether they are there already (then without their data)."""
-    numbered = enumerate(images)
+def _chunks(images: Iterator[SourceImage], names: Collection[str]) -> Iterator[list[tuple[int, SourceImage, bool]]]:
+    """Images with their index, and whether they are there already (then without their data).
+
+    Some of those that are there are made once more: that tells their size, and whether the source is still the same.
+    """
+    numbered, there = enumerate(images), sorted(names)
+    again = {there[i] for i in evenly_spaced(len(there), MADE_AGAIN)}
     while True:
         chunk = []
         for index, image in itertools.islice(numbered, CHUNK):
-            done = index > 0 and image_name(index) in names  # the first says the size
-            chunk.append((index, SourceImage(image.name, b"", image.label) if done else image, done))
+            done = image_name(index) in names and image_name(index) not in again
+            chunk.append((index, replace(image, data=b"") if done else image, done))
         if not chunk:
             return
         yield chunk

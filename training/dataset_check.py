@@ -28,9 +28,14 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         grid: where to save a contact sheet; None = nowhere.
 
     Raises:
-        UserError: it cannot be opened at all.
+        UserError: there is no such dataset.
     """
-    dataset = ImageFolderDataset(path)
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such dataset")
+    try:
+        dataset = ImageFolderDataset(path)
+    except UserError as err:
+        return dict(path=path), [str(err)]
     problems: list[str] = []
     hashes: dict[bytes, str] = {}
     duplicates: list[list[str]] = []

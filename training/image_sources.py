@@ -6,21 +6,27 @@ import gzip
 import io
 import json
 import os
+import posixpath
+import re
 import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
-from dnnlib.util import UserError
+from dnnlib.util import RunError, UserError, one_line
 from torch_utils import safe_pickle
+from training.dataset import image_suffixes
 
 Label = int | str | list[float] | None
+# What is in the names of files that hold a part of a dataset: of CIFAR, MNIST and the Hugging Face hub.
+SPLITS = {"train": "train|data_batch", "validation": "val", "test": "test|t10k"}
+MAX_DIGITS = 9  # of a label that is a number
+PARQUET_LABELS = ("label", "labels", "fine_label", "cls")
 
 
 @dataclass(frozen=True)
@@ -28,45 +34,70 @@ class SourceImage:
     """An image as it is stored.
 
     `data` is an encoded file, or pixels: uint8 [H, W] or [H, W, C]. `label` is the number or name of a class, a vector,
-    or None. `name` says to people where it is from.
+    or None. `name` says to people where it is from. Where `error` says why, it could not be read.
     """
 
     name: str
     data: bytes | np.ndarray
     label: Label = None
+    error: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images of one place. `images` starts to read them anew at each call."""
+    """Images of one place. `images` starts to read them anew at each call; where that fails for all further images, it
+    raises a UserError."""
 
     kind: str
     path: Path
     count: int | None  # None: not known before all are read
     images: Callable[[], Iterator[SourceImage]]
+    classes: list[str] | None = None  # names of the classes 0, 1, ..., where labels are numbers with names
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, split: str = "train") -> Source:
     """Find out what kind of source a path is.
 
+    Args:
+        split: 'train', 'validation', 'test' or 'all': which files to read of a source whose files name these parts.
+
     Raises:
-        UserError: no such path, or none of the known kinds.
+        UserError: no such path, none of the known kinds, or damaged.
     """
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.is_file():
+    if not path.is_dir() and not path.is_file():
         raise UserError(f"--source={path}: no such file or folder")
+    source = _naming_damage(path, lambda: _open_folder(path, split) if path.is_dir() else _open_file(path, split))
+
+    def images() -> Iterator[SourceImage]:
+        iterator = source.images()
+        while (image := _naming_damage(path, lambda: next(iterator, None))) is not None:
+            yield image
+
+    return replace(source, images=images)
+
+
+def _naming_damage(path: Path, function: Callable[[], Any]) -> Any:
+    """The result of `function`, which reads `path`: a damaged file can fail in any way."""
+    try:
+        return function()
+    except (UserError, RunError, MemoryError):
+        raise
+    except Exception as err:
+        reason = one_line(err) or type(err).__name__
+        raise UserError(f"--source={path}: damaged ({reason}): copy or make it again") from None
+
+
+def _open_file(path: Path, split: str) -> Source:
     with open(path, "rb") as f:
         start = f.read(512)
     if zipfile.is_zipfile(path):
         return _zip(path)
     if path.suffix == ".parquet" or start[:4] == b"PAR1":
         return _parquet(path, [path])
-    idx = _idx_start(path, start)
-    if idx is not None:
-        return _idx(path)
+    if _idx_shape(path) is not None:
+        return _idx(path, [path])
     if tarfile.is_tarfile(path):
-        return _tar(path)
+        return _tar(path, split)
     raise UserError(
         f"--source={path}: neither a ZIP, tar, Parquet or IDX file nor a CIFAR tarball (it begins with {start[:8]!r})"
     )
@@ -74,49 +105,79 @@ def open_source(path: Path) -> Source:
 
 def is_image(name: str) -> bool:
     """Whether a file is an image by its name, and not one that a system has put aside for itself."""
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.replace("../", "").split("/"))
-    return os.path.splitext(name)[1].lower() in PIL.Image.registered_extensions() and not hidden
+    parts = posixpath.normpath(name).split("/")
+    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
+    return os.path.splitext(name)[1].lower() in image_suffixes() and not hidden
 
 
-def _open_folder(path: Path) -> Source:
+def _walk(path: Path) -> Iterator[str]:
+    """Files below a folder; not pipes and devices, but links that lead nowhere."""
+
+    def fail(err: OSError) -> None:
+        raise err
+
+    for root, _folders, names in os.walk(path, onerror=fail):
+        for name in names:
+            file = Path(root, name)
+            if file.is_file() or not file.exists():
+                yield file.relative_to(path).as_posix()
+
+
+def _of_split(path: Path, names: Sequence[str], split: str) -> list[str]:
+    """The files that hold this part of a dataset; all of them where the names say nothing about parts.
+
+    Raises:
+        UserError: none does, but others do.
+    """
+    parts = {
+        part: sorted(name for name in names if re.search(f"(?<![a-z])({words})", PurePosixPath(name).name))
+        for part, words in SPLITS.items()
+    }
+    there = [part for part, files in parts.items() if files]
+    if not there:
+        return sorted(names)
+    if split == "all":
+        return [name for part in there for name in parts[part]]
+    if split not in there:
+        raise UserError(f"--source={path}: no {split} data in it: choose --split={' or '.join([*there, 'all'])}")
+    return parts[split]
+
+
+def _open_folder(path: Path, split: str) -> Source:
     if (path / "data.mdb").is_file():
         return _lmdb(path)
-    files = sorted(
-        (Path(root) / name).relative_to(path).as_posix()
-        for root, _folders, names in os.walk(path)
-        for name in names
-        if not name.startswith(".")
-    )
+    files = sorted(name for name in _walk(path) if not PurePosixPath(name).name.startswith("."))
     images = [name for name in files if is_image(name)]
     if images:
-        labels = _stored_labels(path, images, lambda name: (path / name).read_bytes() if name in files else None)
-        return Source(
-            "folder",
-            path,
-            len(images),
-            lambda: (SourceImage(name, (path / name).read_bytes(), labels.get(name)) for name in images),
-        )
-    shards = [path / name for name in files if name.endswith(".tar")]
+        labels = _stored_labels(path, images, (path / "dataset.json").read_bytes() if "dataset.json" in files else None)
+
+        def read(name: str) -> SourceImage:
+            shown = os.fsencode(name).decode("utf-8", "replace")  # names need not be text
+            try:
+                return SourceImage(shown, (path / name).read_bytes(), labels.get(name))
+            except OSError as err:
+                return SourceImage(shown, b"", labels.get(name), error=err.strerror or str(err))
+
+        return Source("folder", path, len(images), lambda: map(read, images))
+    shards = [name for name in files if name.endswith(".tar")]
     if shards:
-        return _shards(path, shards)
-    tables = [path / name for name in files if name.endswith(".parquet")]
+        return _shards(path, [path / name for name in _of_split(path, shards, split)])
+    tables = [name for name in files if name.endswith(".parquet")]
     if tables:
-        return _parquet(path, tables)
-    for name in files:
-        with open(path / name, "rb") as f:
-            if "images" in name and _idx_start(path / name, f.read(512)) is not None:
-                return _idx(path / name)
+        return _parquet(path, [path / name for name in _of_split(path, tables, split)])
+    arrays = [name for name in files if "images" in name and _idx_shape(path / name) is not None]
+    if arrays:
+        return _idx(path, [path / name for name in _of_split(path, arrays, split)])
     found = sorted({os.path.splitext(name)[1] or name for name in files})[:5]
     raise UserError(f"--source={path}: no images in it (found {', '.join(found) if found else 'no files'})")
 
 
-def _stored_labels(path: Path, names: Sequence[str], read: Callable[[str], bytes | None]) -> dict[str, Label]:
+def _stored_labels(path: Path, names: Sequence[str], text: bytes | None) -> dict[str, Label]:
     """Labels by name: of dataset.json, or the top-level folders where all images are in several of them."""
-    text = read("dataset.json")
     if text is not None:
         return parse_labels_json(f"{path}: dataset.json", text)
     tops = {name: PurePosixPath(name).parts[0] for name in names if "/" in name}
-    return dict(tops) if len(tops) == len(names) and len(set(tops.values())) > 1 else {}
+    return dict(tops) if len(tops) == len(set(names)) and len(set(tops.values())) > 1 else {}
 
 
 def parse_labels_json(where: str, text: bytes) -> dict[str, Label]:
@@ -127,7 +188,11 @@ def parse_labels_json(where: str, text: bytes) -> dict[str, Label]:
     """
     try:
         listed = json.loads(text)["labels"]
-        return {} if listed is None else {str(name).replace("\\", "/"): label for name, label in listed}
+        return (
+            {}
+            if listed is None
+            else {posixpath.normpath(str(name).replace("\\", "/")): label for name, label in listed}
+        )
     except (ValueError, TypeError, KeyError, RecursionError) as err:
         raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {err}") from None
 
@@ -147,21 +212,33 @@ def read_label_file(path: Path) -> dict[str, Label]:
         rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"))) if row]
     except (OSError, UnicodeError, csv.Error) as err:
         raise UserError(f"--labels={path}: cannot be read ({err})") from None
-    bad = next((i for i, row in enumerate(rows) if len(row) != 2), None)
-    if bad is not None:
-        raise UserError(f"--labels={path}: row {bad + 1} has {len(rows[bad])} columns instead of filename,label")
-    if rows and not is_image(rows[0][0]) and len(rows) > 1 and is_image(rows[1][0]):
+    if rows and not is_image(rows[0][0]) and (len(rows) == 1 or is_image(rows[1][0])):
         rows = rows[1:]  # headings
+    if not rows:
+        raise UserError(f"--labels={path}: holds no labels")
+    bad = next((row for row in rows if len(row) != 2 or not row[0].strip() or not row[1].strip()), None)
+    if bad is not None:
+        raise UserError(f"--labels={path}: {one_line(','.join(bad))!r} is not of the form filename,label")
     labels: dict[str, str] = {}
     for name, label in rows:
-        name, label = name.replace("\\", "/"), label.strip()
+        name, label = posixpath.normpath(name.strip().replace("\\", "/")), label.strip()
         if labels.setdefault(name, label) != label:
             raise UserError(f"--labels={path}: {name} is there twice, as {labels[name]} and {label}")
-    if not labels:
-        raise UserError(f"--labels={path}: holds no labels")
-    if all(label.isdecimal() for label in labels.values()):
-        return {name: int(label) for name, label in labels.items()}
+    classes = {name: _class_of(label) for name, label in labels.items()}
+    names = [label for label in classes.values() if isinstance(label, str)]
+    if not names:
+        return dict(classes)
+    odd = next((name for name in names if re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", name)), None)
+    if odd is not None:
+        raise UserError(
+            f"--labels={path}: {odd[:50]!r} beside other labels: classes have whole numbers from 0, or names"
+        )
     return dict(labels)
+
+
+def _class_of(text: str) -> int | str:
+    """The number or name of a class."""
+    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -170,34 +247,67 @@ def read_label_file(path: Path) -> dict[str, Label]:
 
 def _zip(path: Path) -> Source:
     with zipfile.ZipFile(path) as archive:
-        names = sorted(info.filename for info in archive.infolist() if is_image(info.filename))
-        stored = set(archive.namelist())
-        labels = _stored_labels(path, names, lambda name: archive.read(name) if name in stored else None)
+        entries = sorted((i for i in archive.infolist() if is_image(i.filename)), key=lambda info: info.filename)
+        text = archive.read("dataset.json") if "dataset.json" in archive.namelist() else None
+    labels = _stored_labels(path, [info.filename for info in entries], text)
 
     def images() -> Iterator[SourceImage]:
         with zipfile.ZipFile(path) as archive:
-            for name in names:
+            for info in entries:
+                data, error = b"", ""
                 try:
-                    data = archive.read(name)
-                except (zipfile.BadZipFile, OSError, NotImplementedError) as err:
-                    raise UserError(f"--source={path}: cannot read {name}: {err}") from None
-                yield SourceImage(name, data, labels.get(name))
+                    data = archive.read(info)
+                except Exception as err:  # a damaged entry can fail in any way
+                    error = one_line(err) or type(err).__name__
+                yield SourceImage(info.filename, data, labels.get(info.filename), error)
 
-    return Source("ZIP file", path, len(names), images)
+    return Source("ZIP file", path, len(entries), images)
 
 
-def _tar(path: Path) -> Source:
+def _tar(path: Path, split: str) -> Source:
     """A tar file of images: CIFAR's own, a shard of WebDataset, or any other."""
-    try:
+    names, text = [], None
+    with tarfile.open(path) as archive:
+        for member in _members(archive):
+            if member.isfile():
+                names.append(posixpath.normpath(member.name))
+                text = _read(archive, member) if names[-1] == "dataset.json" else text
+    if any(name.split("/")[0] in ("cifar-10-batches-py", "cifar-100-python") for name in names):
+        return _cifar(path, _of_split(path, names, split))
+    if any(name.endswith(".cls") for name in names):
+        return _shards(path, [path])
+    images_there = [name for name in names if is_image(name)]
+    labels = _stored_labels(path, images_there, text)
+
+    def images() -> Iterator[SourceImage]:
         with tarfile.open(path) as archive:
-            for member in archive:
-                if member.name.split("/")[0] in ("cifar-10-batches-py", "cifar-100-python"):
-                    return _cifar(path)
-                if member.isfile():
-                    break
-    except (tarfile.TarError, OSError, EOFError) as err:
-        raise UserError(f"--source={path}: damaged tar file ({err}): copy it again") from None
-    return _shards(path, [path])
+            for member in _members(archive):
+                name = posixpath.normpath(member.name)
+                if member.isfile() and is_image(name):
+                    yield SourceImage(name, _read(archive, member), labels.get(name))
+
+    return Source("tar file", path, len(images_there), images)
+
+
+def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    f = archive.extractfile(member)
+    return f.read() if f is not None else b""
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file.
+
+    Raises:
+        tarfile.TarError: it does not end as such files do; Python takes a damaged header for the end.
+    """
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined] # else all are kept
+        yield member
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0") or len(block) not in (0, tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
 
 
 def _shards(path: Path, shards: Sequence[Path]) -> Source:
@@ -205,55 +315,50 @@ def _shards(path: Path, shards: Sequence[Path]) -> Source:
 
     def images() -> Iterator[SourceImage]:
         for shard in shards:
-            try:
-                with tarfile.open(shard) as archive:
-                    yield from _samples(shard, archive)
-                    if archive.fileobj is not None:
-                        archive.fileobj.seek(archive.offset)
-                        if len(archive.fileobj.read(tarfile.BLOCKSIZE)) not in (0, tarfile.BLOCKSIZE):
-                            raise EOFError("it ends within a file")
-            except (tarfile.TarError, OSError, EOFError) as err:
-                raise UserError(f"--source={shard}: damaged tar file ({err}): copy it again") from None
+            with tarfile.open(shard) as archive:
+                yield from _naming_shard(shard, _samples(shard, archive))
 
     return Source("tar shards", path, None, images)
 
 
+def _naming_shard(shard: Path, samples: Iterator[SourceImage]) -> Iterator[SourceImage]:
+    while (sample := _naming_damage(shard, lambda: next(samples, None))) is not None:
+        yield sample
+
+
 def _samples(shard: Path, archive: tarfile.TarFile) -> Iterator[SourceImage]:
-    key, sample = "", {}
-    for member in archive:
+    key, files = "", []
+    for member in _members(archive):
         folder, _, name = member.name.rpartition("/")
         base, _, extension = name.partition(".")
         if not member.isfile() or not base:
             continue
         if f"{folder}/{base}" != key:
-            yield from _sample(shard, sample)
-            key, sample = f"{folder}/{base}", {}
-        f = archive.extractfile(member)
-        sample[extension.lower()] = (member.name, f.read() if f is not None else b"")
-    yield from _sample(shard, sample)
+            yield from _sample(shard, files)
+            key, files = f"{folder}/{base}", []
+        files.append((member.name, extension.lower(), _read(archive, member)))
+    yield from _sample(shard, files)
 
 
-def _sample(shard: Path, sample: dict[str, tuple[str, bytes]]) -> Iterator[SourceImage]:
-    label: Label = None
-    if "cls" in sample:
-        text = sample["cls"][1].decode("utf-8", "replace").strip()
-        label = int(text) if text.isdecimal() else text
-    for name, data in sample.values():
+def _sample(shard: Path, files: list[tuple[str, str, bytes]]) -> Iterator[SourceImage]:
+    """The images of a sample; its class is in a file of type .cls."""
+    labels = [
+        _class_of(data.decode("utf-8", "replace").strip()) for _name, extension, data in files if extension == "cls"
+    ]
+    for name, _extension, data in files:
         if is_image(name):
-            yield SourceImage(f"{shard.name}/{name}", data, label)
+            yield SourceImage(f"{shard.name}/{name}", data, labels[0] if labels else None)
 
 
-def _cifar(path: Path) -> Source:
-    """The Python tarballs of CIFAR-10 and CIFAR-100: training images, then test images."""
+def _cifar(path: Path, names: Sequence[str]) -> Source:
+    """The Python tarballs of CIFAR-10 and CIFAR-100."""
 
     def images() -> Iterator[SourceImage]:
         with tarfile.open(path) as archive:
-            members = {PurePosixPath(m.name).name: m for m in archive.getmembers() if m.isfile()}
-            for name in [*sorted(n for n in members if n.startswith("data_batch")), "train", "test_batch", "test"]:
-                f = archive.extractfile(members[name]) if name in members else None
-                if f is None:
-                    continue
-                batch = safe_pickle.loads(f.read(), f"{path}: {name}")
+            members = {posixpath.normpath(member.name): member for member in archive.getmembers()}
+            for name in names:
+                batch = safe_pickle.loads(_read(archive, members[name]), f"{path}: {name}")
+                name = PurePosixPath(name).name
                 try:
                     pixels = batch["data"].load().reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                     labels = batch["fine_labels"] if "fine_labels" in batch else batch["labels"]
@@ -266,43 +371,59 @@ def _cifar(path: Path) -> Source:
     return Source("CIFAR tarball", path, None, images)
 
 
-def _idx_start(path: Path, start: bytes) -> tuple[int, ...] | None:
+def _idx_shape(path: Path) -> tuple[int, ...] | None:
     """The shape of an IDX file of bytes (plain or gzip), None if it is something else."""
-    if start[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(path) as f:
-                start = f.read(20)
-        except (OSError, EOFError):
-            return None
+    try:
+        with _open_idx(path) as f:
+            start = f.read(20)
+    except (OSError, EOFError):
+        return None
     if len(start) < 8 or start[:3] != b"\0\0\x08" or not 1 <= start[3] <= 4 or len(start) < 4 + 4 * start[3]:
         return None
     return struct.unpack_from(f">{start[3]}I", start, 4)
 
 
-def _idx(path: Path) -> Source:
-    """Images of an IDX file as MNIST ships them, with the labels of the file that goes with it."""
-    pixels = _read_idx(path)
-    if pixels.ndim not in (3, 4):
-        raise UserError(f"--source={path}: an IDX file of shape {list(pixels.shape)}, not of images")
-    label_path = path.with_name(path.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1"))
-    labels = _read_idx(label_path) if label_path != path and label_path.is_file() else None
-    if labels is not None and labels.shape != pixels.shape[:1]:
-        raise UserError(f"--source={path}: {len(pixels)} images, but {label_path.name} has {len(labels)} labels")
+def _open_idx(path: Path) -> Any:
+    with open(path, "rb") as f:
+        compressed = f.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if compressed else open(path, "rb")
+
+
+def _idx(path: Path, files: Sequence[Path]) -> Source:
+    """Images of IDX files as MNIST ships them, with the labels of the file that goes with each."""
+    count = 0
+    for file in files:
+        shape = _idx_shape(file)
+        if shape is None or len(shape) not in (3, 4):
+            raise UserError(f"--source={file}: an IDX file of shape {list(shape or ())}, not of images")
+        count += shape[0]
 
     def images() -> Iterator[SourceImage]:
-        for i, image in enumerate(pixels):
-            yield SourceImage(f"{path.name}[{i}]", image, int(labels[i]) if labels is not None else None)
+        for file in files:
+            pixels, labels = _read_idx(file), _idx_labels(file)
+            if labels is not None and labels.shape != pixels.shape[:1]:
+                raise UserError(f"--source={file}: {len(pixels)} images, but labels of shape {list(labels.shape)}")
+            for i, image in enumerate(pixels):
+                gray = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+                yield SourceImage(f"{file.name}[{i}]", gray, int(labels[i]) if labels is not None else None)
 
-    return Source("IDX file", path, len(pixels), images)
+    return Source("IDX files", path, count, images)
+
+
+def _idx_labels(file: Path) -> np.ndarray | None:
+    """The labels that lie beside a file of images, compressed or not."""
+    name = re.sub(r"images([-.])idx[0-9]", r"labels\1idx1", file.name).removesuffix(".gz")
+    found = next((path for path in (file.with_name(name), file.with_name(f"{name}.gz")) if path.is_file()), None)
+    return _read_idx(found) if found is not None and name != file.name.removesuffix(".gz") else None
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    data = path.read_bytes()
+    shape = _idx_shape(path)
     try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        shape = _idx_start(path, data[:512])
         if shape is None:
             raise ValueError("not an IDX file of bytes")
+        with _open_idx(path) as f:
+            data = f.read()
         return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
     except (ValueError, OSError, EOFError) as err:
         raise UserError(f"--source={path}: damaged IDX file ({err}): copy it again") from None
@@ -320,18 +441,14 @@ def _lmdb(path: Path) -> Source:
             for key, value in transaction.cursor():
                 yield SourceImage(key.decode("latin-1"), value)
 
-    try:
-        with lmdb.open(str(path), readonly=True, lock=False) as env:
-            count = env.stat()["entries"]
-    except lmdb.Error as err:
-        raise UserError(f"--source={path}: damaged LMDB database ({err})") from None
+    with lmdb.open(str(path), readonly=True, lock=False) as env:
+        count = env.stat()["entries"]
     return Source("LMDB database", path, count, images)
 
 
 def _parquet(path: Path, tables: Sequence[Path]) -> Source:
     """Parquet files of image datasets as on the Hugging Face hub: a column of images, perhaps one of labels."""
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"--source={path}: Parquet files need a package: pip install pyarrow") from None
@@ -344,27 +461,40 @@ def _parquet(path: Path, tables: Sequence[Path]) -> Source:
                 for batch in file.iter_batches(64, columns=[c for c in (image, label) if c is not None]):
                     for values in batch.to_pylist():
                         data = values[image]["bytes"] if isinstance(values[image], dict) else values[image]
-                        if not isinstance(data, bytes):
-                            raise UserError(f"--source={table}: row {row} of column {image} holds no image")
-                        yield SourceImage(f"{table.name}[{row}]", data, values[label] if label is not None else None)
+                        error = "" if isinstance(data, bytes) else f"no image in column {image}"
+                        yield SourceImage(
+                            f"{table.name}[{row}]", data or b"", values[label] if label is not None else None, error
+                        )
                         row += 1
 
-    try:
-        count = sum(pq.read_metadata(table).num_rows for table in tables)
-    except (pa.ArrowInvalid, OSError) as err:
-        raise UserError(f"--source={path}: damaged Parquet file ({err}): copy it again") from None
-    return Source("Parquet files", path, count, images)
+    for table in tables:  # before anything is made of the others
+        _parquet_columns(table, pq.read_schema(table))
+    count = sum(pq.read_metadata(table).num_rows for table in tables)
+    return Source("Parquet files", path, count, images, _parquet_classes(pq.read_schema(tables[0])))
 
 
 def _parquet_columns(table: Path, schema: Any) -> tuple[str, str | None]:
     """Names of the columns of images and labels."""
-    import pyarrow as pa
+    import pyarrow.types as kinds
 
     def holds_images(kind: Any) -> bool:
-        return pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+        views = getattr(kinds, "is_binary_view", lambda _kind: False)  # pyarrow 16
+        binary = kinds.is_binary(kind) or kinds.is_large_binary(kind) or views(kind)
+        return binary or (kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
     images = [field.name for field in schema if holds_images(field.type)]
     if not images:
         raise UserError(f"--source={table}: no column of images (there are {', '.join(schema.names)})")
-    labels = [name for name in ("label", "labels", "fine_label", "cls") if name in schema.names]
-    return images[0], labels[0] if labels else None
+    usual = [name for name in images if name.lower() in ("image", "img", "images", "pixels", "png", "jpg", "jpeg")]
+    labels = [name for name in PARQUET_LABELS if name in schema.names]
+    return (usual or images)[0], labels[0] if labels else None
+
+
+def _parquet_classes(schema: Any) -> list[str] | None:
+    """Names of the classes, which the library `datasets` keeps beside the columns."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = next(features[name]["names"] for name in PARQUET_LABELS if name in features)
+    except (KeyError, TypeError, ValueError, StopIteration):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -34,6 +34,8 @@ def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
             white = PIL.Image.new("RGBA", image.size, "white")
             image = PIL.Image.alpha_composite(white, image)
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    if pixels.size == 0:
+        raise ValueError("it has no pixels")
     return pixels[:, :, None] if channels == 1 else pixels
 
 

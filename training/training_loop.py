@@ -15,7 +15,7 @@ from dnnlib.util import RunError, UserError, code_version, format_time
 from torch_utils import checkpoint, distributed, misc
 from torch_utils.training_stats import Collector, Journal
 from training.config import TrainConfig
-from training.dataset import ImageFolderDataset, RunSampler, collate, leave_process_group
+from training.dataset import ImageFolderDataset, RunSampler, begin_loader_process, collate
 from training.encoders import encoder_for, final_channels
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
@@ -150,7 +150,7 @@ def _train(
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=collate,
-        worker_init_fn=leave_process_group,
+        worker_init_fn=begin_loader_process,
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if config.workers > 0 else None,
     )
