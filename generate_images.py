@@ -1,7 +1,6 @@
 """Generate images with a trained network."""
 
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,11 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import (
-    CommandLine,
-    UserError,
-    device_option,
-    given_options,
-    is_url,
-    offline_option,
-    parse_int_list,
-    parsed_by,
-)
+from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by
 from torch_utils import distributed, misc
-from training.generation import generate_images, image_path, load_image_network
-from training.presets import GENERATION_PRESETS, generation_table, unknown_preset
-from training.snapshot import open_snapshot
+from training.generation import generate_images, image_path  # noqa: F401 - generate_images is for Python callers
+from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, with_options
+from training.presets import GENERATION_PRESETS, generation_table
 
 MAX_GRID = 10_000
 
@@ -32,16 +22,6 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(seeds)) != len(seeds):
         raise UserError(f"{text!r} names a seed twice")
     return seeds
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    try:
-        lo, hi = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{text!r} is not of the form LO,HI") from None
-    if not 0 <= lo < hi:
-        raise UserError(f"{text!r}: LO must be less than HI, and not negative")
-    return lo, hi
 
 
 def draw_grid(path: Path, files: list[Path]) -> None:
@@ -69,26 +49,13 @@ def list_presets(ctx: click.Context, _param: click.Parameter, value: bool) -> No
         ctx.exit()
 
 
-def print_command(ctx: click.Context, net: str, gnet: str | None, guidance: float) -> None:
-    """The command line without presets."""
-    options = [f"--net={shlex.quote(net)}"]
-    if gnet is not None:
-        options += [f"--gnet={shlex.quote(gnet)}", f"--guidance={guidance:g}"]
-    options += given_options(ctx, leave_out=["preset", "print_config", "net", "gnet", "guidance"])
-    print(" \\\n    ".join(["python generate_images.py", *options]))
-
-
 PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     f"  {name:32s} {preset.metric} {preset.value:.2f}" for name, preset in GENERATION_PRESETS.items()
 )
 
 
 @click.command(cls=CommandLine, epilog=PRESETS_HELP)
-@click.option("--preset", help="Published networks and guidance; options that are given win", metavar="NAME")
-@click.option(
-    "--net", help="Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
-)
-@click.option("--gnet", help="Guiding network snapshot", metavar="FILE")
+@with_options(NETWORK_OPTIONS)
 @click.option(
     "--outdir",
     help="Where to save the images",
@@ -106,9 +73,6 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     callback=parsed_by(parse_seeds),
 )
 @click.option(
-    "--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int
-)
-@click.option(
     "--batch",
     "max_batch_size",
     help="Images per batch and process",
@@ -117,90 +81,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     default=32,
     show_default=True,
 )
-@click.option(
-    "--steps",
-    "num_steps",
-    help="Sampling steps",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=32,
-    show_default=True,
-)
-@click.option(
-    "--sigma_min",
-    help="Lowest noise level",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.002,
-    show_default=True,
-)
-@click.option(
-    "--sigma_max",
-    help="Highest noise level",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
-    default=80,
-    show_default=True,
-)
-@click.option(
-    "--rho",
-    help="Exponent of the time steps",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0, min_open=True),
-    default=7,
-    show_default=True,
-)
-@click.option("--guidance", help="Guidance weight  [default: 1, no guidance]", metavar="FLOAT", type=float)
-@click.option(
-    "--guidance-interval",
-    help="Noise levels at which guidance acts  [default: all]",
-    metavar="LO,HI",
-    callback=parsed_by(parse_interval),
-)
-@click.option(
-    "--S_churn",
-    "S_churn",
-    help="Strength of added noise",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0),
-    default=0,
-    show_default=True,
-)
-@click.option(
-    "--S_min",
-    "S_min",
-    help="Lowest noise level at which noise is added",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0),
-    default=0,
-    show_default=True,
-)
-@click.option(
-    "--S_max",
-    "S_max",
-    help="Highest noise level at which noise is added",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0),
-    default="inf",
-    show_default=True,
-)
-@click.option(
-    "--S_noise",
-    "S_noise",
-    help="Scale of added noise",
-    metavar="FLOAT",
-    type=click.FloatRange(min=0),
-    default=1,
-    show_default=True,
-)
-@click.option(
-    "--precision",
-    help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-)
-@device_option
+@with_options(SAMPLING_OPTIONS)
 @click.option("--skip-existing", help="Skip seeds whose image is there", is_flag=True)
 @click.option(
     "--grid",
@@ -208,7 +89,6 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
 )
-@offline_option
 @click.option("--print-config", help="Print the command line that a preset stands for, and exit", is_flag=True)
 @click.option(
     "--list-presets",
@@ -221,16 +101,10 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 @click.pass_context
 def main(
     ctx: click.Context,
-    preset: str | None,
-    net: str | None,
-    gnet: str | None,
     outdir: Path,
     subdirs: bool,
     seeds: list[int],
-    device: str,
-    precision: str,
-    guidance: float | None,
-    guidance_interval: tuple[float, float] | None,
+    max_batch_size: int,
     print_config: bool,
     skip_existing: bool,
     grid: Path | None,
@@ -249,53 +123,21 @@ def main(
       torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors \\
           --gnet=guide.safetensors --guidance=2 --outdir=out --seeds=0-49999 --subdirs
     """
-    if preset is not None:
-        chosen = GENERATION_PRESETS.get(preset)
-        if chosen is None:
-            raise unknown_preset("--preset", preset, GENERATION_PRESETS)
-        net, guidance = net or chosen.net, chosen.guidance if guidance is None else guidance
-        if guidance != 1:
-            gnet = gnet or chosen.gnet
-    if net is None:
-        raise UserError("which network? Give --net or --preset (see --list-presets)")
-    guidance = 1.0 if guidance is None else guidance
-    if guidance != 1 and gnet is None:
-        raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
+    options = GenerationOptions.take(opts)
     if print_config:
-        print_command(ctx, net, gnet, guidance)
+        print(options.command(ctx, leave_out=["print_config"]))
         return
-    if opts["sigma_min"] > opts["sigma_max"]:
-        raise UserError(f"--sigma_min={opts['sigma_min']:g} is above --sigma_max={opts['sigma_max']:g}")
-    if guidance_interval is not None:
-        opts["guidance_interval"] = guidance_interval
     distributed.init()
+    options.fetch()
     with distributed.fail_together():
-        if distributed.get_local_rank() == 0:
-            for network in (net, gnet):  # fetched once, and failing once, for all processes of a machine
-                if network is not None and is_url(network):
-                    open_snapshot(network)
-    with distributed.fail_together():
-        target = misc.select_device(device)
-        misc.set_up_device(target)
-        snapshot = load_image_network(net, target)
-        guide = load_image_network(gnet, target) if gnet is not None else None
-        snapshot.net.precision = misc.resolve_precision(precision, target)
-        if guide is not None:
-            guide.net.precision = snapshot.net.precision
-            if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
-                raise UserError(f"--gnet={gnet} works on other latents than --net={net}: they must share an encoder")
-        snapshot.encoder.prepare(target)
-        suffix = snapshot.encoder.output_suffix(snapshot.net.img_channels)
-        if grid is not None and suffix != ".png":
+        generator = options.load()
+        if grid is not None and generator.suffix != ".png":
             raise UserError("--grid needs a network that makes pixels; this one makes latents")
         if grid is not None and len(seeds) > MAX_GRID:
             raise UserError(f"--grid shows at most {MAX_GRID} images, not {len(seeds)}")
-        files = [image_path(outdir, seed, subdirs, suffix) for seed in seeds]
+        files = [image_path(outdir, seed, subdirs, generator.suffix) for seed in seeds]
         todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
-        guide_net = guide.net if guide is not None else None
-        images = generate_images(
-            snapshot.net, guide_net, snapshot.encoder, outdir, subdirs, todo, device=target, guidance=guidance, **opts
-        )
+        images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size)
     there = f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""
     distributed.print0(f"Generating {len(todo)} images to {outdir}{there}")
     for _batch in images:

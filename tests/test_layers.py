@@ -46,6 +46,7 @@ LAYERS = [
     {
         "training.training_loop",
         "training.generation",
+        "training.generation_options",
         "training.reconstruction",
         "training.metrics",
         "training.conversion",

@@ -1,0 +1,211 @@
+"""The options of commands that generate images, and what they stand for."""
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from dnnlib.util import UserError, device_option, given_options, is_url, offline_option, parsed_by
+from torch_utils import distributed, misc
+from training.generation import ImageBatches, generate_images, load_image_network
+from training.presets import GENERATION_PRESETS, unknown_preset
+from training.snapshot import Snapshot, open_snapshot
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Positive = click.FloatRange(min=0, min_open=True)
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    try:
+        lo, hi = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{text!r} is not of the form LO,HI") from None
+    if not 0 <= lo < hi:
+        raise UserError(f"{text!r}: LO must be less than HI, and not negative")
+    return lo, hi
+
+
+def _number(name: str, default: float, help_text: str, kind: click.ParamType | None = None) -> Callable:
+    kind = kind if kind is not None else click.FloatRange(min=0)
+    parameter = name.lstrip("-")
+    return click.option(name, parameter, help=help_text, metavar="FLOAT", type=kind, default=default, show_default=True)
+
+
+NETWORK_OPTIONS = [
+    click.option("--preset", help="Published networks and guidance; options that are given win", metavar="NAME"),
+    click.option(
+        "--net", help="Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
+    ),
+    click.option("--gnet", help="Guiding network snapshot", metavar="FILE"),
+]
+SAMPLING_OPTIONS = [
+    click.option(
+        "--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int
+    ),
+    click.option(
+        "--steps",
+        "num_steps",
+        help="Sampling steps",
+        metavar="INT",
+        type=click.IntRange(min=1),
+        default=32,
+        show_default=True,
+    ),
+    _number("--sigma_min", 0.002, "Lowest noise level", Positive),
+    _number("--sigma_max", 80, "Highest noise level", Positive),
+    _number("--rho", 7, "Exponent of the time steps", Positive),
+    click.option("--guidance", help="Guidance weight  [default: 1, no guidance]", metavar="FLOAT", type=float),
+    click.option(
+        "--guidance-interval",
+        help="Noise levels at which guidance acts  [default: all]",
+        metavar="LO,HI",
+        callback=parsed_by(parse_interval),
+    ),
+    _number("--S_churn", 0, "Strength of added noise"),
+    _number("--S_min", 0, "Lowest noise level at which noise is added"),
+    _number("--S_max", float("inf"), "Highest noise level at which noise is added"),
+    _number("--S_noise", 1, "Scale of added noise"),
+    click.option(
+        "--precision",
+        help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        default="auto",
+        show_default=True,
+    ),
+    device_option,
+    offline_option,
+]
+
+
+def with_options(options: Sequence[Callable]) -> Callable[[Command], Command]:
+    """Decorator that adds options to a command, in order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What the options above say. `None` for `preset`, `gnet`, `class_idx` and `guidance_interval` is none of them."""
+
+    preset: str | None
+    net: str | None
+    gnet: str | None
+    class_idx: int | None
+    num_steps: int
+    sigma_min: float
+    sigma_max: float
+    rho: float
+    guidance: float | None
+    guidance_interval: tuple[float, float] | None
+    S_churn: float
+    S_min: float
+    S_max: float
+    S_noise: float
+    precision: str
+    device: str
+
+    @classmethod
+    def take(cls, opts: dict[str, Any]) -> "GenerationOptions":
+        """Take these options out of all those of a command, with networks and guidance of the preset put in.
+
+        Raises:
+            UserError: they do not go together, or there is no such preset.
+        """
+        options = cls(**{field.name: opts.pop(field.name) for field in dataclasses.fields(cls)})
+        net, gnet, guidance = options.net, options.gnet, options.guidance
+        if options.preset is not None:
+            chosen = GENERATION_PRESETS.get(options.preset)
+            if chosen is None:
+                raise unknown_preset("--preset", options.preset, GENERATION_PRESETS)
+            net, guidance = net or chosen.net, chosen.guidance if guidance is None else guidance
+            if guidance != 1:
+                gnet = gnet or chosen.gnet
+        if net is None:
+            raise UserError("which network? Give --net or --preset (see generate_images.py --list-presets)")
+        guidance = 1.0 if guidance is None else guidance
+        if guidance != 1 and gnet is None:
+            raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
+        if options.sigma_min > options.sigma_max:
+            raise UserError(f"--sigma_min={options.sigma_min:g} is above --sigma_max={options.sigma_max:g}")
+        return dataclasses.replace(options, net=net, gnet=gnet, guidance=guidance)
+
+    def command(self, ctx: click.Context, leave_out: Sequence[str] = ()) -> str:
+        """The command line without presets."""
+        options = [f"--net={shlex.quote(str(self.net))}"]
+        if self.gnet is not None:
+            options += [f"--gnet={shlex.quote(self.gnet)}", f"--guidance={self.guidance:g}"]
+        options += given_options(ctx, leave_out=["preset", "net", "gnet", "guidance", *leave_out])
+        return " \\\n    ".join(["python generate_images.py", *options])
+
+    def sampler_kwargs(self) -> dict[str, Any]:
+        """Arguments of the sampler."""
+        names = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance", "S_churn", "S_min", "S_max", "S_noise")
+        kwargs = {name: getattr(self, name) for name in names}
+        if self.guidance_interval is not None:
+            kwargs["guidance_interval"] = self.guidance_interval
+        return kwargs
+
+    def fetch(self) -> None:
+        """Fetch networks that are URLs: once for all processes of a machine. To be called by all of them."""
+        with distributed.fail_together():
+            if distributed.get_local_rank() == 0:
+                for network in (self.net, self.gnet):
+                    if network is not None and is_url(network):
+                        open_snapshot(network)
+
+    def load(self) -> "LoadedGenerator":
+        """
+        Raises:
+            UserError: a network cannot be loaded, or they do not go together.
+        """
+        device = misc.select_device(self.device)
+        misc.set_up_device(device)
+        assert self.net is not None
+        snapshot = load_image_network(self.net, device)
+        guide = load_image_network(self.gnet, device) if self.gnet is not None else None
+        snapshot.net.precision = misc.resolve_precision(self.precision, device)
+        if guide is not None:
+            guide.net.precision = snapshot.net.precision
+            if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
+                raise UserError(
+                    f"--gnet={self.gnet} works on other latents than --net={self.net}: they must share an encoder"
+                )
+        snapshot.encoder.prepare(device)
+        return LoadedGenerator(self, snapshot, guide, device)
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """Networks that are ready to generate."""
+
+    options: GenerationOptions
+    snapshot: Snapshot
+    guide: Snapshot | None
+    device: torch.device
+
+    @property
+    def suffix(self) -> str:
+        """File type of the images."""
+        return self.snapshot.encoder.output_suffix(self.snapshot.net.img_channels)
+
+    def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
+        """The images of these seeds; further arguments and errors are those of `generate_images`."""
+        return generate_images(
+            self.snapshot.net,
+            self.guide.net if self.guide is not None else None,
+            self.snapshot.encoder,
+            seeds=seeds,
+            class_idx=self.options.class_idx,
+            device=self.device,
+            **self.options.sampler_kwargs(),
+            **kwargs,
+        )
