@@ -66,6 +66,8 @@ class Detector:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             kind = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
             raise UserError(f"features are of RGB or grayscale images, uint8 [N, 3 or 1, H, W]; these are {kind}")
+        if len(images) == 0:  # a process may get none
+            return torch.empty([0, self.feature_dim], device=self.device)
         with torch.no_grad():
             return self._features(images.expand(-1, 3, -1, -1))
 
