@@ -356,7 +356,7 @@ def _locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while data := f.read(1 << 20):
@@ -369,7 +369,7 @@ def _verified(path: Path, url: str, checksum: str) -> Path:
     Raises:
         UserError: the file does not have the SHA-256 sum `checksum` ('' = any).
     """
-    if checksum and (actual := _sha256(path)) != checksum:
+    if checksum and (actual := file_sha256(path)) != checksum:
         raise UserError(f"{_shown(url)}: wrong checksum, {path} has SHA-256 {actual}; delete it to fetch it again")
     return path
 
@@ -408,7 +408,7 @@ def _download(url: str, target: Path, checksum: str, num_attempts: int, verbose:
             raise RunError(f"{_shown(url)}: not fetched after {failures} attempts ({reason}); {size} bytes are kept")
         time.sleep(min(max(BACK_OFF * 2 ** (failures - 1), wait), MAX_BACK_OFF))
 
-    if checksum and (actual := _sha256(partial)) != checksum:
+    if checksum and (actual := file_sha256(partial)) != checksum:
         aside = _beside(target, "mismatch")
         os.replace(partial, aside)
         version_file.unlink(missing_ok=True)

@@ -32,6 +32,8 @@ LAYERS = [
         "training.image_sources",
         "training.image_transforms",
         "training.encoders",
+        "training.detectors",
+        "training.distances",
         "training.snapshot",
         "training.snapshot.description",
         "training.snapshot.files",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dnnlib.util import UserError
+from training.detectors import METRIC_FILES
 
 Mi = 1 << 20
 Ki = 1 << 10
@@ -210,12 +211,6 @@ def _short(url: str) -> str:
 
 
 # Other published files, by what they are needed for: `python -m training.snapshot prefetch`.
-METRIC_FILES = {
-    "fid": [
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-    ],
-    "fd_dinov2": ["hf://facebook/dinov2-large/config.json", "hf://facebook/dinov2-large/model.safetensors"],
-}
 VAE_FILES = [
     f"hf://stabilityai/sd-vae-ft-mse/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")
 ]

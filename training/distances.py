@@ -1,0 +1,261 @@
+"""Distances between sets of features, and scores of them. All arithmetic is in float64."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from dnnlib.util import UserError
+
+Array = np.ndarray | torch.Tensor
+ROWS, COLUMNS = 1024, 8192  # of a block of distances: 64 MiB
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Frechet distance
+
+
+def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
+    """Squared Frechet distance between two Gaussians (Dowson & Landau 1982), which FID is (Heusel et al. 2017).
+
+    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S1 = L L^T, the eigenvalues of S1 S2 are those of the
+    symmetric L^T S2 L, so that the last trace is the sum of their roots and no root of a matrix is needed.
+
+    The error is about 1e-14 of tr(S1) + tr(S2) for covariances of full rank, and less than 1e-8 of it for others, where
+    eigenvalues that are zero come out as rounding errors before their roots are taken.
+
+    Args:
+        mu1, mu2: means [D].
+        sigma1, sigma2: covariances [D, D], which may be singular.
+
+    Raises:
+        UserError: the shapes do not agree, or a value is NaN or infinite.
+    """
+    mu1, sigma1, mu2, sigma2 = (_double(x) for x in (mu1, sigma1, mu2, sigma2))
+    if not (mu1.ndim == 1 and mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
+        raise UserError(
+            f"statistics of different features cannot be compared: means {list(mu1.shape)} and {list(mu2.shape)}, "
+            f"covariances {list(sigma1.shape)} and {list(sigma2.shape)}"
+        )
+    factor, other = _factor_of_one(sigma1, sigma2)
+    eigenvalues = torch.linalg.eigvalsh(factor.mT @ other @ factor)
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root)
+
+
+def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: Array) -> float:
+    """Standard error of the Frechet distance between images and a fixed reference: delete-a-group jackknife.
+
+    The distance is computed again without each of the G groups in turn; the variance is (G - 1) / G times the sum of
+    squared deviations (Quenouille 1956, Tukey 1958). It needs G distances and nothing but sums over the groups, and
+    takes care of means and covariances alike. A bootstrap would need the features, and repeats images in every draw:
+    the distance is biased upwards by an amount that depends on the number of different images. The jackknife loses
+    only 1 / G of them, and what that adds is the same for all groups. The bias of the distance itself is not part of
+    the error. With G groups the error is known to about 1 / sqrt(2 (G - 1)): 10 to 20 of them are enough.
+
+    Args:
+        groups: of each group, equal in size up to rounding and drawn alike (image i in group i mod G): the number of
+            images, the sum of their features x [D], and the sum of x x^T [D, D], accumulated in float64.
+        mu, sigma: mean [D] and covariance [D, D] of the reference.
+
+    Raises:
+        UserError: fewer than 2 groups, or fewer than 2 images outside one of them; see `frechet_distance`, too.
+    """
+    counts = [count for count, _, _ in groups]
+    total = sum(counts)
+    if len(groups) < 2 or total - max(counts) < 2:
+        raise UserError(f"an error bar needs 2 or more groups of images, and 2 images outside each; these are {counts}")
+    sums = [_double(x) for _, x, _ in groups]
+    products = [_double(xx) for _, _, xx in groups]
+    sum_of_all, product_of_all = sum(sums[1:], sums[0]), sum(products[1:], products[0])
+    distances = []
+    for count, x, xx in zip(counts, sums, products, strict=True):
+        n = total - count
+        mean = (sum_of_all - x) / n
+        covariance = (product_of_all - xx - n * torch.outer(mean, mean)) / (n - 1)
+        distances.append(frechet_distance(mean, covariance, mu, sigma))
+    return float(np.std(distances) * math.sqrt(len(groups) - 1))
+
+
+def _factor_of_one(sigma1: torch.Tensor, sigma2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A of one covariance A A^T, and the other covariance."""
+    for sigma, other in [(sigma1, sigma2), (sigma2, sigma1)]:
+        factor, failure = torch.linalg.cholesky_ex(sigma)
+        if not failure:
+            return factor, other
+    # Both are singular. What is zero but for rounding is left out, or the root would make much of it.
+    values, vectors = torch.linalg.eigh(sigma1)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return vectors[:, kept] * values[kept].sqrt(), sigma2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Kernel distance
+
+
+def kernel_distance(
+    x: Array, y: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Kernel distance KID (Binkowski et al. 2018): squared maximum mean discrepancy, and its standard error.
+
+    The kernel is (a.b / D + 1)^3. The estimator is unbiased, so that it may be negative; the result is its mean over
+    subsets that are drawn from both sets without replacement.
+
+    Subsets of the same images are not independent, and their standard deviation s over the root of their number would
+    promise too much. For subsets of m out of N images, the delete-d jackknife (Shao & Wu 1989) has the variance
+    s^2 m / (N - m); that of the draw, s^2 / subsets, is added.
+
+    Args:
+        x, y: features [N, D] and [M, D].
+        seed: of the draw of subsets.
+
+    Raises:
+        UserError: one of the sets has no more than `subset_size` images.
+    """
+    x, y = _checked_pair(x, y)
+    smaller = min(len(x), len(y))
+    if smaller <= subset_size:
+        raise UserError(f"KID over subsets of {subset_size} images needs more than {subset_size}; there are {smaller}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(features: torch.Tensor) -> torch.Tensor:
+        chosen = torch.randperm(len(features), generator=generator)[:subset_size]
+        return _double(features[chosen.to(features.device)])
+
+    values = [_unbiased_mmd(draw(x), draw(y)) for _ in range(subsets)]
+    variance = np.var(values, ddof=1) * (subset_size / (smaller - subset_size) + 1 / subsets)
+    return float(np.mean(values)), math.sqrt(variance)
+
+
+def _unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Binkowski et al., Eq. 4, of float64 [m, D] and [m, D]."""
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.mT / a.shape[1] + 1) ** 3
+
+    m = len(x)
+    kxx, kyy = kernel(x, x), kernel(y, y)
+    within = (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (m * (m - 1))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Inception score
+
+
+def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
+    """Inception score exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over splits.
+
+    Args:
+        logits: [N, classes]; the splits are consecutive images, equal in number up to one.
+
+    Raises:
+        UserError: fewer images than splits.
+    """
+    if len(logits) < splits:
+        raise UserError(f"the inception score over {splits} splits needs {splits} or more images, not {len(logits)}")
+    scores = []
+    for part in torch.as_tensor(logits).tensor_split(splits):
+        log_p = _double(part).log_softmax(dim=1)
+        log_mean = log_p.logsumexp(dim=0) - math.log(len(part))
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Nearest neighbours
+
+
+def neighbour_scores(real: Array, fake: Array, k_precision: int = 3, k_density: int = 5) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    Around each image is a closed ball whose radius is the distance to its k-th nearest neighbour of the same set.
+    precision: fake images that are in a ball of a real one; recall: real images that are in a ball of a fake one;
+    density: number of real balls that a fake image is in, over k, on average; coverage: real images whose ball holds a
+    fake one. All four share the distances between the sets, which are computed in blocks: beside the features, they
+    take about 0.3 GB.
+
+    Args:
+        real, fake: features [N, D] and [M, D].
+        k_precision: k of precision and recall.
+        k_density: k of density and coverage.
+
+    Returns:
+        `precision`, `recall`, `density`, `coverage`.
+
+    Raises:
+        UserError: a set has no more than k images.
+    """
+    real, fake = _checked_pair(real, fake)
+    largest = max(k_precision, k_density)
+    for name, features, k in [("real", real, largest), ("generated", fake, k_precision)]:
+        if len(features) <= k:
+            raise UserError(f"{k} nearest neighbours need more than {k} {name} images; there are {len(features)}")
+    near_real = _nearest(real, largest)
+    radius, density_radius = near_real[:, k_precision - 1], near_real[:, k_density - 1]
+    fake_radius = _nearest(fake, k_precision)[:, -1]
+
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
+    inside = 0
+    for rows, columns, squares in _blocks(real, fake):
+        precise[columns] |= (squares <= radius[rows, None]).any(dim=0)
+        recalled[rows] |= (squares <= fake_radius[columns]).any(dim=1)
+        in_ball = squares <= density_radius[rows, None]
+        covered[rows] |= in_ball.any(dim=1)
+        inside += int(in_ball.sum())
+    return {
+        "precision": float(precise.double().mean()),
+        "recall": float(recalled.double().mean()),
+        "density": inside / (k_density * len(fake)),
+        "coverage": float(covered.double().mean()),
+    }
+
+
+def _nearest(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Squared distances of each image to its k nearest others, float64 [N, k], ascending."""
+    best = torch.full([len(x), k], math.inf, dtype=torch.float64, device=x.device)
+    for rows, columns, squares in _blocks(x, x):
+        squares.diagonal(rows.start - columns.start).fill_(math.inf)  # the image itself
+        best[rows] = torch.cat([best[rows], squares], dim=1).topk(k, dim=1, largest=False).values
+    return best
+
+
+def _blocks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Squared distances between rows of x and y, a block at a time: which rows, which columns, float64 values."""
+    for i in range(0, len(x), ROWS):
+        a = _double(x[i : i + ROWS])
+        for j in range(0, len(y), COLUMNS):
+            b = _double(y[j : j + COLUMNS])
+            lengths = a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1)
+            yield slice(i, i + len(a)), slice(j, j + len(b)), torch.addmm(lengths, a, b.mT, alpha=-2).clamp_(min=0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _double(x: Array) -> torch.Tensor:
+    """As float64, on the CPU if the device has none.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+    """
+    tensor = torch.as_tensor(x)
+    if not tensor.isfinite().all():
+        raise UserError("features, or statistics of them, hold NaN or infinity: look at the images and the detector")
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def _checked_pair(x: Array, y: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sets of features on a device that has float64.
+
+    Raises:
+        UserError: they are not of the same kind.
+    """
+    a, b = torch.as_tensor(x), torch.as_tensor(y)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise UserError(
+            f"sets of features must be of shapes [N, D] and [M, D], not {list(a.shape)} and {list(b.shape)}"
+        )
+    return (a.cpu(), b.cpu()) if a.device.type == "mps" else (a, b)
