@@ -51,6 +51,7 @@ LAYERS = [
         "training.generation_options",
         "training.reconstruction",
         "training.metrics",
+        "training.feature_stats",
         "training.conversion",
         "training.dataset_check",
     },

@@ -16,7 +16,7 @@ from reconstruct_phema import main as reconstruct
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import PersistentObject
 from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder
-from training.metrics import load_stats
+from training.feature_stats import load_stats
 from training.networks_edm2 import Precond
 from training.networks_toy import ToyModel
 from training.snapshot import load_network, open_snapshot, save_network
@@ -327,7 +327,7 @@ def test_reference_statistics(dtype, tmp_path):
     path = write(tmp_path, EasyDict(fid=EasyDict(mu=mu, sigma=sigma), fd_dinov2=other, num_images=5))
     np.savez(tmp_path / "old.npz", mu=mu, sigma=sigma)
     stats = load_stats(path)
-    assert stats.keys() == {"fid", "fd_dinov2"}
+    assert stats.keys() == {"fid", "fd_dinov2", "num_images"} and stats.num_images == 5
     for entry in (stats["fid"], load_stats(tmp_path / "old.npz")["fid"]):
         assert entry["mu"].dtype == entry["sigma"].dtype == np.float64
         np.testing.assert_array_equal(entry["mu"], mu)

@@ -25,7 +25,7 @@ from dnnlib.util import EasyDict, UserError
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
 from training.encoders import StandardRGBEncoder
-from training.metrics import load_stats
+from training.feature_stats import load_stats
 from training.snapshot import load_network, save_network
 from training.snapshot.__main__ import main as snapshot_tool
 

@@ -176,10 +176,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: no images found (PNG, JPEG, ... or .npy)")
         labels = self._load_labels([names[i] for i in files])
 
-        indices = np.arange(len(files))
-        if max_size is not None and len(indices) > max_size:
-            np.random.RandomState(random_seed % (1 << 31)).shuffle(indices)
-            indices = np.sort(indices[:max_size])
+        indices = subset(len(files), max_size, random_seed)
         self._files = files[indices]  # positions in the source
         # Of all images, also those outside a subset.
         self._label_dim = 0 if labels is None else int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
@@ -380,6 +377,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 def image_suffixes() -> frozenset[str]:
     """File types that Pillow opens, such as '.png'."""
     return frozenset(ext for ext, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
+
+
+def subset(count: int, max_size: int | None, seed: int) -> np.ndarray:
+    """A random choice of up to `max_size` of the indices below `count`, ascending: the same as the published tools'."""
+    indices = np.arange(count)
+    if max_size is not None and count > max_size:
+        np.random.RandomState(seed % (1 << 31)).shuffle(indices)
+        indices = np.sort(indices[:max_size])
+    return indices
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

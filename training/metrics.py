@@ -1,88 +1,454 @@
-"""Statistics of image features that metrics compare."""
+"""Metrics of images by the features that a detector finds in them: FID and its relatives."""
 
-import io
-import warnings
-import zipfile
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-from dnnlib.util import UserError, one_line, open_url
-from torch_utils import safe_pickle
-from torch_utils.safe_pickle import StoredArray
+from dnnlib.util import EasyDict, UserError
+from torch_utils import distributed
+from training.dataset import ImageFolderDataset, collate, subset
+from training.detectors import Detector, InceptionDetector, load_detector
+from training.distances import frechet_distance, frechet_error, inception_score, kernel_distance, neighbour_scores
+from training.feature_stats import ENTRIES, load_stats, save_stats
 
-MAX_METRICS, MAX_FEATURES = 16, 1 << 13
-Stats = dict[str, dict[str, np.ndarray]]
+__all__ = [
+    "METRICS",
+    "calculate_metrics_from_stats",
+    "calculate_stats_for_files",
+    "calculate_stats_for_iterable",
+    "frechet_distance",
+    "load_detectors",
+    "load_stats",
+    "parse_metrics",
+    "save_stats",
+]
+
+DEFAULT_METRICS = ("fid", "fd_dinov2")
 
 
-def load_stats(path_or_url: str | Path) -> Stats:
-    """Reference statistics: for each metric ('fid', 'fd_dinov2') the mean `mu` [D] and covariance `sigma` [D, D].
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
 
-    Reads the published pickles, and .npz files of `mu` and `sigma`, which are for FID.
+    Args:
+        entry: the statistics that it needs (see `feature_stats`), which say the detector.
+        kind: 'frechet' needs means and covariances, all others the features of all images.
+    """
+
+    entry: str
+    kind: str
+
+    @property
+    def array(self) -> str:
+        return "mu" if self.kind == "frechet" else "features"
+
+
+METRICS = {
+    "fid": Metric("fid", "frechet"),
+    "fd_dinov2": Metric("fd_dinov2", "frechet"),
+    "fd_pixels": Metric("fd_pixels", "frechet"),
+    "kid": Metric("fid", "kernel"),
+    "kd_dinov2": Metric("fd_dinov2", "kernel"),
+    "kd_pixels": Metric("fd_pixels", "kernel"),
+    "is": Metric("fid", "inception score"),
+    "prdc": Metric("fid", "neighbours"),
+    "prdc_dinov2": Metric("fd_dinov2", "neighbours"),
+    "prdc_pixels": Metric("fd_pixels", "neighbours"),
+}
+
+
+def parse_metrics(text: str) -> list[str]:
+    """Names of metrics, such as 'fid,fd_dinov2'.
 
     Raises:
-        UserError: no such file, or one that holds no statistics.
+        UserError: there is no such metric, or none.
     """
-    path = Path(open_url(path_or_url, return_filename=True))
-    with open(path, "rb") as f:
-        is_npz = f.read(2) == b"PK"
-    stats = _read_npz(path) if is_npz else published_stats(safe_pickle.load(path), str(path))
-    if not stats:
-        raise UserError(f"{path}: holds no statistics (mu and sigma)")
-    return stats
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    check_metrics(names)
+    return names
 
 
-def published_stats(data: Any, source: str) -> Stats:
-    """The entries with `mu` and `sigma` of what was read from the pickle `source`; none if it is something else.
+def check_metrics(names: Iterable[str]) -> None:
+    """
+    Raises:
+        UserError: there is no such metric.
+    """
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name.lower(), METRICS, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"no such metric: {name!r}; {hint}There are {', '.join(METRICS)}")
+
+
+def load_detectors(
+    metrics: Iterable[str],
+    device: torch.device | str = "cpu",
+    weights: Mapping[str, str | Path] | None = None,
+    resize: str = "torch",
+) -> dict[str, Detector]:
+    """The detectors that metrics need, by the entry of the statistics.
+
+    Args:
+        weights: files of weights by name of the detector; others are fetched.
+        resize: how images are resized for DINOv2, 'torch' or 'pil'.
 
     Raises:
-        UserError: they are not statistics.
+        UserError, RunError: as `load_detector`.
     """
-    stats: Stats = {}
-    for metric, entry in data.items() if type(data) is dict else ():
-        if type(metric) is str and type(entry) is dict and {"mu", "sigma"} <= entry.keys():
-            if len(stats) == MAX_METRICS:
-                raise UserError(f"{source}: holds statistics of more than {MAX_METRICS} metrics")
-            arrays = {key: entry[key] for key in ("mu", "sigma")}
-            if not all(type(array) is StoredArray for array in arrays.values()):
-                raise UserError(f"{source}: mu and sigma of {one_line(metric)[:50]} are not arrays")
-            _check_shapes(arrays["mu"].shape, arrays["sigma"].shape, source)
-            stats[metric] = {key: _finite(array.load(), source) for key, array in arrays.items()}
-    return stats
+    entries = dict.fromkeys(METRICS[name].entry for name in metrics)
+    detectors = {}
+    for entry in entries:
+        name = ENTRIES[entry]
+        mode = resize if name == "dinov2" else "torch"
+        detectors[entry] = load_detector(name, device, (weights or {}).get(name), mode)
+    return detectors
 
 
-def _read_npz(path: Path) -> Stats:
-    """`mu` and `sigma` of an .npz file, {} if it has none, read with a limit on the memory they take."""
-    try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("error")
-            if not {"mu.npy", "sigma.npy"} <= set(archive.namelist()):
-                return {}
-            mu, sigma = (_read_npy(archive, name) for name in ("mu.npy", "sigma.npy"))
-    except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
-        raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
-    _check_shapes(mu.shape, sigma.shape, str(path))
-    return {"fid": {"mu": _finite(mu, str(path)), "sigma": _finite(sigma, str(path))}}
+# ---------------------------------------------------------------------------------------------------------
+# Statistics
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    if archive.getinfo(name).file_size > MAX_FEATURES**2 * 8 + 4096:
-        raise ValueError(f"{name} is too large")
-    array = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"{name} is not an array of real numbers")
-    return array
+class _Collected:
+    """What has been gathered of the features of one detector.
+
+    Sums are float64, so that neither the size of the batches nor the number of processes matters. Image i goes to
+    group i modulo `groups`.
+    """
+
+    def __init__(self, detector: Detector, sums: bool, features: bool, groups: int):
+        self.detector, self.sums, self.groups = detector, sums, groups
+        self.features: list[torch.Tensor] | None = [] if features else None
+        device = torch.device("cpu") if detector.device.type == "mps" else detector.device  # MPS has no float64
+        D = detector.feature_dim
+        shapes = ([groups], [groups, D], [groups, D, D]) if sums else ([0],) * 3
+        self.count, self.x, self.xx = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+
+    def add(self, images: torch.Tensor, indices: torch.Tensor) -> None:
+        features = self.detector(images.to(self.detector.device))
+        if self.features is not None:
+            self.features.append(features.cpu())
+        for group in range(self.groups if self.sums else 0):
+            x = features[(indices % self.groups == group).to(features.device)].to(self.x.device, torch.float64)
+            self.count[group] += len(x)
+            self.x[group] += x.sum(dim=0)
+            self.xx[group].addmm_(x.T, x)
+
+    def entry(self, order: torch.Tensor | None) -> EasyDict:
+        """The statistics over all processes; features on the first one only, in that order."""
+        entry = EasyDict(detector=self.detector.describe())
+        if self.sums:
+            for tensor in (self.count, self.x, self.xx):
+                distributed.all_reduce_sum_(tensor)
+            n, x = int(self.count.sum()), self.x.sum(dim=0)
+            mu = x / n
+            entry.mu = mu.cpu().numpy()
+            entry.sigma = ((self.xx.sum(dim=0) - n * torch.outer(mu, mu)) / (n - 1)).cpu().numpy()
+            groups = zip(self.count.tolist(), self.x.cpu().numpy(), self.xx.cpu().numpy(), strict=True)
+            entry.groups = [(int(count), x, xx) for count, x, xx in groups]
+        if self.features is not None:
+            parts = distributed.gather_to_first(
+                torch.cat([torch.zeros([0, self.detector.feature_dim]), *self.features])
+            )
+            if order is not None:
+                entry.features = torch.cat(parts)[order].numpy()
+                if isinstance(self.detector, InceptionDetector):
+                    entry.logits = self.detector.logits(torch.from_numpy(entry.features).to(self.detector.device)).cpu()
+        return entry
 
 
-def _check_shapes(mu: tuple[int, ...], sigma: tuple[int, ...], source: str) -> None:
-    if not (len(mu) == 1 and 1 <= mu[0] <= MAX_FEATURES and sigma == mu * 2):
-        raise UserError(f"{source}: mu and sigma must be of shapes [D] and [D, D], D up to {MAX_FEATURES}")
+class StatsIterable:
+    """The batches of images, with their statistics in the last one."""
+
+    def __init__(
+        self,
+        image_iter: Iterable[Any],
+        metrics: Sequence[str],
+        detectors: Mapping[str, Detector],
+        groups: int,
+        verbose: bool,
+        dest_path: str | Path | None,
+    ):
+        self.image_iter, self.metrics, self.detectors = image_iter, metrics, detectors
+        self.groups, self.verbose, self.dest_path = groups, verbose, dest_path
+
+    def __iter__(self) -> Iterator[EasyDict]:
+        kinds = {
+            entry: {METRICS[name].array for name in self.metrics if METRICS[name].entry == entry}
+            for entry in self.detectors
+        }
+        collected = {
+            entry: _Collected(detector, "mu" in kinds[entry], "features" in kinds[entry], self.groups)
+            for entry, detector in self.detectors.items()
+        }
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        total = getattr(self.image_iter, "num_images", None)
+        seen: list[torch.Tensor] = []
+        resolution = None
+        held: EasyDict | None = None  # one batch is held back, as the last one gets the statistics
+        count = 0
+        with tqdm(
+            total=total, unit="img", disable=None if self.verbose and rank == 0 else True, dynamic_ncols=True
+        ) as progress:
+            for batch in self.image_iter:
+                r = batch if isinstance(batch, EasyDict) else EasyDict(images=torch.as_tensor(batch))
+                if held is not None:
+                    yield held
+                held = r
+                r.stats = None
+                indices = torch.as_tensor(r.get("indices", np.arange(count, count + len(r.images)) * world_size + rank))
+                for part in collected.values():
+                    part.add(r.images, indices)
+                seen.append(indices)
+                resolution = r.images.shape[-1] if len(r.images) else resolution
+                count += len(r.images)
+                progress.update(min(len(r.images) * world_size, total - progress.n if total else len(r.images)))
+        every = distributed.gather_to_first(torch.cat([torch.zeros(0, dtype=torch.int64), *seen]))
+        order = torch.cat(every).argsort() if every else None
+        num_images = distributed.from_first(len(order) if order is not None else 0)
+        if num_images < 2:
+            raise UserError(f"statistics need 2 or more images, not {num_images}")
+        stats = EasyDict({name: part.entry(order) for name, part in collected.items()})
+        stats.update(num_images=num_images, resolution=distributed.from_first(resolution), facts={})
+        if self.dest_path is not None and rank == 0:
+            save_stats(self.dest_path, stats)
+        held = held if held is not None else EasyDict(images=None)
+        held.stats = stats
+        yield held
 
 
-def _finite(array: np.ndarray, source: str) -> np.ndarray:
-    with np.errstate(all="ignore"):
-        array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise UserError(f"{source}: mu and sigma must be finite")
-    return array
+def calculate_stats_for_iterable(
+    image_iter: Iterable[Any],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    verbose: bool = True,
+    dest_path: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    detectors: Mapping[str, Detector] | None = None,
+    groups: int = 1,
+) -> StatsIterable:
+    """Statistics of images, in one pass for all metrics.
+
+    Args:
+        image_iter: batches: uint8 tensors [N, C, H, W], or records with such `images` and perhaps `indices` (what
+            `generate_images` makes). Under torchrun, this process's share of them.
+        metrics: names of METRICS.
+        verbose: show a progress bar on terminals.
+        dest_path: file in which to save the statistics.
+        device: where to compute.
+        detectors: as `load_detectors` makes them; default: with the published weights.
+        groups: of images, for error bars; see `frechet_error`.
+
+    Returns:
+        An iterable of the records; `stats` of the last one are the statistics over all processes (see
+        `feature_stats`), of the others None. Features of all images are on the first process only.
+
+    Raises:
+        UserError: no such metric; while it is iterated, images that no detector takes, or fewer than two.
+    """
+    check_metrics(metrics)
+    detectors = load_detectors(metrics, device) if detectors is None else detectors
+    return StatsIterable(image_iter, metrics, detectors, groups, verbose, dest_path)
+
+
+class _FileBatches:
+    """This process's share of the images of a dataset."""
+
+    def __init__(self, images: Any, max_batch_size: int, num_workers: int, prefetch_factor: int):
+        self.num_images = len(images)
+        self.images = images
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        batches = [range(i, min(i + max_batch_size, len(images))) for i in range(0, len(images), max_batch_size)]
+        self.batches = batches[rank::world_size]
+        self.loader = torch.utils.data.DataLoader(
+            images,
+            batch_sampler=self.batches,  # type: ignore[arg-type]
+            collate_fn=collate,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers > 0 else None,
+            multiprocessing_context="spawn" if num_workers > 0 else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[EasyDict]:
+        for batch_idx, (indices, (images, _labels)) in enumerate(zip(self.batches, self.loader, strict=True)):
+            yield EasyDict(images=images, indices=np.array(indices), batch_idx=batch_idx, num_batches=len(self))
+
+
+def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) -> Any:
+    """The images of a folder, a ZIP file, or an .npz file as ADM writes it (`arr_0`, uint8 [N, H, W, C]).
+
+    Args:
+        num_images: how many; there may be more, then `seed` selects a subset.
+
+    Raises:
+        UserError: there are fewer, they differ in size, or are none.
+    """
+    path = Path(path)
+    images: Any
+    if path.suffix == ".npz":
+        images = ArrayImages(path, num_images, seed)
+    else:
+        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed)
+        if images.dtype != np.uint8:
+            raise UserError(f"{path}: holds latents, not images: decode them first (dataset_tool.py decode)")
+        images.verify()
+    if num_images is not None and len(images) < num_images:
+        raise UserError(f"{path}: holds {len(images)} images, and --num={num_images} are wanted: generate more of them")
+    return images
+
+
+class ArrayImages(torch.utils.data.Dataset):
+    """Images of an .npz file as ADM writes them, `arr_0`: uint8 [N, H, W, C]."""
+
+    def __init__(self, path: Path, max_size: int | None, seed: int):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                self.array = archive["arr_0"]
+        except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
+            reason = "it has no arr_0" if isinstance(err, KeyError) else str(err)
+            raise UserError(f"{path}: holds no images ({reason})") from None
+        if self.array.dtype != np.uint8 or self.array.ndim != 4:
+            raise UserError(f"{path}: arr_0 is {self.array.dtype} {list(self.array.shape)}, not uint8 [N, H, W, C]")
+        self.indices = subset(len(self.array), max_size, seed)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.array[self.indices[idx]].transpose(2, 0, 1), np.zeros([0], dtype=np.float32)
+
+
+def calculate_stats_for_files(
+    image_path: str | Path,
+    num_images: int | None = None,
+    seed: int = 0,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    max_batch_size: int = 64,
+    num_workers: int = 2,
+    prefetch_factor: int = 2,
+    **stats_kwargs: Any,
+) -> StatsIterable:
+    """Statistics of stored images: as `calculate_stats_for_iterable`, on what `open_images` opens.
+
+    Args:
+        max_batch_size: images at a time.
+        num_workers, prefetch_factor: processes that load images, and batches that each has ready.
+
+    Raises:
+        UserError: also what `open_images` raises.
+    """
+    images = open_images(image_path, num_images, seed)
+    workers = 0 if isinstance(images, ArrayImages) else num_workers  # those are in memory
+    batches = _FileBatches(images, max_batch_size, workers, prefetch_factor)
+    return calculate_stats_for_iterable(batches, metrics, **stats_kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def calculate_metrics_from_stats(
+    stats: Mapping[str, Any],
+    ref: Mapping[str, Any],
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    verbose: bool = False,
+    force: bool = False,
+) -> dict[str, float]:
+    """Metrics of images whose statistics are `stats`, against the reference `ref`. On the first process.
+
+    Args:
+        verbose: print each value.
+        force: compare even with references that were made otherwise.
+
+    Returns:
+        Values by name: each metric under its own, its error as `{metric}_std` where there is one; 'prdc' gives
+        'precision', 'recall', 'density' and 'coverage'.
+
+    Raises:
+        UserError: statistics lack what a metric needs, or were made with another detector or at another resolution.
+    """
+    check_metrics(metrics)
+    for metric in metrics:
+        check_reference(metric, stats, ref, force)
+    results: dict[str, float] = {}
+    for metric in metrics:
+        results.update(KINDS[METRICS[metric].kind](metric, stats[METRICS[metric].entry], ref))
+    if verbose:
+        for name, value in results.items():
+            print(f"{name + ':':24s}{value:g}")
+    return results
+
+
+def check_reference(metric: str, stats: Mapping[str, Any] | None, ref: Mapping[str, Any], force: bool = False) -> None:
+    """
+    Args:
+        stats: of the images; None = only look whether the reference has what the metric needs.
+
+    Raises:
+        UserError: as `calculate_metrics_from_stats`.
+    """
+    entry, array = METRICS[metric].entry, METRICS[metric].array
+    if METRICS[metric].kind != "inception score" and array not in ref.get(entry, {}):
+        what = "statistics" if array == "mu" else "features"
+        raise UserError(
+            f"the reference has no {what} for {metric}: make one that has (calculate_metrics.py ref --metrics={metric})"
+        )
+    if stats is None:
+        return
+    if array not in stats.get(entry, {}):
+        raise UserError(f"the statistics of the images were made without {metric}")
+    if force or METRICS[metric].kind == "inception score":
+        return
+    ours, theirs = stats[entry].get("detector"), ref[entry].get("detector")
+    for key in ours if ours and theirs else ():
+        if ours[key] != theirs.get(key):
+            raise UserError(
+                f"the reference for {metric} was made with {key} {theirs.get(key)!r}, these are with {ours[key]!r}: "
+                "they do not compare (--force does it all the same)"
+            )
+    sizes = stats.get("resolution"), ref.get("resolution")
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UserError(
+            f"the images are {sizes[0]}x{sizes[0]}, those of the reference {sizes[1]}x{sizes[1]}: they do not compare "
+            "(--force does it all the same)"
+        )
+
+
+def _frechet(metric: str, stats: Mapping[str, Any], ref: Mapping[str, Any]) -> dict[str, float]:
+    theirs = ref[METRICS[metric].entry]
+    values = {metric: frechet_distance(stats["mu"], stats["sigma"], theirs["mu"], theirs["sigma"])}
+    groups = stats.get("groups", [])
+    if len(groups) > 1:
+        values[f"{metric}_std"] = frechet_error(groups, theirs["mu"], theirs["sigma"])
+    return values
+
+
+def _kernel(metric: str, stats: Mapping[str, Any], ref: Mapping[str, Any]) -> dict[str, float]:
+    value, error = kernel_distance(stats["features"], ref[METRICS[metric].entry]["features"])
+    return {metric: value, f"{metric}_std": error}
+
+
+def _inception_score(metric: str, stats: Mapping[str, Any], _ref: Mapping[str, Any]) -> dict[str, float]:
+    value, deviation = inception_score(stats["logits"])
+    return {metric: value, f"{metric}_std": deviation}
+
+
+def _neighbours(metric: str, stats: Mapping[str, Any], ref: Mapping[str, Any]) -> dict[str, float]:
+    suffix = metric.removeprefix("prdc")
+    scores = neighbour_scores(ref[METRICS[metric].entry]["features"], stats["features"])
+    return {f"{name}{suffix}": value for name, value in scores.items()}
+
+
+KINDS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]] = {
+    "frechet": _frechet,
+    "kernel": _kernel,
+    "inception score": _inception_score,
+    "neighbours": _neighbours,
+}

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from dnnlib.util import CommandGroup, UserError, is_url, offline_option, one_line, open_url
 from torch_utils import safe_pickle
+from training.feature_stats import ENTRIES, load_stats, published_stats
 from training.flops import count_parameters
-from training.metrics import load_stats, published_stats
 from training.networks_edm2 import PRECISIONS
 from training.presets import files_for
 from training.snapshot.files import (
@@ -143,10 +143,10 @@ def facts_of_statistics(source: str) -> dict[str, Any] | None:
     if Path(source).is_dir() or not source.partition("#")[0].endswith((".pkl", ".npz")):
         return None
     path = Path(open_url(source, return_filename=True))
-    if path.suffix == ".pkl" and not published_stats(safe_pickle.load(path), str(path)):
+    if path.suffix == ".pkl" and not ENTRIES.keys() & published_stats(safe_pickle.load(path), str(path)).keys():
         return None
     stats = load_stats(path)
-    features = {metric: f"mean and covariance of {len(entry['mu'])} features" for metric, entry in stats.items()}
+    features = {name: f"mean and covariance of {len(stats[name].mu)} features" for name in ENTRIES if name in stats}
     return {"file": str(path), "bytes": path.stat().st_size, **features}
 
 

@@ -1,0 +1,221 @@
+"""Statistics of image features, and their files: ours, the published ones, and those of other tools.
+
+As in the published tools, statistics are a dictionary: for each of 'fid' (Inception-v3), 'fd_dinov2' (DINOv2) and
+'fd_pixels' an entry with
+
+- `mu`, `sigma`: mean [D] and unbiased covariance [D, D] of the features, float64,
+- `features`: of all images, float32 [N, D],
+- `detector`: what determines the features (`Detector.describe`),
+- `groups`: number of images, sum of x [D] and of x x^T [D, D] of groups of images, for error bars,
+
+each where it is known or was asked for; beside them `num_images`, `resolution` (height and width), and `facts`: where
+the images are from, when this was made.
+"""
+
+import io
+import json
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dnnlib.util import EasyDict, UserError, atomic_write, one_line, open_url
+from torch_utils import safe_pickle
+from torch_utils.safe_pickle import StoredArray
+
+FORMAT, VERSION = "OpenEDM2 feature statistics", 1
+MAX_FEATURES = 1 << 13
+ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_pixels": "pixels"}  # entry of each detector
+ARRAYS = {"mu": 1, "sigma": 2, "features": 2}  # dimensions
+SUFFIXES = (".safetensors", ".npz", ".pkl")
+
+
+def save_stats(path: str | Path, stats: Mapping[str, Any]) -> None:
+    """Write statistics: .safetensors or .npz with all that is known, or .pkl as the published tools read it.
+
+    Raises:
+        UserError: another suffix, or features, for which the published layout has no place.
+        OSError: it could not be written.
+    """
+    path = Path(path)
+    check_suffix(path)
+    if path.suffix == ".pkl":
+        _write_published(path, stats)
+        return
+    entries = {name: stats[name] for name in ENTRIES if name in stats}
+    arrays = {
+        f"{name}/{key}": np.ascontiguousarray(entry[key])
+        for name, entry in entries.items()
+        for key in ARRAYS
+        if key in entry
+    }
+    metadata = json.dumps(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "detectors": {name: entry.get("detector") for name, entry in entries.items()},
+            **{key: stats.get(key) for key in ("num_images", "resolution", "facts")},
+        }
+    )
+    with atomic_write(path) as f:
+        if path.suffix == ".npz":
+            np.savez(f, metadata=np.array(metadata), **arrays)  # type: ignore[arg-type]
+        else:
+            f.write(safetensors.numpy.save(arrays, {"openedm2": metadata}))
+
+
+def check_suffix(path: Path) -> None:
+    """
+    Raises:
+        UserError: no file of statistics has such a name.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: statistics are {', '.join(SUFFIXES)} files")
+
+
+def _write_published(path: Path, stats: Mapping[str, Any]) -> None:
+    entries = {name: stats[name] for name in ENTRIES if name in stats}
+    if any("mu" not in entry or "features" in entry for entry in entries.values()):
+        raise UserError(f"{path}: the published layout holds means and covariances only: choose .safetensors")
+    data: dict[str, Any] = {name: {"mu": entry["mu"], "sigma": entry["sigma"]} for name, entry in entries.items()}
+    safe_pickle.save(path, {**data, "num_images": stats["num_images"]})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_stats(path_or_url: str | Path) -> EasyDict:
+    """Read statistics: ours (.safetensors, .npz), the published pickles, and .npz files of `mu` and `sigma` as older
+    releases, pytorch-fid and ADM write them, which are for FID.
+
+    Raises:
+        UserError: no such file, or one that holds no statistics.
+    """
+    path = Path(open_url(path_or_url, return_filename=True))
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start[:2] == b"PK":
+        stats = _read_npz(path)
+    elif start[8:9] == b"{":
+        stats = _read_safetensors(path)
+    else:
+        stats = published_stats(safe_pickle.load(path), str(path))
+    if not ENTRIES.keys() & stats.keys():
+        raise UserError(f"{path}: holds no statistics (mu and sigma)")
+    return stats
+
+
+def published_stats(data: Any, source: str) -> EasyDict:
+    """The entries with `mu` and `sigma` of what was read from the pickle `source`; none if it is something else.
+
+    Raises:
+        UserError: they are not statistics.
+    """
+    stats = EasyDict()
+    for name, entry in data.items() if isinstance(data, dict) else ():
+        if name == "num_images" and type(entry) is int:
+            stats.num_images = entry
+        if name in ENTRIES and isinstance(entry, dict) and {"mu", "sigma"} <= entry.keys():
+            arrays = {key: entry[key] for key in ("mu", "sigma")}
+            if not all(type(array) is StoredArray for array in arrays.values()):
+                raise UserError(f"{source}: mu and sigma of {name} are not arrays")
+            _check_shapes({key: array.shape for key, array in arrays.items()}, source)
+            stats[name] = EasyDict({key: _finite(array.load(), source) for key, array in arrays.items()})
+    return stats
+
+
+def _read_safetensors(path: Path) -> EasyDict:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = (file.metadata() or {}).get("openedm2", "")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return _ours(path, metadata, shapes, file.get_tensor)
+    except (safetensors.SafetensorError, ValueError, TypeError) as err:
+        if isinstance(err, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
+
+
+def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: Any) -> EasyDict:
+    """From the metadata, the shapes and a reader of the arrays of a file of ours."""
+    try:
+        metadata = json.loads(text)
+        if metadata["format"] != FORMAT:
+            raise ValueError("another format")
+        if metadata["version"] != VERSION:
+            raise UserError(f"{path}: is of format version {metadata['version']}, not {VERSION}: use a newer release")
+        detectors = {name: metadata["detectors"][name] for name in ENTRIES if name in metadata["detectors"]}
+        stats = EasyDict({key: metadata[key] for key in ("num_images", "resolution", "facts")})
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise UserError(f"{path}: holds no feature statistics ({one_line(err)[:100]})") from None
+    for name, detector in detectors.items():
+        present = {key: shapes[f"{name}/{key}"] for key in ARRAYS if f"{name}/{key}" in shapes}
+        _check_shapes(present, str(path))
+        stats[name] = EasyDict(detector=detector)
+        for key in present:
+            array = read(f"{name}/{key}")
+            if array.dtype.kind != "f":
+                raise UserError(f"{path}: {name}/{key} is not an array of real numbers")
+            stats[name][key] = array if key == "features" else _finite(array, str(path))
+    return stats
+
+
+def _read_npz(path: Path) -> EasyDict:
+    """Read with a limit on the memory that it takes."""
+    try:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("error")
+            names = set(archive.namelist())
+            if "metadata.npy" in names:
+                shapes = {name.removesuffix(".npy"): _npy_shape(archive, name) for name in names - {"metadata.npy"}}
+                text = str(_read_npy(archive, "metadata.npy", kinds="U"))
+                return _ours(path, text, shapes, lambda name: _read_npy(archive, f"{name}.npy"))
+            if not {"mu.npy", "sigma.npy"} <= names:
+                return EasyDict()
+            arrays = {key: _read_npy(archive, f"{key}.npy") for key in ("mu", "sigma")}
+    except UserError:
+        raise
+    except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
+        raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
+    _check_shapes({key: array.shape for key, array in arrays.items()}, str(path))
+    return EasyDict(fid=EasyDict({key: _finite(array, str(path)) for key, array in arrays.items()}))
+
+
+def _npy_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(name) as f:
+        np.lib.format.read_magic(f)
+        return np.lib.format.read_array_header_1_0(f)[0]
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str, kinds: str = "fiu") -> np.ndarray:
+    if not name.endswith("/features.npy") and archive.getinfo(name).file_size > MAX_FEATURES**2 * 8 + 4096:
+        raise ValueError(f"{name} is too large")
+    array = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
+    if array.dtype.kind not in kinds:
+        raise ValueError(f"{name} is not an array of real numbers")
+    return array
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    if any(len(shape) != ARRAYS[key] for key, shape in shapes.items()) or len({s[-1] for s in shapes.values()}) > 1:
+        raise UserError(f"{source}: mu and sigma must be of shapes [D] and [D, D], features of [N, D]")
+    if ("mu" in shapes) != ("sigma" in shapes) or ("sigma" in shapes and len(set(shapes["sigma"])) != 1):
+        raise UserError(f"{source}: mu and sigma must be of shapes [D] and [D, D]")
+    if not all(1 <= shape[-1] <= MAX_FEATURES for shape in shapes.values()):
+        raise UserError(f"{source}: mu and sigma must be of shapes [D] and [D, D], D from 1 to {MAX_FEATURES}")
+
+
+def _finite(array: np.ndarray, source: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        raise UserError(f"{source}: mu and sigma must be finite")
+    return array
