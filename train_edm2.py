@@ -13,6 +13,7 @@ from torch_utils import distributed, misc
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset
 from training.encoders import final_channels
+from training.metrics import parse_metrics
 from training.phema import parse_std_list
 from training.presets import TRAINING_PRESETS, unknown_preset
 from training.training_loop import build_network, training_loop
@@ -52,6 +53,8 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
         check_memory(dataset, explicit["workers"])
     if explicit["cond"] and not dataset.has_labels:
         raise UserError(f"--cond=1 needs labels, and {explicit['data']} has none: use --cond=0, or add dataset.json")
+    if (not explicit.get("metrics")) != (not explicit.get("metrics_ref")):
+        raise UserError("--metrics and --metrics-ref belong together: give both")
     config = TrainConfig(**{**TRAINING_PRESETS[preset], **explicit}, dataset=dataset.info())
     check_numbers(config)
     dataset.verify()
@@ -249,6 +252,21 @@ def note_missing_attention(config: TrainConfig) -> None:
     help="Interval of training states  [default: 128Mi; digits: 48Ki]",
     metavar="NIMG",
     callback=parsed_by(parse_nimg),
+)
+@click.option(
+    "--metrics",
+    help="Metrics of every snapshot, such as fid,fd_dinov2 (see calculate_metrics.py)",
+    metavar="LIST",
+    callback=parsed_by(lambda text: tuple(parse_metrics(text))),
+)
+@click.option("--metrics-ref", help="Reference statistics for --metrics: a file or URL", metavar="FILE")
+@click.option(
+    "--metrics-num",
+    help="Images to generate for --metrics",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=50000,
+    show_default=True,
 )
 @click.option(
     "--seed", help="Random seed", metavar="INT", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True

@@ -71,7 +71,7 @@ class Journal:
             except BlockingIOError:
                 self.lock.close()
                 raise UserError(f"{outdir} is in use by another training run: wait for it, or stop it") from None
-            for name in ("training", "network-snapshot", "fakes", "reals", "stats"):
+            for name in ("training", "network-snapshot", "fakes", "reals", "stats", "metric"):
                 for partial in outdir.glob(f".{name}*.tmp"):
                     partial.unlink()
         hidden = not self.active or not sys.stderr.isatty()
@@ -90,8 +90,7 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
 
             self.tensorboard = SummaryWriter(self.outdir, purge_step=nimg + 1)
-            path = self.outdir / "stats.jsonl"
-            if path.is_file():
+            for path in [*self.outdir.glob("stats.jsonl"), *self.outdir.glob("metric-*.jsonl")]:
                 lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
                     f.writelines(line + "\n" for line in lines)
@@ -113,6 +112,14 @@ class Journal:
                     self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
             self.tensorboard.flush()
 
+    def report_metrics(self, nimg: int, snapshot: str, results: dict[str, float]) -> None:
+        """Show results of a snapshot."""
+        if self.tensorboard is not None:
+            for name, value in results.items():
+                self.tensorboard.add_scalar(f"{name}/{snapshot}", value, global_step=nimg)
+            self.tensorboard.flush()
+        self.log(f"{snapshot} at {nimg} images: " + ", ".join(f"{name} {value:.6g}" for name, value in results.items()))
+
     def __enter__(self) -> "Journal":
         return self
 
@@ -125,8 +132,11 @@ class Journal:
 
 
 def _is_status(line: str, nimg: int) -> bool:
-    """Whether a line is a whole one, from no later than `nimg`: a full disk or lost power can spoil lines."""
+    """Whether a line is a whole one, from no later than `nimg`: a full disk or lost power can spoil lines.
+
+    Metrics that are not the run's own say no `nimg`.
+    """
     try:
-        return json.loads(line)["nimg"] <= nimg
-    except (ValueError, TypeError, KeyError):
+        return json.loads(line).get("nimg", 0) <= nimg
+    except (ValueError, TypeError, AttributeError):
         return False

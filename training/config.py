@@ -23,6 +23,9 @@ MAY_CHANGE = {
     "status",
     "snapshot",
     "checkpoint",
+    "metrics",
+    "metrics_ref",
+    "metrics_num",
 }
 OPTION_NAMES = {"P_mean": "--P_mean", "P_std": "--P_std", "rampup_Mimg": "--preset's rampup_Mimg"}
 
@@ -64,6 +67,9 @@ class TrainConfig:
     dataset: DatasetInfo
     xflip: bool = False
     cache: bool = False
+    metrics: tuple[str, ...] = ()
+    metrics_ref: str = ""
+    metrics_num: int = 50000
 
     def network_kwargs(self) -> dict[str, Any]:
         """Arguments of `Precond` beside the image shape."""

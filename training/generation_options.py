@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
-from dnnlib.util import UserError, device_option, given_options, is_url, offline_option, parsed_by
+from dnnlib.util import UserError, device_option, file_sha256, given_options, is_url, offline_option, parsed_by
 from torch_utils import distributed, misc
 from training.generation import ImageBatches, generate_images, load_image_network
 from training.presets import GENERATION_PRESETS, unknown_preset
@@ -209,3 +209,24 @@ class LoadedGenerator:
             **self.options.sampler_kwargs(),
             **kwargs,
         )
+
+    def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """What makes the images of these seeds, one after the other, as plain JSON values."""
+        options = self.options
+        facts: dict[str, Any] = {}
+        for key in ("net", "gnet"):
+            source = getattr(options, key)
+            if source is not None:
+                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
+        label_dim = self.snapshot.net.label_dim
+        labels = "none" if label_dim == 0 else "drawn from the seed"
+        sampler = options.sampler_kwargs()
+        if options.S_churn == 0:
+            sampler = {key: value for key, value in sampler.items() if not key.startswith("S_")}
+        return {
+            **facts,
+            "seeds": f"{seeds[0]}-{seeds[-1]}",
+            "labels": labels if options.class_idx is None else f"class {options.class_idx}",
+            "sampler": sampler,
+            "precision": self.snapshot.net.precision,
+        }

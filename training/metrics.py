@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import EasyDict, UserError
+from dnnlib.util import EasyDict, UserError, file_sha256, one_line
 from torch_utils import distributed
 from training.dataset import ImageFolderDataset, collate, subset
 from training.detectors import Detector, InceptionDetector, load_detector
@@ -255,10 +255,12 @@ def calculate_stats_for_iterable(
     return StatsIterable(image_iter, metrics, detectors, groups, verbose, dest_path)
 
 
-class _FileBatches:
-    """This process's share of the images of a dataset."""
+class FileBatches:
+    """This process's share of the images that `open_images` has opened, a batch at a time."""
 
-    def __init__(self, images: Any, max_batch_size: int, num_workers: int, prefetch_factor: int):
+    def __init__(self, images: Any, max_batch_size: int = 64, num_workers: int = 2, prefetch_factor: int = 2):
+        if isinstance(images, ArrayImages):
+            num_workers = 0  # they are in memory
         self.num_images = len(images)
         self.images = images
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -304,15 +306,21 @@ def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) 
     return images
 
 
+def content_hash(images: Any) -> str:
+    """What identifies images that `open_images` has opened."""
+    return file_sha256(images.path) if isinstance(images, ArrayImages) else images.info().content_hash
+
+
 class ArrayImages(torch.utils.data.Dataset):
     """Images of an .npz file as ADM writes them, `arr_0`: uint8 [N, H, W, C]."""
 
     def __init__(self, path: Path, max_size: int | None, seed: int):
+        self.path = path
         try:
             with np.load(path, allow_pickle=False) as archive:
                 self.array = archive["arr_0"]
         except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
-            reason = "it has no arr_0" if isinstance(err, KeyError) else str(err)
+            reason = "it has no arr_0" if isinstance(err, KeyError) else one_line(err)
             raise UserError(f"{path}: holds no images ({reason})") from None
         if self.array.dtype != np.uint8 or self.array.ndim != 4:
             raise UserError(f"{path}: arr_0 is {self.array.dtype} {list(self.array.shape)}, not uint8 [N, H, W, C]")
@@ -345,8 +353,7 @@ def calculate_stats_for_files(
         UserError: also what `open_images` raises.
     """
     images = open_images(image_path, num_images, seed)
-    workers = 0 if isinstance(images, ArrayImages) else num_workers  # those are in memory
-    batches = _FileBatches(images, max_batch_size, workers, prefetch_factor)
+    batches = FileBatches(images, max_batch_size, num_workers, prefetch_factor)
     return calculate_stats_for_iterable(batches, metrics, **stats_kwargs)
 
 

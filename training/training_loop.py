@@ -17,6 +17,7 @@ from torch_utils.training_stats import Collector, Journal
 from training.config import TrainConfig
 from training.dataset import ImageFolderDataset, RunSampler, begin_loader_process, collate
 from training.encoders import encoder_for, final_channels
+from training.evaluation import SnapshotEvaluation
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
 from training.networks_edm2 import Precond, effective_weights, normalize_weights_
@@ -154,6 +155,9 @@ def _train(
         pin_memory=device.type == "cuda",
         multiprocessing_context="spawn" if config.workers > 0 else None,
     )
+    evaluation = None
+    if config.metrics:
+        evaluation = SnapshotEvaluation(config.metrics, config.metrics_ref, config.metrics_num, encoder, device)
     with distributed.fail_together():
         previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
     journal.start(nimg, config.duration)
@@ -204,7 +208,7 @@ def _train(
                     "config": config.to_json(),
                     "dataset": dataclasses.asdict(config.dataset),
                 }
-                path = outdir / f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
+                path = outdir / snapshot_name(nimg, suffix)
                 save_network(path, _as_precond(ema_net), encoder, metadata)
             previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
 
@@ -226,6 +230,14 @@ def _train(
                     "code_version": code_version(),
                 },
             )
+
+        # Metrics of the snapshots, which take long: the state is safe.
+        if evaluation is not None and due(config.snapshot, nimg):
+            for ema_net, suffix in ema.get():
+                path = outdir / snapshot_name(nimg, suffix)
+                results = evaluation(_as_precond(ema_net), path, nimg)
+                journal.report_metrics(nimg, f"EMA{suffix}", results)
+            tick_time = time.time()
         if done or suspended:
             break
 
@@ -261,6 +273,10 @@ def _train(
     journal.log(
         f"Done: {nimg} images in {outdir}" if done else f"Suspended at {nimg} images; repeat the command to go on"
     )
+
+
+def snapshot_name(nimg: int, suffix: str) -> str:
+    return f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
 
 
 def status_line(fields: dict[str, float], duration: int) -> str:

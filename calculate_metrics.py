@@ -1,0 +1,285 @@
+"""Calculate metrics of images and networks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by
+from torch_utils import distributed, misc
+from training.detectors import DETECTORS, RESIZE_MODES
+from training.evaluation import Evaluation, format_results, last_stats, save_records
+from training.feature_stats import check_suffix
+from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, with_options
+from training.metrics import (
+    DEFAULT_METRICS,
+    METRICS,
+    FileBatches,
+    calculate_metrics_from_stats,
+    calculate_stats_for_files,
+    calculate_stats_for_iterable,
+    content_hash,
+    load_detectors,
+    load_stats,
+    open_images,
+    parse_metrics,
+    save_stats,
+)
+from training.presets import GENERATION_PRESETS, files_for
+
+# For Python callers, as the published script offers them.
+__all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
+
+GROUPS = 15  # of images, for error bars
+
+
+def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    weights = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if name not in DETECTORS or not path:
+            raise UserError(f"--detector-weights: {value!r} is not NAME=PATH with a NAME of {', '.join(DETECTORS)}")
+        weights[name] = path
+    return weights
+
+
+METRICS_OPTION = click.option(
+    "--metrics",
+    help=f"Metrics: {', '.join(METRICS)}",
+    metavar="LIST",
+    default=",".join(DEFAULT_METRICS),
+    show_default=True,
+    callback=parsed_by(parse_metrics),
+)
+BATCH_OPTION = click.option(
+    "--batch",
+    help="Images per batch and process",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+)
+WORKERS_OPTION = click.option(
+    "--workers",
+    help="Processes that load images",
+    metavar="INT",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+)
+DETECTOR_OPTIONS = [
+    click.option(
+        "--resize",
+        help="How images are resized for DINOv2; pil = as dgm-eval does",
+        type=click.Choice(RESIZE_MODES),
+        default="torch",
+        show_default=True,
+    ),
+    click.option(
+        "--detector-weights",
+        help="Weights of a detector from a file (inception) or folder (dinov2)  [default: fetched once]",
+        metavar="NAME=PATH",
+        multiple=True,
+        callback=parse_weights,
+    ),
+]
+MEASURING_OPTIONS = [
+    click.option(
+        "--num",
+        "num_images",
+        help="Number of images",
+        metavar="INT",
+        type=click.IntRange(min=2),
+        default=50000,
+        show_default=True,
+    ),
+    click.option(
+        "--seed",
+        help="First seed (gen), or seed of the choice among more images than --num (calc)",
+        metavar="INT",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+    ),
+    click.option(
+        "--repeat",
+        help="Measure several times, with other seeds; also prints mean and minimum",
+        metavar="INT",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+    ),
+    click.option("--error-bars", help="Standard errors of Frechet distances (jackknife)", is_flag=True),
+    click.option("--force", help="Compare even with a reference that was made otherwise", is_flag=True),
+    click.option(
+        "--outdir",
+        help="Also add the results to metric-NAME.jsonl in this folder",
+        metavar="DIR",
+        type=click.Path(file_okay=False, path_type=Path),
+    ),
+]
+
+
+@click.group(cls=CommandGroup)
+def main() -> None:
+    """Calculate metrics of images and networks: FID, FD-DINOv2, KID, IS, precision and recall.
+
+    fid, fd_dinov2, fd_pixels: Frechet distance of features of Inception-v3, DINOv2, or pixels averaged to 8x8.
+    kid, kd_dinov2, kd_pixels: kernel distance. is: inception score. prdc, prdc_dinov2, prdc_pixels: precision, recall,
+    density and coverage. Those with pixels need no weights; they compare runs on small data, not with the literature.
+
+    Under torchrun the processes share the work.
+    """
+
+
+@main.command()
+@click.option("--images", help="Images: a folder, a ZIP file, or an .npz file of ADM", metavar="PATH", required=True)
+@click.option("--ref", help="Reference statistics: a file or URL", metavar="FILE", required=True)
+@METRICS_OPTION
+@with_options(MEASURING_OPTIONS)
+@BATCH_OPTION
+@WORKERS_OPTION
+@with_options(DETECTOR_OPTIONS)
+@device_option
+@offline_option
+def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, workers: int, **opts: Any) -> None:
+    """Metrics of images in files.
+
+    \b
+    Example:
+      python calculate_metrics.py calc --images=out --ref=datasets/img512.safetensors --num=50000
+    """
+    evaluation = begin(opts)
+    with distributed.fail_together():
+        if repeat > 1 and len(open_images(images)) <= num_images:
+            raise UserError(f"--repeat={repeat} needs more than --num={num_images} images; {images} has no more")
+    runs = []
+    for i in range(seed, seed + repeat):
+        with distributed.fail_together():
+            dataset = open_images(images, num_images, i)
+        provenance = {"images": images, "images_hash": content_hash(dataset), "seed": i}
+        runs.append(evaluation(FileBatches(dataset, batch, workers), provenance))
+    finish(runs, opts)
+
+
+@main.command()
+@with_options(NETWORK_OPTIONS)
+@click.option(
+    "--ref", help="Reference statistics: a file or URL  [default: the published ones of --preset]", metavar="FILE"
+)
+@METRICS_OPTION
+@with_options(MEASURING_OPTIONS)
+@BATCH_OPTION
+@with_options(SAMPLING_OPTIONS)
+@with_options(DETECTOR_OPTIONS)
+@click.option(
+    "--save-images",
+    help="Also save the images",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+)
+def gen(
+    ref: str | None, num_images: int, seed: int, repeat: int, batch: int, save_images: Path | None, **opts: Any
+) -> None:
+    """Metrics of a network, on images that it generates. They need not be saved.
+
+    \b
+    Examples:
+      python calculate_metrics.py gen --net=out/digits/network-snapshot-0000147-0.100.safetensors \\
+          --ref=out/digits-ref.safetensors --metrics=fd_pixels --num=1797
+      # A published result
+      torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --preset=edm2-img512-s-guid-fid --repeat=3
+    """
+    device, preset = opts["device"], opts["preset"]
+    options = GenerationOptions.take(opts)
+    if ref is None and preset is None:
+        raise UserError("which reference? Give --ref, or a --preset that has one")
+    opts.update(device=device, ref=ref if ref is not None else files_for(preset)[-1])
+    distributed.init()
+    options.fetch()
+    with distributed.fail_together():
+        generator = options.load()
+        if generator.suffix != ".png":
+            raise UserError(f"{options.net}: makes latents, not images; metrics need pixels")
+    evaluation = begin(opts)
+    runs = []
+    for i in range(repeat):
+        seeds = range(seed + i * num_images, seed + (i + 1) * num_images)
+        images = generator.images(seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False)
+        runs.append(evaluation(images, generator.describe(seeds)))
+    finish(runs, opts)
+    if preset is not None:
+        published = GENERATION_PRESETS[preset]
+        distributed.print0(f"published: {published.metric} {published.value:.2f} (the minimum of 3 x 50000 images)")
+
+
+@main.command()
+@click.option("--data", help="Images: a folder, a ZIP file, or an .npz file of ADM", metavar="PATH", required=True)
+@click.option(
+    "--dest",
+    help="Where to save: .safetensors or .npz, or .pkl for the published tools",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+)
+@METRICS_OPTION
+@BATCH_OPTION
+@WORKERS_OPTION
+@with_options(DETECTOR_OPTIONS)
+@device_option
+@offline_option
+def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **opts: Any) -> None:
+    """Reference statistics of a dataset. All of its images count.
+
+    \b
+    Example:
+      python calculate_metrics.py ref --data=datasets/img512.zip --dest=datasets/img512.safetensors
+    """
+    distributed.init()
+    with distributed.fail_together():
+        check_suffix(dest)
+        detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])
+        open_images(data)
+    stats = last_stats(calculate_stats_for_files(data, None, 0, metrics, batch, workers, detectors=detectors))
+    with distributed.fail_together():
+        if distributed.get_rank() == 0:
+            stats.facts = {"data": data}
+            save_stats(dest, stats)
+    distributed.print0(f"{dest}: {', '.join(metrics)} of {stats.num_images} images")
+    distributed.shutdown()
+
+
+def set_up(opts: Mapping[str, Any]) -> torch.device:
+    device = misc.select_device(opts["device"])
+    misc.set_up_device(device)
+    return device
+
+
+def begin(opts: Mapping[str, Any]) -> Evaluation:
+    distributed.init()
+    with distributed.fail_together():
+        device = set_up(opts)
+    groups = GROUPS if opts["error_bars"] else 1
+    return Evaluation(
+        opts["metrics"], opts["ref"], device, opts["detector_weights"], opts["resize"], groups, opts["force"]
+    )
+
+
+def finish(runs: Sequence[Sequence[Mapping[str, Any]]], opts: Mapping[str, Any]) -> None:
+    """Show and keep the results."""
+    with distributed.fail_together():
+        if distributed.get_rank() == 0:
+            print(format_results(runs))
+            for run in runs:
+                for record in run:
+                    print(json.dumps(record))
+                if opts["outdir"] is not None:
+                    save_records(opts["outdir"], run)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
