@@ -235,7 +235,7 @@ def brute_force(real: np.ndarray, fake: np.ndarray, k_precision: int, k_density:
 
 
 @pytest.mark.parametrize("ks", [(3, 5), (2, 1)])
-@pytest.mark.parametrize("blocks", [(1024, 8192), (7, 5), (5, 12), (1, 1)])
+@pytest.mark.parametrize("blocks", [(1024, 4096), (7, 5), (5, 12), (1, 1)])
 def test_neighbours_by_brute_force(blocks, ks, monkeypatch):
     monkeypatch.setattr(distances, "ROWS", blocks[0])
     monkeypatch.setattr(distances, "COLUMNS", blocks[1])

@@ -9,7 +9,7 @@ import torch
 from dnnlib.util import UserError
 
 Array = np.ndarray | torch.Tensor
-ROWS, COLUMNS = 1024, 8192  # of a block of distances: 64 MiB
+ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB
 
 
 # ---------------------------------------------------------------------------------------------------------
