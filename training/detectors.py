@@ -444,7 +444,7 @@ class PixelDetector(Detector):
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         rows, columns = (self._averages(n, images.device) for n in images.shape[2:])
-        return (rows @ (images.float() / 255) @ columns.T).flatten(1)
+        return (rows @ (images.float() / 255 @ columns.T)).flatten(1)
 
     def _averages(self, n: int, device: torch.device) -> torch.Tensor:
         """float32 [8, n]: what each of n pixels contributes to the means over 8 equal parts of the line."""
