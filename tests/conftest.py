@@ -2,15 +2,18 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 
@@ -177,3 +180,47 @@ def check(record_property):
 
     yield compare
     record_property("largest_relative_error", largest[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights of detectors
+
+
+def filled(key: str, shape: list[int]) -> torch.Tensor:
+    """The rule in the description of inception.npz."""
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) % 2**32)
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    r = torch.randn(shape, generator=generator)
+    if len(shape) >= 2:
+        return r * math.sqrt(2 / r[0].numel())
+    if key.endswith("running_var"):
+        return 1 + 0.5 * torch.rand(shape, generator=generator)
+    return 1 + 0.1 * r if key.endswith("bn.weight") else 0.1 * r
+
+
+@pytest.fixture(scope="session")
+def inception_state():
+    return {key: filled(key, shape) for key, shape in Golden("inception").meta["keys"].items()}
+
+
+@pytest.fixture(scope="session")
+def inception_file(inception_state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(inception_state, path)
+    return path
+
+
+def write_dinov2(folder, state: dict[str, torch.Tensor] | None = None, **changes):
+    """The folder of the tiny golden network, with changes."""
+    golden = Golden("dinov2_tiny")
+    folder.mkdir(exist_ok=True)
+    config = {"model_type": "dinov2", **golden.meta["dinov2_config"], **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(golden.state("state") if state is None else state, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dinov2_folder(tmp_path_factory):
+    return write_dinov2(tmp_path_factory.mktemp("dinov2"))

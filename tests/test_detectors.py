@@ -6,61 +6,18 @@ import math
 import os
 import subprocess
 import sys
-import zlib
 
 import pytest
-import safetensors.torch
 import test_downloads
 import torch
-from conftest import ROOT, Golden, run_cli
+from conftest import ROOT, Golden, run_cli, write_dinov2
 from test_downloads import hub_file, serve
 
 from dnnlib.util import UserError
 from training.detectors import METRIC_FILES, load_detector
 from training.snapshot.__main__ import main as snapshot_tool
 
-FEATURES = 1e-4
 server = test_downloads.server
-
-
-def filled(key: str, shape: list[int]) -> torch.Tensor:
-    """The rule in the description of inception.npz."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) % 2**32)
-    if key.endswith("num_batches_tracked"):
-        return torch.tensor(0)
-    r = torch.randn(shape, generator=generator)
-    if len(shape) >= 2:
-        return r * math.sqrt(2 / r[0].numel())
-    if key.endswith("running_var"):
-        return 1 + 0.5 * torch.rand(shape, generator=generator)
-    return 1 + 0.1 * r if key.endswith("bn.weight") else 0.1 * r
-
-
-@pytest.fixture(scope="module")
-def inception_state():
-    return {key: filled(key, shape) for key, shape in Golden("inception").meta["keys"].items()}
-
-
-@pytest.fixture(scope="module")
-def inception_file(inception_state, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(inception_state, path)
-    return path
-
-
-def write_dinov2(folder, state: dict[str, torch.Tensor] | None = None, **changes):
-    """The folder of the tiny golden network, with changes."""
-    golden = Golden("dinov2_tiny")
-    folder.mkdir(exist_ok=True)
-    config = {"model_type": "dinov2", **golden.meta["dinov2_config"], **changes}
-    (folder / "config.json").write_text(json.dumps(config))
-    safetensors.torch.save_file(golden.state("state") if state is None else state, folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dinov2_folder(tmp_path_factory):
-    return write_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
 @pytest.fixture(scope="module", params=["inception", "dinov2 torch", "dinov2 pil", "pixels"])
@@ -76,23 +33,6 @@ def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------------
 # Values
-
-
-def test_inception(inception_file, check):
-    golden = Golden("inception")
-    detector = load_detector("inception", "cpu", inception_file)
-    for i in range(5):
-        features = detector(golden[f"image{i}"][None])
-        check(features[0], golden[f"pool2048_{i}"], FEATURES, f"features {i}")
-        check(detector.logits(features)[0], golden[f"logits_unbiased_{i}"], FEATURES, f"logits {i}")
-
-
-@pytest.mark.parametrize("resize", ["torch", "pil"])
-def test_dinov2(dinov2_folder, resize, check):
-    golden = Golden("dinov2_tiny")
-    detector = load_detector("dinov2", "cpu", dinov2_folder, resize)
-    for i in range(3):
-        check(detector(golden[f"image{i}"][None])[0], golden[f"features_{resize}_{i}"], FEATURES, f"image {i}")
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 24), (5, 13), (1, 3)])

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Golden
 
 from dnnlib.util import UserError
 from training import distances
@@ -25,14 +24,6 @@ from training.distances import (
 def covariance(rng: np.random.Generator, dim: int, rank: int | None = None) -> np.ndarray:
     x = rng.standard_normal([dim, rank or 2 * dim])
     return x @ x.T / dim
-
-
-@pytest.mark.parametrize("name", ["small", "wide"])
-def test_golden_distances(name, check):
-    g = Golden("frechet")
-    mu1, sigma1, mu2, sigma2 = (g[f"{name}_{key}"] for key in ("mu1", "sigma1", "mu2", "sigma2"))
-    check(frechet_distance(mu1, sigma1, mu2, sigma2), g[f"{name}_fd"], 1e-9)
-    check(frechet_distance(mu2.numpy(), sigma2.numpy(), mu1.numpy(), sigma1.numpy()), g[f"{name}_fd"], 1e-9)
 
 
 def test_closed_forms():
