@@ -89,8 +89,9 @@ DETECTOR_OPTIONS = [
 MEASURING_OPTIONS = [
     click.option(
         "--num",
+        "--num-images",
         "num_images",
-        help="Number of images",
+        help="Number of images (under torchrun, --num means an option of its own: write --num-images)",
         metavar="INT",
         type=click.IntRange(min=2),
         default=50000,

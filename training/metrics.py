@@ -317,7 +317,7 @@ class ArrayImages(torch.utils.data.Dataset):
     def __init__(self, path: Path, max_size: int | None, seed: int):
         self.path = path
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as f, np.load(f, allow_pickle=False) as archive:
                 self.array = archive["arr_0"]
         except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
             reason = "it has no arr_0" if isinstance(err, KeyError) else one_line(err)

@@ -1,0 +1,454 @@
+"""Metrics: the Python interface, files of statistics, the commands, and what bad input is told."""
+
+import contextlib
+import hashlib
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DIGITS, TINY, fails_with, make_dataset, npy, random_images, run_cli, tiny_network, torchrun
+
+import calculate_metrics
+from calculate_metrics import main as metrics_tool
+from dnnlib.util import EasyDict, UserError
+from generate_images import main as generate
+from train_edm2 import main as train
+from training.distances import frechet_distance, frechet_error, inception_score, kernel_distance, neighbour_scores
+from training.evaluation import last_stats
+from training.feature_stats import load_stats, save_stats
+from training.generation import generate_images
+from training.metrics import (
+    METRICS,
+    calculate_metrics_from_stats,
+    calculate_stats_for_files,
+    calculate_stats_for_iterable,
+    load_detectors,
+)
+
+PIXELS = ["fd_pixels", "kd_pixels", "prdc_pixels"]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def random_batches(count: int = 3, size: int = 50, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, [size, 3, 8, 8], generator=generator, dtype=torch.uint8) for _ in range(count)]
+
+
+def stats_of(images, metrics=("fd_pixels",), **kwargs) -> EasyDict:
+    return last_stats(calculate_stats_for_iterable(images, metrics, **kwargs))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Python interface
+
+
+def test_statistics_come_with_the_last_batch():
+    batches = list(calculate_stats_for_iterable(random_batches(), ["fd_pixels"]))
+    assert [r.stats is not None for r in batches] == [False, False, True]
+    assert [len(r.images) for r in batches] == [50, 50, 50]
+    assert batches[-1].stats.num_images == 150 and batches[-1].stats.resolution == 8
+
+
+def test_of_generated_images():
+    seeds = list(range(12))
+    images = generate_images(tiny_network(), seeds=seeds, max_batch_size=5, num_steps=2)
+    batches = list(calculate_stats_for_iterable(images, PIXELS))
+    assert [index for r in batches for index in r.indices] == seeds
+    stored = torch.cat([r.images for r in batches])
+    expected = load_detectors(["fd_pixels"])["fd_pixels"](stored)
+    np.testing.assert_array_equal(batches[-1].stats.fd_pixels.features, expected.numpy())
+
+
+def test_features_are_in_the_order_of_the_images():
+    (images,) = random_batches(1)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    shuffled = [EasyDict(images=images[part], indices=part) for part in order.split(20)]
+    a, b = stats_of([images], PIXELS), stats_of(shuffled, PIXELS)
+    np.testing.assert_array_equal(a.fd_pixels.features, b.fd_pixels.features)
+
+
+def test_each_metric_is_its_distance(monkeypatch):
+    monkeypatch.setattr(kernel_distance, "__defaults__", (10, 50, 0))
+    stats, ref = stats_of(random_batches(), PIXELS, groups=5), stats_of(random_batches(4, seed=1), PIXELS)
+    a, b = stats.fd_pixels, ref.fd_pixels
+    kid = kernel_distance(a.features, b.features)
+    assert calculate_metrics_from_stats(stats, ref, PIXELS) == {
+        "fd_pixels": frechet_distance(a.mu, a.sigma, b.mu, b.sigma),
+        "fd_pixels_std": frechet_error(a.groups, b.mu, b.sigma),
+        "kd_pixels": kid[0],
+        "kd_pixels_std": kid[1],
+        **{f"{name}_pixels": value for name, value in neighbour_scores(b.features, a.features).items()},
+    }
+
+
+def test_all_metrics_in_one_pass(inception_file, dinov2_folder, monkeypatch):
+    monkeypatch.setattr(kernel_distance, "__defaults__", (3, 10, 0))
+    detectors = load_detectors(METRICS, weights={"inception": inception_file, "dinov2": dinov2_folder})
+    passes = 0
+
+    def images():
+        nonlocal passes
+        passes += 1
+        yield from random_batches(2, 10)
+
+    stats = stats_of(images(), list(METRICS), detectors=detectors)
+    assert passes == 1 and set(detectors) == {"fid", "fd_dinov2", "fd_pixels"}
+    results = calculate_metrics_from_stats(stats, stats, list(METRICS))
+    assert results["fid"] == pytest.approx(0, abs=1e-5) and results["recall_dinov2"] == 1
+    assert (results["is"], results["is_std"]) == inception_score(stats.fid.logits)
+    assert len(results) == 3 + 3 * 2 + 2 + 3 * 4
+
+
+def test_script_offers_the_published_functions(capsys):
+    for r in calculate_metrics.calculate_stats_for_files(image_path=DIGITS, metrics=["fd_pixels"], num_workers=0):
+        assert r.images is not None
+    # A reference is a plain dictionary, too.
+    ref = {"fd_pixels": {"mu": r.stats.fd_pixels.mu + 1, "sigma": r.stats.fd_pixels.sigma}}
+    values = calculate_metrics.calculate_metrics_from_stats(r.stats, ref, ["fd_pixels"], verbose=True)
+    assert values["fd_pixels"] == pytest.approx(192)
+    assert re.fullmatch(r"fd_pixels: +192\n", capsys.readouterr().out)
+
+
+def test_subset_of_files():
+    def features(seed: int) -> np.ndarray:
+        stats = calculate_stats_for_files(DIGITS, 50, seed, ["kd_pixels"], num_workers=0, max_batch_size=9)
+        return last_stats(stats).fd_pixels.features
+
+    np.testing.assert_array_equal(features(0), features(0))
+    assert not np.array_equal(features(0), features(1))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of statistics
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_round_trip(suffix, tmp_path):
+    stats = stats_of(random_batches(), PIXELS)
+    stats.facts = {"data": "here"}
+    save_stats(tmp_path / f"a{suffix}", stats)
+    loaded = load_stats(tmp_path / f"a{suffix}")
+    assert (loaded.num_images, loaded.resolution, loaded.facts) == (150, 8, {"data": "here"})
+    assert loaded.fd_pixels.detector == stats.fd_pixels.detector
+    for key in ("mu", "sigma", "features"):
+        np.testing.assert_array_equal(loaded.fd_pixels[key], stats.fd_pixels[key])
+    for position in range(0, 2000, 97):
+        data = bytearray((tmp_path / f"a{suffix}").read_bytes())
+        data[position] ^= 0xFF
+        (tmp_path / f"b{suffix}").write_bytes(data)
+        with contextlib.suppress(UserError):  # the change may be in a number
+            load_stats(tmp_path / f"b{suffix}")
+
+
+def test_published_pickle(tmp_path):
+    stats = stats_of(random_batches())
+    save_stats(tmp_path / "a.pkl", stats)
+    with open(tmp_path / "a.pkl", "rb") as f:
+        plain = pickle.load(f)  # what the published tools do
+    assert plain.keys() == {"fd_pixels", "num_images"} and plain["num_images"] == 150
+    np.testing.assert_array_equal(plain["fd_pixels"]["sigma"], stats.fd_pixels.sigma)
+    np.testing.assert_array_equal(load_stats(tmp_path / "a.pkl").fd_pixels.mu, stats.fd_pixels.mu)
+    with pytest.raises(UserError, match="means and covariances only"):
+        save_stats(tmp_path / "b.pkl", stats_of(random_batches(), PIXELS))
+    with pytest.raises(UserError, match=r"c.txt: statistics are .safetensors, .npz, .pkl files"):
+        save_stats(tmp_path / "c.txt", stats)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pkl"]
+
+
+def test_other_safetensors_files(tmp_path, snapshot_file):
+    with pytest.raises(UserError, match="holds no feature statistics"):
+        load_stats(snapshot_file)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def tool(*args, ok: bool = True):
+    result = run_cli(metrics_tool, *args)
+    assert not ok or result.exit_code == 0, result.output
+    return result
+
+
+def values_of(output: str) -> dict[str, float]:
+    """The table: name and value of the first run."""
+    lines = [line.split() for line in output.splitlines() if re.match(r"[a-z_0-9]+ +[-0-9]", line)]
+    return {name: float(value) for name, value, *_ in lines}
+
+
+def records_of(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def records_in(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def digits_ref(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ref") / "digits.safetensors"
+    tool("ref", f"--data={DIGITS}", f"--dest={path}", f"--metrics={','.join(PIXELS)}", "--workers=0")
+    return path
+
+
+def test_calc(digits_ref, tmp_path):
+    options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--workers=0", f"--metrics={','.join(PIXELS)}"]
+    result = tool("calc", *options, "--num=1797", "--error-bars", f"--outdir={tmp_path / 'results'}")
+    values = values_of(result.output)
+    assert values["fd_pixels"] == pytest.approx(0, abs=1e-6) and values["precision_pixels"] == 1
+    assert values["fd_pixels_std"] > 0
+    (record,) = records_in(tmp_path / "results" / "metric-fd_pixels.jsonl")
+    assert record in records_of(result.output)
+    assert record["results"]["fd_pixels_std"] == pytest.approx(values["fd_pixels_std"], rel=1e-5)
+    assert (record["metric"], record["num_images"], record["seed"]) == ("fd_pixels", 1797, 0)
+    assert (record["images"], record["ref"]) == (str(DIGITS), str(digits_ref))
+    assert record["ref_sha256"] == sha256(digits_ref)
+    assert (record["detector"], record["resize"]) == ("pixels", "average, 8x8")
+    assert {"date", "code_version", "images_hash"} <= record.keys()
+    assert len(list((tmp_path / "results").iterdir())) == 3
+
+
+def test_repeated_calc(digits_ref):
+    options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
+    result = tool("calc", *options, "--num=900", "--repeat=3")
+    values = [record["results"]["fd_pixels"] for record in records_of(result.output)]
+    assert len(set(values)) == 3 and [record["seed"] for record in records_of(result.output)] == [0, 1, 2]
+    line = result.output.splitlines()[0]
+    assert f"mean {np.mean(values):.6g}, minimum {min(values):.6g}" in line
+    fails_with(tool("calc", *options, "--num=1797", "--repeat=2", ok=False), "--repeat=2 needs more than --num=1797")
+
+
+def test_gen(snapshot_file, digits_ref, tmp_path):
+    options = [f"--net={snapshot_file}", "--steps=3", "--S_churn=1"]
+    measuring = [f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=20"]
+    result = tool("gen", *options, *measuring, "--seed=5", "--batch=7", f"--save-images={tmp_path / 'saved'}")
+    (record,) = records_of(result.output)
+    assert record["net_sha256"] == sha256(snapshot_file) and record["seeds"] == "5-24"
+    assert record["labels"] == "drawn from the seed" and record["precision"] == "fp32"
+    assert record["sampler"]["num_steps"] == 3 and record["sampler"]["S_churn"] == 1
+    # The same as with saved images.
+    run_cli(generate, *options, "--seeds=5-24", f"--outdir={tmp_path / 'images'}")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").rglob("*.png")}
+    assert saved == {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    calc = tool("calc", f"--images={tmp_path / 'images'}", *measuring, "--workers=0")
+    assert values_of(calc.output) == values_of(result.output)
+
+
+def test_gen_with_guidance_and_repeats(snapshot_file, digits_ref):
+    options = [f"--net={snapshot_file}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=10", "--steps=2"]
+    guided = [f"--gnet={snapshot_file}", "--guidance=2", "--guidance-interval=0.1,1", "--class=3"]
+    result = tool("gen", *options, *guided, "--repeat=2")
+    records = records_of(result.output)
+    assert [record["seeds"] for record in records] == ["0-9", "10-19"]
+    assert records[0]["gnet_sha256"] == sha256(snapshot_file) and records[0]["labels"] == "class 3"
+    assert records[0]["sampler"]["guidance"] == 2 and records[0]["sampler"]["guidance_interval"] == [0.1, 1]
+
+
+def test_two_processes_give_the_same(snapshot_file, digits_ref, tmp_path):
+    common = [f"--ref={digits_ref}", f"--metrics={','.join(PIXELS)}", "--error-bars"]
+    commands = {
+        "calc": [f"--images={DIGITS}", "--num-images=1501", "--batch=100", "--workers=0"],
+        "gen": [f"--net={snapshot_file}", "--num-images=1101", "--steps=1", "--batch=100"],
+    }
+    for command, options in commands.items():
+        for processes in (1, 2):
+            done = torchrun(
+                processes, "calculate_metrics.py", command, *common, *options, f"--outdir={tmp_path / str(processes)}"
+            )
+            assert done.returncode == 0, done.stderr
+    for metric in PIXELS:
+        for pair in zip(*(records_in(tmp_path / n / f"metric-{metric}.jsonl") for n in "12"), strict=True):
+            one, two = (record["results"] for record in pair)
+            assert one.keys() == two.keys()
+            for name in one:
+                assert one[name] == pytest.approx(two[name], rel=1e-6), (metric, name)
+
+
+def test_one_image_for_two_processes(snapshot_file, digits_ref):
+    options = [f"--net={snapshot_file}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--steps=1", "--num-images=2"]
+    done = torchrun(3, "calculate_metrics.py", "gen", *options)
+    assert done.returncode == 0, done.stderr
+    assert values_of(done.stdout)["fd_pixels"] > 0
+
+
+def test_references_of_other_tools(inception_file, tmp_path):
+    """The published pickles, .npz of mu and sigma, and reference batches of ADM."""
+    images = np.random.default_rng(0).integers(0, 256, [12, 20, 20, 3], dtype=np.uint8)
+    np.savez(tmp_path / "adm.npz", images)
+    weights = f"--detector-weights=inception={inception_file}"
+    tool("ref", f"--data={tmp_path / 'adm.npz'}", f"--dest={tmp_path / 'fid.pkl'}", "--metrics=fid", weights)
+    stats = load_stats(tmp_path / "fid.pkl")
+    np.savez(tmp_path / "fid.npz", mu=stats.fid.mu, sigma=stats.fid.sigma)
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=stats.fid.mu, sigma=stats.fid.sigma)
+    common = ["calc", f"--images={tmp_path / 'adm.npz'}", "--num=12", weights]
+    for name in ("fid.pkl", "fid.npz", "both.npz"):
+        result = tool(*common, "--metrics=fid", f"--ref={tmp_path / name}")
+        assert values_of(result.output)["fid"] == pytest.approx(0, abs=1e-4)
+    result = tool(*common, "--metrics=fd_pixels,prdc", f"--ref={tmp_path / 'both.npz'}")
+    assert values_of(result.output)["recall"] == 1
+    assert {record["metric"]: record["weights"] for record in records_of(result.output)} == {
+        "fd_pixels": None,
+        "prdc": sha256(inception_file),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# During training
+
+
+def test_metrics_of_snapshots(digits_ref, tmp_path):
+    options = [*TINY, f"--data={DIGITS}", "--metrics=fd_pixels", f"--metrics-ref={digits_ref}", "--metrics-num=10"]
+    run = tmp_path / "run"
+    assert run_cli(train, f"--outdir={run}", *options).exit_code == 0
+    records = records_in(run / "metric-fd_pixels.jsonl")
+    assert [record["net"] for record in records] == [path.name for path in sorted(run.glob("*.safetensors"))]
+    assert [record["nimg"] for record in records] == [1024, 1024]
+    log = (run / "log.txt").read_text()
+    for record in records:
+        snapshot = run / record["net"]
+        assert record["net_sha256"] == sha256(snapshot)
+        assert f"EMA-{snapshot.stem[-5:]} at 1024 images: fd_pixels {record['results']['fd_pixels']:.6g}" in log
+        gen = tool("gen", f"--net={snapshot}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=10")
+        (again,) = records_of(gen.output)
+        assert again["results"] == record["results"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    (event,) = events.Scalars("fd_pixels/EMA-0.050")
+    assert event.step == 1024 and event.value == pytest.approx(records[0]["results"]["fd_pixels"])
+
+
+def test_metrics_do_not_disturb_training(digits_ref, tmp_path):
+    metrics = ["--metrics=fd_pixels", f"--metrics-ref={digits_ref}", "--metrics-num=4"]
+    for name, options in {"plain": [], "measured": metrics}.items():
+        options = [*TINY, "--duration=2048", "--dropout=0.1", f"--data={DIGITS}", *options]
+        assert run_cli(train, f"--outdir={tmp_path / name}", *options).exit_code == 0
+    a, b = (torch.load(tmp_path / name / "training-state-0000002.pt")["net"] for name in ("plain", "measured"))
+    for key in a:
+        assert torch.equal(a[key], b[key])
+
+
+def test_withdrawn_metrics(digits_ref, tmp_path):
+    """A run that goes on from an earlier state measures its later snapshots anew; other records stay."""
+    run = tmp_path / "run"
+    options = [*TINY, f"--data={DIGITS}", "--metrics=fd_pixels", f"--metrics-ref={digits_ref}", "--metrics-num=4"]
+    assert run_cli(train, f"--outdir={run}", *options, "--duration=2048").exit_code == 0
+    path = run / "metric-fd_pixels.jsonl"
+    before = path.read_text().splitlines()
+    path.write_text("\n".join([*before, '{"metric": "fd_pixels", "net": "other"}', '{"half": ']) + "\n")
+    (run / "training-state-0000002.pt").unlink()
+    assert run_cli(train, f"--outdir={run}", *options, "--duration=2048").exit_code == 0
+    after = records_in(path)
+    assert [record.get("nimg") for record in after] == [1024, 1024, None, 2048, 2048]
+    assert [record["results"] for record in after[3:]] == [json.loads(line)["results"] for line in before[2:]]
+
+
+def test_metrics_options_of_training(digits_ref, tmp_path):
+    common = [*TINY, f"--data={DIGITS}", f"--outdir={tmp_path / 'run'}"]
+    fails_with(run_cli(train, *common, "--metrics=fd_pixels"), "--metrics and --metrics-ref belong together")
+    fails_with(run_cli(train, *common, "--metrics=fdpixels"), "did you mean fd_pixels?")
+    fails_with(run_cli(train, *common, "--metrics=fid", f"--metrics-ref={digits_ref}"), "no statistics for fid")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What bad input is told
+
+
+def test_bad_images(digits_ref, tmp_path):
+    common = [f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
+
+    def calc(path, *options):
+        return tool("calc", f"--images={path}", *common, *options, ok=False)
+
+    fails_with(calc(tmp_path / "nowhere"), "nowhere: no such dataset")
+    (tmp_path / "empty").mkdir()
+    fails_with(calc(tmp_path / "empty"), "no images found")
+    fails_with(calc(DIGITS), "digits.zip: holds 1797 images, and --num=50000 are wanted")
+    mixed = {**random_images(2), **{f"b{name}": data for name, data in random_images(2, size=9).items()}}
+    fails_with(calc(make_dataset(tmp_path / "mixed", mixed), "--num=4"), "9x9", "all images must be alike")
+    latents = make_dataset(tmp_path / "latents", {"a.npy": npy(np.ones([8, 2, 2], np.float32))})
+    fails_with(calc(latents, "--num=2"), "holds latents, not images")
+    alpha = make_dataset(tmp_path / "alpha", random_images(3, channels=4))
+    fails_with(calc(alpha, "--num=3"), "features are of RGB or grayscale images")
+    np.savez(tmp_path / "a.npz", other=np.zeros(3))
+    fails_with(calc(tmp_path / "a.npz"), "a.npz: holds no images (it has no arr_0)")
+    np.savez(tmp_path / "b.npz", np.zeros([3, 4]))
+    fails_with(calc(tmp_path / "b.npz"), "arr_0 is float64 [3, 4]")
+    (tmp_path / "c.npz").write_bytes(b"PK\3\4")
+    fails_with(calc(tmp_path / "c.npz"), "c.npz: holds no images")
+    other = make_dataset(tmp_path / "other", random_images(3, size=16))
+    fails_with(calc(other, "--num=3"), "the images are 16x16, those of the reference 8x8", "--force")
+    assert calc(other, "--num=3", "--force").exit_code == 0
+
+
+def test_bad_references(digits_ref, dinov2_folder, tmp_path):
+    images = make_dataset(tmp_path / "images", random_images(5))
+    weights = f"--detector-weights=dinov2={dinov2_folder}"
+    ref = tmp_path / "ref.safetensors"
+    tool("ref", f"--data={images}", f"--dest={ref}", "--metrics=fd_dinov2", "--resize=pil", "--workers=0", weights)
+    common = ["calc", f"--images={images}", "--num=5", "--workers=0", weights]
+    result = tool(*common, f"--ref={ref}", "--metrics=fd_dinov2", ok=False)
+    fails_with(result, "was made with resize 'pil bicubic, 224x224'", "--force")
+    assert tool(*common, f"--ref={ref}", "--metrics=fd_dinov2", "--force").exit_code == 0
+    fails_with(
+        tool(*common, f"--ref={ref}", "--metrics=kd_dinov2", ok=False),
+        "no features for kd_dinov2",
+        "calculate_metrics.py ref --metrics=kd_dinov2",
+    )
+    fails_with(tool(*common, f"--ref={tmp_path / 'nowhere.pkl'}", ok=False), "nowhere.pkl: no such file")
+    (tmp_path / "odd.pkl").write_bytes(b"odd")
+    fails_with(tool(*common, f"--ref={tmp_path / 'odd.pkl'}", "--metrics=fid", ok=False), "odd.pkl")
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--metrics=FID"], "no such metric: 'FID'; did you mean fid?"),
+        (["--metrics="], "no such metric: ''"),
+        (["--num=1"], "--num"),
+        (["--detector-weights=vgg=x"], "'vgg=x' is not NAME=PATH with a NAME of inception, dinov2, pixels"),
+        (["--detector-weights=pixels=x"], "the detector pixels has no weights"),
+    ],
+)
+def test_bad_options(options, fragment, digits_ref):
+    common = [f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
+    fails_with(tool("calc", *common, *options, ok=False), fragment)
+
+
+def test_bad_networks(snapshot_file, digits_ref):
+    common = ["gen", "--metrics=fd_pixels", "--num=4", "--steps=1"]
+    fails_with(tool(*common, f"--net={snapshot_file}", ok=False), "which reference? Give --ref")
+    fails_with(tool(*common, f"--ref={digits_ref}", ok=False), "which network? Give --net or --preset")
+    fails_with(tool(*common, f"--ref={digits_ref}", "--net=nowhere.pkl", ok=False), "nowhere.pkl: no such file")
+
+
+def test_weights_that_are_missing_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path))
+    images = make_dataset(tmp_path / "images", random_images(3))
+    result = tool("ref", f"--data={images}", f"--dest={tmp_path / 'r.npz'}", "--metrics=fid", "--offline", ok=False)
+    fails_with(result, "weights-inception-2015-12-05-6726825d.pth", "python -m training.snapshot prefetch fid")
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.metrics._Collected.add", interrupted)
+    dest = tmp_path / "a.safetensors"
+    result = tool("ref", f"--data={DIGITS}", f"--dest={dest}", "--metrics=fd_pixels", "--workers=0", ok=False)
+    assert result.exit_code == 1 and not list(tmp_path.iterdir())
+
+
+def test_too_few_images():
+    with pytest.raises(UserError, match="statistics need 2 or more images, not 1"):
+        stats_of(random_batches(1, 1))
+    with pytest.raises(UserError, match="statistics need 2 or more images, not 0"):
+        stats_of([])
