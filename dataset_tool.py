@@ -119,7 +119,7 @@ def convert(
         print(f"{source.path}: {source.kind}{f', {source.count} images' if source.count is not None else ''}")
     workers = workers if workers is not None else default_workers()
     report = convert_images(opened, dest, settings, given, max_images, workers, on_error, resume)
-    print(f"{dest}: {report.written} images")
+    print(f"{dest}: {report.written} images, {report.num_classes or 'no'} classes")
     if report.too_small:
         print(f"  {report.too_small} were too small and are left out")
     for name, reason in report.skipped[:10]:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "train_edm2": "train_edm2.py",
     "generate_images": "generate_images.py",
+    "calculate_metrics": "calculate_metrics.py",
     "reconstruct_phema": "reconstruct_phema.py",
     "count_flops": "count_flops.py",
     "dataset_tool": "dataset_tool.py",

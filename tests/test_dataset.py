@@ -1,5 +1,6 @@
 """Datasets: formats, labels, order, and what is said about damaged ones."""
 
+import contextlib
 import pickle
 import zipfile
 
@@ -192,6 +193,19 @@ def test_missing_and_empty(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images found"):
         ImageFolderDataset(tmp_path / "empty")
+
+
+def test_damaged_directory(tmp_path):
+    data = make_dataset(tmp_path / "whole.zip", random_images(3)).read_bytes()
+    rng = np.random.default_rng(0)
+    start = data.index(b"PK\1\2")
+    for _ in range(500):
+        changed = bytearray(data)
+        for position in rng.integers(start, len(data), size=3):
+            changed[position] = rng.integers(256)
+        (tmp_path / "a.zip").write_bytes(changed)
+        with contextlib.suppress(UserError):
+            ImageFolderDataset(tmp_path / "a.zip")
 
 
 def test_truncated_zip(tmp_path):

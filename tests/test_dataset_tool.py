@@ -333,6 +333,17 @@ def test_parquet(tmp_path):
     assert labels_of(ImageFolderDataset(tmp_path / "n.zip")) == [1]
     with zipfile.ZipFile(tmp_path / "n.zip") as archive:
         assert json.loads(archive.read("report.json"))["classes"] == ["cat", "dog"]
+    # Of another order of classes, and with the class in a column of another name.
+    (tmp_path / "both").mkdir()
+    pq.write_table(table, tmp_path / "both" / "a.parquet")
+    names = {"info": {"features": {"target": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [encoded(image(8, 8))], "target": [1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "both" / "b.parquet")
+    assert labels_of(convert(tmp_path, tmp_path / "both" / "b.parquet", dest="t.zip")) == [1]
+    fails_with(convert(tmp_path, tmp_path / "both", dest="x.zip", ok=False), "b.parquet: other names of classes than")
+    both = [tmp_path / "named.parquet", tmp_path / "both" / "b.parquet"]
+    fails_with(convert(tmp_path, *both, dest="x.zip", ok=False), "b.parquet: other names of classes than")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     fails_with(
         convert(tmp_path, tmp_path / "other.parquet", dest="x.zip", ok=False), "no column of images", "there are a"
@@ -402,7 +413,9 @@ def test_resume(dest, tmp_path):
         assert (tmp_path / "out.zip").read_bytes() == (tmp_path / "wholeout.zip").read_bytes()
 
 
-@pytest.mark.parametrize("change", ["an image more", "an image less", "another image", "other size"])
+@pytest.mark.parametrize(
+    "change", ["an image more", "an image less", "another image", "other size", "end gone", "image broken"]
+)
 def test_resume_with_another_source(change, tmp_path):
     source = make_dataset(tmp_path / "src", {f"{i:02d}.png": encoded(image(8, 8, seed=i)) for i in range(40)})
     (source / "30.png").write_bytes(b"broken")
@@ -412,6 +425,11 @@ def test_resume_with_another_source(change, tmp_path):
         (source / "10a.png").write_bytes(encoded(image(8, 8, seed=99)))
     elif change == "an image less":
         (source / "10.png").unlink()
+    elif change == "end gone":
+        for i in range(20, 40):
+            (source / f"{i}.png").unlink()
+    elif change == "image broken":
+        (source / "10.png").write_bytes(b"broken")
     elif change == "another image":
         (source / "10.png").write_bytes(encoded(image(8, 8, seed=99)))
     result = convert(tmp_path, source, ok=False, options=["--resume", "--workers=1"])
@@ -428,6 +446,31 @@ def test_resume_that_leaves_out_what_stopped_it(tmp_path):
     convert(tmp_path, source, ok=False)
     result = convert(tmp_path, source, ok=False, options=["--resume", "--on-error=skip", "--workers=1"])
     assert result.exit_code == 0 and "38 images" in result.output
+
+
+def test_destination_that_appears(tmp_path):
+    writer = DatasetWriter(tmp_path / "out.zip", {})
+    writer.write("a.png", b"x")
+    (tmp_path / "out.zip").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is there already"):
+        writer.finish()
+    writer.close()
+    assert (tmp_path / "out.zip").read_bytes() == b"mine" and (tmp_path / "out.zip.partial").exists()
+
+
+def test_destinations(tmp_path, monkeypatch):
+    source = folder_of_classes(tmp_path / "src")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert len(convert(tmp_path, source, dest="link")) == 6
+    assert (tmp_path / "link").is_symlink()
+    fails_with(convert(tmp_path, source, dest="src/cat/out", ok=False), "is inside --source=")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    fails_with(run_cli(dataset_tool, "convert", f"--source={source}", "--dest=."), "--dest=.: has no name")
+    if sys.platform == "linux":
+        result = run_cli(dataset_tool, "convert", f"--source={source}", "--dest=/proc/x.zip")
+        fails_with(result, "/proc/x.zip.partial.lock", exit_code=1)
 
 
 def test_one_run_at_a_time(tmp_path):
@@ -545,6 +588,7 @@ def test_damaged_containers(tmp_path):
     cifar = make_tar(tmp_path / "cifar.tar.gz", batch, "w:gz").read_bytes()
     containers = {
         "header.tar": damaged(tar, second),
+        "joined.tar": tar + tar,
         "flipped.tar.gz": damaged(packed, len(packed) // 2),
         "cut.tar.gz": packed[: len(packed) // 2],
         "directory.zip": damaged(whole_zip, whole_zip.index(b"PK\1\2") + 1),
@@ -557,13 +601,22 @@ def test_damaged_containers(tmp_path):
     }
     for name, data in containers.items():
         (tmp_path / name).write_bytes(data)
-        fragment = "cannot be read" if name == "flipped.tar.gz" else name  # that is its image, too
-        fails_with(convert(tmp_path, tmp_path / name, ok=False), fragment)
+        fails_with(convert(tmp_path, tmp_path / name, ok=False), name)
         for left in tmp_path.glob("out*"):
             left.unlink()
     (tmp_path / "db").mkdir()
     (tmp_path / "db" / "data.mdb").write_bytes(bytes(9000))
     fails_with(convert(tmp_path, tmp_path / "db", ok=False), "db: damaged")
+
+
+def test_truncated_lmdb(tmp_path):
+    """Reading what is missing would kill the process."""
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
+        for i in range(30):
+            transaction.put(f"{i:03d}".encode(), encoded(image(64, 64, seed=i)))
+    os.truncate(tmp_path / "db" / "data.mdb", 100_000)
+    fails_with(convert(tmp_path, tmp_path / "db", ok=False), "data.mdb is truncated, it should have")
 
 
 def test_damaged_entries_can_be_left_out(tmp_path):
@@ -656,6 +709,71 @@ def test_labels_of_sources(labels, fragment, tmp_path):
     files = {f"{i}.png": png(image(8, 8)) for i in range(2)}
     source = make_dataset(tmp_path / "src.zip", files, {f"{i}.png": label for i, label in enumerate(labels)})
     fails_with(convert(tmp_path, source, ok=False), fragment)
+
+
+def test_labels_that_would_be_lost(tmp_path):
+    """Where labels are evidently there, they are used, or it is said why not."""
+    pictures = {"a/1.png": png(image(8, 8)), "a/2.png": png(image(8, 8))}
+    source = make_dataset(tmp_path / "names", pictures, {"a/1.PNG": 0, "a/2.PNG": 1})
+    fails_with(convert(tmp_path, source, ok=False), "of none of its images (it says a/1.PNG, there is a/1.png)")
+    twice = b'{"labels": [["a/1.png", 0], ["a/1.png", 1], ["a/2.png", 1]]}'
+    source = make_dataset(tmp_path / "twice", {**pictures, "dataset.json": twice})
+    fails_with(convert(tmp_path, source, ok=False), "a/1.png is there twice, as 0 and 1")
+    assert "a/1.png is there twice" in check(source, exit_code=1)["problems"][0]
+    by_type = {"a.png": png(image(8, 8)), "b.png": png(image(8, 8)), "a.cls": b"1", "b.CLS": b"2"}
+    source = make_tar(tmp_path / "sorted by type.tar", by_type)
+    fails_with(
+        convert(tmp_path, source, ok=False), "a.cls comes without its image: files of a sample must lie together"
+    )
+    named = {"ds\\cat\\1.png": png(image(8, 8)), "ds\\dog\\1.png": png(image(8, 8))}
+    source = make_dataset(tmp_path / "windows.zip", {name.removeprefix("ds\\"): data for name, data in named.items()})
+    result = convert(tmp_path, source, ok=False)
+    assert result.exit_code == 0 and "2 images, 2 classes" in result.output
+
+
+def test_links(tmp_path):
+    """Links to folders are followed; what cannot be followed is told."""
+    source = folder_of_classes(tmp_path / "src")
+    (source / "bird").symlink_to(folder_of_classes(tmp_path / "other") / "cat")
+    assert labels_of(convert(tmp_path, source)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(ImageFolderDataset(source)) == 9
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(source / "cat" / "1.png", "a.png")
+        os.link(source / "cat" / "1.png", tmp_path / "b.png")
+        archive.add(tmp_path / "b.png", "b.png")
+    fails_with(convert(tmp_path, tmp_path / "x.tar", dest="t.zip", ok=False), "b.png is a link")
+    (source / "cat" / "up").symlink_to(source)
+    fails_with(convert(tmp_path, source, dest="u.zip", ok=False), "a link back to a folder that it is in")
+
+
+def test_folders_of_several_kinds(tmp_path):
+    source = make_dataset(tmp_path / "src", {"preview.png": png(image(8, 8)), "train.tar": b"x"})
+    fails_with(convert(tmp_path, source, ok=False), "holds images (such as preview.png) and other sources (train.tar)")
+    inner = make_tar(tmp_path / "classes.tar", {"a.tar": b"x", "b.tar": b"x"})
+    fails_with(convert(tmp_path, inner, ok=False), "no images in it (found .tar); unpack archives first")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected", "note"),
+    [
+        (["default/test/0.tar", "default/train/0.tar"], "train", [1], "1 of 2 files: --split=train"),
+        (["default/test/0.tar", "default/train/0.tar"], "test", [0], "1 of 2 files: --split=test"),
+        (["extra-0.tar", "test-0.tar", "train-0.tar"], "all", [2, 1, 0], "tar shards"),
+        (["extra-0.tar", "test-0.tar", "train-0.tar"], "train", [2], "1 of 3 files"),
+        (["test-0.tar", "train_val-0.tar"], "all", [1, 0], "tar shards"),
+        (["a.tar", "contest.tar"], "train", [0, 1], "tar shards"),
+    ],
+)
+def test_splits(names, split, expected, note, tmp_path):
+    for i, name in enumerate(names):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        make_tar(tmp_path / "src" / name, {"0.png": encoded(image(8, 8, seed=i))})
+    result = convert(tmp_path, tmp_path / "src", ok=False, options=[f"--split={split}", "--workers=1"])
+    assert result.exit_code == 0 and note in result.output
+    dataset = ImageFolderDataset(tmp_path / "out.zip")
+    assert len(dataset) == len(expected)
+    for (pixels, _label), seed in zip(dataset, expected, strict=True):
+        np.testing.assert_array_equal(pixels, image(8, 8, seed=seed).transpose(2, 0, 1))
 
 
 def test_files_that_systems_leave_behind(tmp_path):
@@ -872,6 +990,13 @@ def test_check_finds_what_is_wrong(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"broken")
     assert "cannot read 0.png" in check(tmp_path / "bad", exit_code=1)["problems"][0]
+    make_dataset(tmp_path / "links", random_images(2))
+    (tmp_path / "links" / "z.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "links" / "pipe.png")
+    facts = check(tmp_path / "links", exit_code=1)
+    assert facts["images"] == 3 and "cannot read z.png" in facts["problems"][0]
+    large = make_dataset(tmp_path / "large", {"0.npy": npy(np.full([4, 2, 2], 1e300))})
+    assert "NaN or infinity" in check(large, exit_code=1)["problems"][0]
 
 
 def test_check_latents(tmp_path):

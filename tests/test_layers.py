@@ -51,11 +51,20 @@ LAYERS = [
         "training.generation_options",
         "training.reconstruction",
         "training.metrics",
+        "training.evaluation",
         "training.feature_stats",
         "training.conversion",
         "training.dataset_check",
     },
-    {"train_edm2", "generate_images", "reconstruct_phema", "count_flops", "dataset_tool", "training.snapshot.__main__"},
+    {
+        "train_edm2",
+        "generate_images",
+        "reconstruct_phema",
+        "count_flops",
+        "dataset_tool",
+        "calculate_metrics",
+        "training.snapshot.__main__",
+    },
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 SCRIPTS = LAYERS[-1]

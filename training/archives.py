@@ -39,14 +39,20 @@ class DatasetWriter:
     """
 
     def __init__(self, dest: Path, options: dict[str, Any], resume: bool = False):
+        if not dest.name:
+            raise UserError(f"--dest={dest}: has no name: give that of a ZIP file or folder to make")
+        dest = Path(os.path.realpath(dest)) if dest.is_symlink() else dest
         self.dest = dest
-        if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-            raise UserError(f"--dest={dest}: is there already: choose another name, or delete it")
+        self._check_free()
+        if os.path.ismount(dest):
+            raise UserError(f"--dest={dest}: a disk is mounted there: give the name of a folder within")
         self.partial = dest.with_name(f"{dest.name}.partial")
         self._useless = False
         self._options_file = dest.with_name(f"{dest.name}.partial.json")
         dest.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(dest.with_name(f"{dest.name}.partial.lock"), timeout=0)
+        lock = dest.with_name(f"{dest.name}.partial.lock")
+        lock.touch()  # says why where that fails
+        self._lock = filelock.FileLock(lock, timeout=0)
         try:
             self._lock.acquire()
         except filelock.Timeout:
@@ -56,6 +62,10 @@ class DatasetWriter:
         except BaseException:
             self._unlock()
             raise
+
+    def _check_free(self) -> None:
+        if self.dest.exists() and not (self.dest.is_dir() and not any(self.dest.iterdir())):
+            raise UserError(f"--dest={self.dest}: is there already: choose another name, or delete it")
 
     def _begin(self, options: dict[str, Any], resume: bool) -> None:
         if self.partial.exists() or self._options_file.exists():
@@ -102,6 +112,7 @@ class DatasetWriter:
 
     def finish(self) -> None:
         """Give the complete dataset its name."""
+        self._check_free()
         self._files.finish()
         if self.dest.is_dir():
             self.dest.rmdir()

@@ -75,6 +75,7 @@ class Report:
     too_small: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, error
     classes: list[str] | None = None  # names of the classes 0, 1, ...
+    num_classes: int = 0  # of labels that are classes
 
 
 def convert_images(
@@ -105,6 +106,13 @@ def convert_images(
         channels=settings.channels,
         max_images=max_images,
     )
+    for source in sources:
+        if source.path.is_dir() and dest.resolve().is_relative_to(source.path.resolve()):
+            raise UserError(f"--dest={dest}: is inside --source={source.path}: choose another place")
+        if labels is None and source.classes != sources[0].classes:
+            raise UserError(
+                f"--source={source.path}: other names of classes than {sources[0].path}: convert them one by one"
+            )
     total = None if any(source.count is None for source in sources) else sum(source.count or 0 for source in sources)
     total = max_images if total is None else min(total, max_images or total)
     writer = DatasetWriter(dest, options, resume)
@@ -139,6 +147,8 @@ def _convert(
         for result in itertools.chain.from_iterable(work):
             progress.update()
             name = image_name(result.index)
+            if result.is_error and name in writer.names:
+                raise _changed(result.name, writer)
             if result.png is None and name not in writer.names:
                 if not result.is_error:
                     report.too_small += 1
@@ -157,12 +167,12 @@ def _convert(
                 if name not in writer.names:
                     writer.write(name, result.png)
                 elif zlib.crc32(result.png) != writer.crc(name):
-                    raise UserError(
-                        f"--resume: {result.name} has changed since {writer.partial} was begun: "
-                        "delete that to start anew"
-                    )
+                    raise _changed(result.name, writer)
             listed.add(name, result)
             report.written += 1
+    left = set(writer.names).difference(listed.names)
+    if left:
+        raise _changed("the source, which now has fewer images,", writer)
     if report.written == 0:
         if report.too_small > 0:
             raise UserError(
@@ -170,9 +180,13 @@ def _convert(
                 f"with --transform={settings.transform}: choose a lower one"
             )
         raise UserError(f"no images in {', '.join(str(source.path) for source in sources)} could be converted")
-    named = sources[0].classes if all(source.classes == sources[0].classes for source in sources) else None
-    report.classes = listed.classes() or (named if labels is None else None)
+    report.classes = listed.classes() or (sources[0].classes if labels is None else None)
+    report.num_classes = listed.num_classes()
     return report, listed
+
+
+def _changed(what: str, writer: DatasetWriter) -> UserError:
+    return UserError(f"--resume: {what} has changed since {writer.partial} was begun: delete that to start anew")
 
 
 def _size_problem(result: Converted, first: Converted) -> str:
@@ -227,7 +241,7 @@ class _Labels:
             first = ", ".join(self.missing[:3])
             raise UserError(f"{where}: none for {len(self.missing)} images, such as {first}: complete them (--labels)")
         kinds = {type(label) for label in self.labels}
-        if kinds == {str}:
+        if kinds == {str} and "" not in self.labels:
             classes = sorted({label for label in self.labels if isinstance(label, str)})
             index = {name: i for i, name in enumerate(classes)}
             self.labels = [index[str(label)] for label in self.labels]
@@ -242,6 +256,10 @@ class _Labels:
                 "of one length are (--labels)"
             )
         return None
+
+    def num_classes(self) -> int:
+        """Of labels that are classes; 0 where there are none."""
+        return len({label for label in self.labels if isinstance(label, int)}) if not self.missing else 0
 
     def _fits(self, label: Label) -> bool:
         if isinstance(label, list):

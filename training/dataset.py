@@ -8,6 +8,7 @@ import math
 import mmap
 import multiprocessing.util
 import os
+import posixpath
 import struct
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.util import UserError, one_line
 
 try:
     import pyspng  # decodes PNG files three times as fast as Pillow
@@ -37,15 +38,36 @@ MAX_LABEL = 10**6
 FINGERPRINT_SAMPLES = 1024
 
 
+def files_below(folder: Path) -> Iterator[str]:
+    """Relative names of the files below a folder, also through links: links that lead nowhere, too, but no pipes.
+
+    Raises:
+        UserError: a link leads back to a folder that it is in.
+        OSError: a folder cannot be read.
+    """
+
+    def walk(path: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    facts = os.stat(entry.path)
+                    key = (facts.st_dev, facts.st_ino)
+                    if key in above:
+                        raise UserError(f"{entry.path}: a link back to a folder that it is in: remove it")
+                    yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, key))
+                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                    yield prefix + entry.name
+
+    facts = os.stat(folder)
+    yield from walk(os.fspath(folder), "", ((facts.st_dev, facts.st_ino),))
+
+
 class _Folder:
     """Files below a directory, sorted by relative name."""
 
     def __init__(self, path: Path):
         self.path = path
-        files = (
-            Path(root) / name for root, _dirs, names in os.walk(path) for name in names if not name.startswith(".")
-        )
-        self.names = sorted(file.relative_to(path).as_posix() for file in files)
+        self.names = sorted(name for name in files_below(path) if not name.rpartition("/")[2].startswith("."))
 
     def read(self, idx: int) -> bytes:
         return (self.path / self.names[idx]).read_bytes()
@@ -70,8 +92,10 @@ class _Zip:
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = [info for info in archive.infolist() if not info.is_dir()]
-        except zipfile.BadZipFile as err:
-            raise UserError(f"{path}: not a complete ZIP file ({err}): copy or convert it again") from None
+        except (OSError, MemoryError):
+            raise
+        except Exception as err:  # a damaged directory can fail in any way
+            raise UserError(f"{path}: not a complete ZIP file ({one_line(err)}): copy or convert it again") from None
         infos = sorted((i for i in infos if not Path(i.filename).name.startswith(".")), key=lambda i: i.filename)
         self.names = [info.filename for info in infos]
         fields = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
@@ -285,7 +309,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def info(self) -> DatasetInfo:
         digest = hashlib.sha256()
         for base, file in enumerate(self._files):
-            digest.update(f"{self._name(base)}\0{self._source.size(int(file))}\0".encode())
+            try:
+                size = self._source.size(int(file))
+            except OSError as err:
+                raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
+            digest.update(f"{self._name(base)}\0{size}\0".encode())
         for base in evenly_spaced(len(self._files), FINGERPRINT_SAMPLES):
             digest.update(struct.pack("<I", self._source.crc(int(self._files[base]))))
         if self._labels is not None:
@@ -353,10 +381,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         where = f"{self.path}: dataset.json"
         try:
             text = bytes(self._source.read(self._source.names.index("dataset.json")))
-            listed = json.loads(text).get("labels")
-            labels = None if listed is None else {name.replace("\\", "/"): label for name, label in listed}
-        except (ValueError, AttributeError, TypeError, RecursionError, OSError, struct.error, zlib.error) as err:
-            raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {err}") from None
+        except (ValueError, OSError, struct.error, zlib.error) as err:
+            raise UserError(f"{where}: cannot be read ({one_line(err)})") from None
+        labels = parse_labels_json(where, text)
         if labels is None:
             return None
         missing = [name for name in names if name not in labels]
@@ -368,9 +395,33 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise UserError(f"{where}: labels differ in length") from None
         if array.ndim == 1 and np.issubdtype(array.dtype, np.integer) and 0 <= array.min() <= array.max() <= MAX_LABEL:
             return array.astype(np.int64)
-        if array.ndim == 2 and array.size > 0 and np.issubdtype(array.dtype, np.number) and np.isfinite(array).all():
-            return array.astype(np.float32)
+        if array.ndim == 2 and array.size > 0 and np.issubdtype(array.dtype, np.number):
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32)
+            if np.isfinite(array).all():
+                return array
         raise UserError(f"{where}: labels must be all integers from 0 to {MAX_LABEL}, or all lists of finite numbers")
+
+
+def parse_labels_json(where: str, text: bytes) -> dict[str, Any] | None:
+    """The labels of a dataset.json by name, None if it says that there are none.
+
+    Raises:
+        UserError: it is of another form, or a name has two labels.
+    """
+    labels: dict[str, Any] = {}
+    try:
+        listed = json.loads(text)["labels"]
+        for name, label in listed if listed is not None else ():
+            name = posixpath.normpath(name.replace("\\", "/"))
+            if labels.setdefault(name, label) != label:
+                raise UserError(f"{where}: {name} is there twice, as {labels[name]} and {label}")
+    except UserError:
+        raise
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as err:
+        reason = one_line(err)
+        raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {reason}") from None
+    return labels if listed is not None else None
 
 
 @functools.cache
@@ -511,9 +562,11 @@ def _decode_npy(data: bytes | memoryview) -> np.ndarray:
         return array
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"expected floating point latents or uint8 pixels, found {array.dtype}")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise ValueError("the latents hold NaN or infinity")
-    return array.astype(np.float32)
+        raise ValueError("the latents hold NaN or infinity (as float32)")
+    return array
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What is in a dataset, and whether training can use it."""
 
+import contextlib
 import hashlib
 import math
 from collections import Counter
@@ -81,7 +82,8 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
             problems.append(f"{path}: channel {constant[0]} of the latents is constant")
     if readable and not problems:
         facts.update(_noise(dataset, readable))
-    facts["content_hash"] = dataset.info().content_hash
+    with contextlib.suppress(UserError):  # told above
+        facts["content_hash"] = dataset.info().content_hash
     if grid is not None and readable:
         save_contact_sheet(grid, dataset, readable)
     return facts, problems

@@ -11,7 +11,7 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,12 +20,13 @@ import numpy as np
 
 from dnnlib.util import RunError, UserError, one_line
 from torch_utils import safe_pickle
-from training.dataset import image_suffixes
+from training.dataset import files_below, image_suffixes, parse_labels_json
 
 Label = int | str | list[float] | None
 # What is in the names of files that hold a part of a dataset: of CIFAR, MNIST and the Hugging Face hub.
 SPLITS = {"train": "train|data_batch", "validation": "val", "test": "test|t10k"}
 MAX_DIGITS = 9  # of a label that is a number
+CIFAR_FILES = ("data_batch", "test_batch", "train", "test")
 PARQUET_LABELS = ("label", "labels", "fine_label", "cls")
 
 
@@ -110,91 +111,92 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_suffixes() and not hidden
 
 
-def _walk(path: Path) -> Iterator[str]:
-    """Files below a folder; not pipes and devices, but links that lead nowhere."""
-
-    def fail(err: OSError) -> None:
-        raise err
-
-    for root, _folders, names in os.walk(path, onerror=fail):
-        for name in names:
-            file = Path(root, name)
-            if file.is_file() or not file.exists():
-                yield file.relative_to(path).as_posix()
+def _part_of(name: str) -> str | None:
+    """The part of a dataset that the name of a file, or else of its folders, tells."""
+    for text in (PurePosixPath(name).name, str(PurePosixPath(name).parent)):
+        found = {part: re.search(f"(?<![a-z])({words})", text) for part, words in SPLITS.items()}
+        starts = {part: match.start() for part, match in found.items() if match is not None}
+        if starts:
+            return min(starts, key=lambda part: starts[part])
+    return None
 
 
-def _of_split(path: Path, names: Sequence[str], split: str) -> list[str]:
-    """The files that hold this part of a dataset; all of them where the names say nothing about parts.
+def _of_split(path: Path, names: Sequence[str], split: str) -> tuple[list[str], str]:
+    """The files that hold this part of a dataset, and a note if there are others.
 
     Raises:
-        UserError: none does, but others do.
+        UserError: there are none, but of other parts.
     """
-    parts = {
-        part: sorted(name for name in names if re.search(f"(?<![a-z])({words})", PurePosixPath(name).name))
-        for part, words in SPLITS.items()
-    }
-    there = [part for part, files in parts.items() if files]
-    if not there:
-        return sorted(names)
-    if split == "all":
-        return [name for part in there for name in parts[part]]
+    parts = {name: _part_of(name) for name in names}
+    there = [part for part in SPLITS if part in parts.values()]
+    if split == "all" or not there:
+        order = [*there, None]
+        return sorted(names, key=lambda name: (order.index(parts[name]), name)), ""
     if split not in there:
         raise UserError(f"--source={path}: no {split} data in it: choose --split={' or '.join([*there, 'all'])}")
-    return parts[split]
+    chosen = sorted(name for name in names if parts[name] == split)
+    return chosen, f" ({len(chosen)} of {len(names)} files: --split={split})" if len(chosen) < len(names) else ""
 
 
 def _open_folder(path: Path, split: str) -> Source:
     if (path / "data.mdb").is_file():
         return _lmdb(path)
-    files = sorted(name for name in _walk(path) if not PurePosixPath(name).name.startswith("."))
+    files = sorted(name for name in files_below(path) if not PurePosixPath(name).name.startswith("."))
     images = [name for name in files if is_image(name)]
-    if images:
-        labels = _stored_labels(path, images, (path / "dataset.json").read_bytes() if "dataset.json" in files else None)
-
-        def read(name: str) -> SourceImage:
-            shown = os.fsencode(name).decode("utf-8", "replace")  # names need not be text
-            try:
-                return SourceImage(shown, (path / name).read_bytes(), labels.get(name))
-            except OSError as err:
-                return SourceImage(shown, b"", labels.get(name), error=err.strerror or str(err))
-
-        return Source("folder", path, len(images), lambda: map(read, images))
-    shards = [name for name in files if name.endswith(".tar")]
-    if shards:
-        return _shards(path, [path / name for name in _of_split(path, shards, split)])
+    shards = [name for name in files if name.endswith((".tar", ".tar.gz", ".tgz"))]
     tables = [name for name in files if name.endswith(".parquet")]
+    if images and (shards or tables):
+        raise UserError(
+            f"--source={path}: holds images (such as {images[0]}) and other sources ({(shards + tables)[0]}): "
+            "give the one that is meant, or move the other away"
+        )
+    if images:
+        return _images(path, images, (path / "dataset.json").read_bytes() if "dataset.json" in files else None)
+    if shards:
+        chosen, note = _of_split(path, shards, split)
+        return _shards(path, [path / name for name in chosen], note)
     if tables:
-        return _parquet(path, [path / name for name in _of_split(path, tables, split)])
+        chosen, note = _of_split(path, tables, split)
+        return _parquet(path, [path / name for name in chosen], note)
     arrays = [name for name in files if "images" in name and _idx_shape(path / name) is not None]
     if arrays:
-        return _idx(path, [path / name for name in _of_split(path, arrays, split)])
-    found = sorted({os.path.splitext(name)[1] or name for name in files})[:5]
-    raise UserError(f"--source={path}: no images in it (found {', '.join(found) if found else 'no files'})")
+        chosen, note = _of_split(path, arrays, split)
+        return _idx(path, [path / name for name in chosen], note)
+    raise _no_images(path, files)
+
+
+def _images(path: Path, names: Sequence[str], text: bytes | None) -> Source:
+    labels = _stored_labels(path, names, text)
+
+    def read(name: str) -> SourceImage:
+        shown = os.fsencode(name).decode("utf-8", "replace")  # names need not be text
+        try:
+            return SourceImage(shown, (path / name).read_bytes(), labels.get(name))
+        except OSError as err:
+            return SourceImage(shown, b"", labels.get(name), error=err.strerror or str(err))
+
+    return Source("folder", path, len(names), lambda: map(read, names))
+
+
+def _no_images(path: Path, names: Iterable[str]) -> UserError:
+    found = sorted({os.path.splitext(name)[1] or PurePosixPath(name).name for name in names})[:5]
+    return UserError(
+        f"--source={path}: no images in it (found {', '.join(found) if found else 'no files'}); unpack archives first"
+    )
 
 
 def _stored_labels(path: Path, names: Sequence[str], text: bytes | None) -> dict[str, Label]:
     """Labels by name: of dataset.json, or the top-level folders where all images are in several of them."""
     if text is not None:
-        return parse_labels_json(f"{path}: dataset.json", text)
+        labels = parse_labels_json(f"{path}: dataset.json", text) or {}
+        if labels and labels.keys().isdisjoint(names):
+            raise UserError(
+                f"--source={path}: its dataset.json has labels, but of none of its images (it says "
+                f"{next(iter(labels))}, there is {names[0]}): mend it, or give --labels"
+            )
+        return labels
     tops = {name: PurePosixPath(name).parts[0] for name in names if "/" in name}
     return dict(tops) if len(tops) == len(set(names)) and len(set(tops.values())) > 1 else {}
-
-
-def parse_labels_json(where: str, text: bytes) -> dict[str, Label]:
-    """The labels of a dataset.json.
-
-    Raises:
-        UserError: it is of another form.
-    """
-    try:
-        listed = json.loads(text)["labels"]
-        return (
-            {}
-            if listed is None
-            else {posixpath.normpath(str(name).replace("\\", "/")): label for name, label in listed}
-        )
-    except (ValueError, TypeError, KeyError, RecursionError) as err:
-        raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {err}") from None
 
 
 def read_label_file(path: Path) -> dict[str, Label]:
@@ -208,7 +210,7 @@ def read_label_file(path: Path) -> dict[str, Label]:
     try:
         data = path.read_bytes()
         if path.suffix == ".json":
-            return parse_labels_json(f"--labels={path}", data)
+            return parse_labels_json(f"--labels={path}", data) or {}
         rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"))) if row]
     except (OSError, UnicodeError, csv.Error) as err:
         raise UserError(f"--labels={path}: cannot be read ({err})") from None
@@ -247,19 +249,22 @@ def _class_of(text: str) -> int | str:
 
 def _zip(path: Path) -> Source:
     with zipfile.ZipFile(path) as archive:
-        entries = sorted((i for i in archive.infolist() if is_image(i.filename)), key=lambda info: info.filename)
+        named = [(info.filename.replace("\\", "/"), info) for info in archive.infolist()]  # as some Windows tools write
+        entries = sorted(((name, info) for name, info in named if is_image(name)), key=lambda pair: pair[0])
+        if not entries:
+            raise _no_images(path, [name for name, _info in named])
         text = archive.read("dataset.json") if "dataset.json" in archive.namelist() else None
-    labels = _stored_labels(path, [info.filename for info in entries], text)
+    labels = _stored_labels(path, [name for name, _info in entries], text)
 
     def images() -> Iterator[SourceImage]:
         with zipfile.ZipFile(path) as archive:
-            for info in entries:
+            for name, info in entries:
                 data, error = b"", ""
                 try:
                     data = archive.read(info)
                 except Exception as err:  # a damaged entry can fail in any way
                     error = one_line(err) or type(err).__name__
-                yield SourceImage(info.filename, data, labels.get(info.filename), error)
+                yield SourceImage(name, data, labels.get(name), error)
 
     return Source("ZIP file", path, len(entries), images)
 
@@ -269,14 +274,19 @@ def _tar(path: Path, split: str) -> Source:
     names, text = [], None
     with tarfile.open(path) as archive:
         for member in _members(archive):
+            if is_image(member.name) and (member.islnk() or member.issym()):
+                raise UserError(f"--source={path}: {member.name} is a link, not an image: unpack it, give the folder")
             if member.isfile():
                 names.append(posixpath.normpath(member.name))
                 text = _read(archive, member) if names[-1] == "dataset.json" else text
     if any(name.split("/")[0] in ("cifar-10-batches-py", "cifar-100-python") for name in names):
-        return _cifar(path, _of_split(path, names, split))
-    if any(name.endswith(".cls") for name in names):
-        return _shards(path, [path])
+        batches = [name for name in names if PurePosixPath(name).name.startswith(CIFAR_FILES)]
+        return _cifar(path, *_of_split(path, batches, split))
+    if any(name.lower().endswith(".cls") for name in names):
+        return _shards(path, [path], "")
     images_there = [name for name in names if is_image(name)]
+    if not images_there:
+        raise _no_images(path, names)
     labels = _stored_labels(path, images_there, text)
 
     def images() -> Iterator[SourceImage]:
@@ -308,9 +318,12 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     block = archive.fileobj.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0") or len(block) not in (0, tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"it breaks off at byte {archive.offset}")
+    while rest := archive.fileobj.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("something follows its end; joined tar files must be split again")
 
 
-def _shards(path: Path, shards: Sequence[Path]) -> Source:
+def _shards(path: Path, shards: Sequence[Path], note: str) -> Source:
     """Tar files in which the files of a sample share their name up to the first dot (WebDataset)."""
 
     def images() -> Iterator[SourceImage]:
@@ -318,7 +331,7 @@ def _shards(path: Path, shards: Sequence[Path]) -> Source:
             with tarfile.open(shard) as archive:
                 yield from _naming_shard(shard, _samples(shard, archive))
 
-    return Source("tar shards", path, None, images)
+    return Source(f"tar shards{note}", path, None, images)
 
 
 def _naming_shard(shard: Path, samples: Iterator[SourceImage]) -> Iterator[SourceImage]:
@@ -345,12 +358,14 @@ def _sample(shard: Path, files: list[tuple[str, str, bytes]]) -> Iterator[Source
     labels = [
         _class_of(data.decode("utf-8", "replace").strip()) for _name, extension, data in files if extension == "cls"
     ]
-    for name, _extension, data in files:
-        if is_image(name):
-            yield SourceImage(f"{shard.name}/{name}", data, labels[0] if labels else None)
+    images = [(name, data) for name, _extension, data in files if is_image(name)]
+    if labels and not images:
+        raise UserError(f"--source={shard}: {files[0][0]} comes without its image: files of a sample must lie together")
+    for name, data in images:
+        yield SourceImage(f"{shard.name}/{name}", data, labels[0] if labels else None)
 
 
-def _cifar(path: Path, names: Sequence[str]) -> Source:
+def _cifar(path: Path, names: Sequence[str], note: str) -> Source:
     """The Python tarballs of CIFAR-10 and CIFAR-100."""
 
     def images() -> Iterator[SourceImage]:
@@ -368,7 +383,7 @@ def _cifar(path: Path, names: Sequence[str]) -> Source:
                 for i, (image, label) in enumerate(pairs):
                     yield SourceImage(f"{name}[{i}]", np.ascontiguousarray(image), int(label))
 
-    return Source("CIFAR tarball", path, None, images)
+    return Source(f"CIFAR tarball{note}", path, None, images)
 
 
 def _idx_shape(path: Path) -> tuple[int, ...] | None:
@@ -389,7 +404,7 @@ def _open_idx(path: Path) -> Any:
     return gzip.open(path) if compressed else open(path, "rb")
 
 
-def _idx(path: Path, files: Sequence[Path]) -> Source:
+def _idx(path: Path, files: Sequence[Path], note: str = "") -> Source:
     """Images of IDX files as MNIST ships them, with the labels of the file that goes with each."""
     count = 0
     for file in files:
@@ -407,7 +422,7 @@ def _idx(path: Path, files: Sequence[Path]) -> Source:
                 gray = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
                 yield SourceImage(f"{file.name}[{i}]", gray, int(labels[i]) if labels is not None else None)
 
-    return Source("IDX files", path, count, images)
+    return Source(f"IDX files{note}", path, count, images)
 
 
 def _idx_labels(file: Path) -> np.ndarray | None:
@@ -443,10 +458,13 @@ def _lmdb(path: Path) -> Source:
 
     with lmdb.open(str(path), readonly=True, lock=False) as env:
         count = env.stat()["entries"]
+        size = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if (path / "data.mdb").stat().st_size < size:  # reading it would kill the process
+            raise UserError(f"--source={path}: data.mdb is truncated, it should have {size} bytes: copy it again")
     return Source("LMDB database", path, count, images)
 
 
-def _parquet(path: Path, tables: Sequence[Path]) -> Source:
+def _parquet(path: Path, tables: Sequence[Path], note: str = "") -> Source:
     """Parquet files of image datasets as on the Hugging Face hub: a column of images, perhaps one of labels."""
     try:
         import pyarrow.parquet as pq
@@ -467,10 +485,14 @@ def _parquet(path: Path, tables: Sequence[Path]) -> Source:
                         )
                         row += 1
 
-    for table in tables:  # before anything is made of the others
-        _parquet_columns(table, pq.read_schema(table))
+    schemas = {table: pq.read_schema(table) for table in tables}
+    classes = {table: _parquet_classes(schema) for table, schema in schemas.items()}
+    for table, schema in schemas.items():
+        _parquet_columns(table, schema)
+        if classes[table] != classes[tables[0]]:
+            raise UserError(f"--source={table}: other names of classes than {tables[0]}: convert them one by one")
     count = sum(pq.read_metadata(table).num_rows for table in tables)
-    return Source("Parquet files", path, count, images, _parquet_classes(pq.read_schema(tables[0])))
+    return Source(f"Parquet files{note}", path, count, images, classes[tables[0]])
 
 
 def _parquet_columns(table: Path, schema: Any) -> tuple[str, str | None]:
@@ -486,15 +508,24 @@ def _parquet_columns(table: Path, schema: Any) -> tuple[str, str | None]:
     if not images:
         raise UserError(f"--source={table}: no column of images (there are {', '.join(schema.names)})")
     usual = [name for name in images if name.lower() in ("image", "img", "images", "pixels", "png", "jpg", "jpeg")]
-    labels = [name for name in PARQUET_LABELS if name in schema.names]
+    known = [name for name in _class_labels(schema) if name in schema.names]
+    labels = known or [name for name in schema.names if name.lower() in PARQUET_LABELS]
     return (usual or images)[0], labels[0] if labels else None
 
 
-def _parquet_classes(schema: Any) -> list[str] | None:
-    """Names of the classes, which the library `datasets` keeps beside the columns."""
+def _class_labels(schema: Any) -> dict[str, list[str]]:
+    """Names of the classes by column, which the library `datasets` keeps beside the columns."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = next(features[name]["names"] for name in PARQUET_LABELS if name in features)
-    except (KeyError, TypeError, ValueError, StopIteration):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _parquet_classes(schema: Any) -> list[str] | None:
+    """Names of the classes 0, 1, ... of the column of labels."""
+    return next(iter(_class_labels(schema).values()), None)
