@@ -28,6 +28,7 @@ from conftest import (
 )
 from write_cli_docs import render
 
+from calculate_metrics import main as metrics_tool
 from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
@@ -105,11 +106,15 @@ def test_presets_dry_run(preset, tmp_path):
 
 
 def test_all_training_options(tmp_path):
+    ref = tmp_path / "ref.safetensors"
+    options = [f"--data={DIGITS}", f"--dest={ref}", "--metrics=fd_pixels", "--workers=0"]
+    assert run_cli(metrics_tool, "ref", *options).exit_code == 0
     args = [
         f"--outdir={tmp_path}", f"--data={DIGITS}", "--cond=1", "--preset=digits", "--duration=64", "--batch=32", "--channels=8",
         "--dropout=0.1", "--P_mean=-0.8", "--P_std=1.6", "--lr=0.02", "--decay=100", "--batch-gpu=16", "--fp16=1", "--ls=2",
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1",
+        "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
@@ -119,7 +124,7 @@ def test_all_training_options(tmp_path):
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
-        cache=True,
+        cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2,
     )  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4

@@ -114,6 +114,9 @@ def test_script_offers_the_published_functions(capsys):
     values = calculate_metrics.calculate_metrics_from_stats(r.stats, ref, ["fd_pixels"], verbose=True)
     assert values["fd_pixels"] == pytest.approx(192)
     assert re.fullmatch(r"fd_pixels: +192\n", capsys.readouterr().out)
+    few = stats_of(random_batches(1, 10))
+    calculate_metrics_from_stats(few, few, ["fd_pixels"], verbose=True)
+    assert "Note: fd_pixels of 10 images in 192 dimensions" in capsys.readouterr().out
 
 
 def test_subset_of_files():
@@ -199,11 +202,11 @@ def digits_ref(tmp_path_factory) -> Path:
 
 
 def test_calc(digits_ref, tmp_path):
-    options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--workers=0", f"--metrics={','.join(PIXELS)}"]
+    options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--workers=0", "--metrics=fd_pixels,prdc_pixels"]
     result = tool("calc", *options, "--num=1797", "--error-bars", f"--outdir={tmp_path / 'results'}")
     values = values_of(result.output)
     assert values["fd_pixels"] == pytest.approx(0, abs=1e-6) and values["precision_pixels"] == 1
-    assert values["fd_pixels_std"] > 0
+    assert values["fd_pixels_std"] > 0 and "Note" not in result.output
     (record,) = records_in(tmp_path / "results" / "metric-fd_pixels.jsonl")
     assert record in records_of(result.output)
     assert record["results"]["fd_pixels_std"] == pytest.approx(values["fd_pixels_std"], rel=1e-5)
@@ -212,7 +215,7 @@ def test_calc(digits_ref, tmp_path):
     assert record["ref_sha256"] == sha256(digits_ref)
     assert (record["detector"], record["resize"]) == ("pixels", "average, 8x8")
     assert {"date", "code_version", "images_hash"} <= record.keys()
-    assert len(list((tmp_path / "results").iterdir())) == 3
+    assert len(list((tmp_path / "results").iterdir())) == 2
 
 
 def test_repeated_calc(digits_ref):
@@ -237,6 +240,8 @@ def test_gen(snapshot_file, digits_ref, tmp_path):
     run_cli(generate, *options, "--seeds=5-24", f"--outdir={tmp_path / 'images'}")
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").rglob("*.png")}
     assert saved == {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    note = "fd_pixels of 20 images in 192 dimensions mostly tells how few they are: take far more"
+    assert record["note"] == note and f"Note: {note}" in result.output
     calc = tool("calc", f"--images={tmp_path / 'images'}", *measuring, "--workers=0")
     assert values_of(calc.output) == values_of(result.output)
 
@@ -252,10 +257,16 @@ def test_gen_with_guidance_and_repeats(snapshot_file, digits_ref):
 
 
 def test_two_processes_give_the_same(snapshot_file, digits_ref, tmp_path):
-    common = [f"--ref={digits_ref}", f"--metrics={','.join(PIXELS)}", "--error-bars"]
+    common = [f"--ref={digits_ref}", "--error-bars"]
     commands = {
-        "calc": [f"--images={DIGITS}", "--num-images=1501", "--batch=100", "--workers=0"],
-        "gen": [f"--net={snapshot_file}", "--num-images=1101", "--steps=1", "--batch=100"],
+        "calc": [
+            f"--images={DIGITS}",
+            f"--metrics={','.join(PIXELS)}",
+            "--num-images=1501",
+            "--batch=100",
+            "--workers=0",
+        ],
+        "gen": [f"--net={snapshot_file}", "--metrics=fd_pixels", "--num-images=101", "--steps=1", "--batch=10"],
     }
     for command, options in commands.items():
         for processes in (1, 2):

@@ -23,6 +23,7 @@ from training.metrics import (
     check_reference,
     load_detectors,
     load_stats,
+    small_sample_note,
 )
 from training.networks_edm2 import Precond
 
@@ -79,11 +80,13 @@ class Evaluation:
             if distributed.get_rank() == 0:
                 for metric in self.metrics:
                     results = calculate_metrics_from_stats(stats, self.stats, [metric], force=self.force)
+                    note = small_sample_note(metric, stats)
                     records.append(
                         {
                             "metric": metric,
                             "results": results,
                             "num_images": stats.num_images,
+                            **({"note": note} if note else {}),
                             **provenance,
                             "ref": self.ref,
                             "ref_sha256": self.ref_sha256,
@@ -133,6 +136,7 @@ def format_results(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
         text = "".join(f"{value:14.6g}" for value in row)
         summary = f"   mean {sum(row) / len(row):.6g}, minimum {min(row):.6g}" if len(row) > 1 else ""
         lines.append(f"{name:20s}{text}{summary}")
+    lines += [f"Note: {record['note']}" for record in runs[0] if "note" in record]
     return "\n".join(lines)
 
 

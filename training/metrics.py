@@ -27,6 +27,7 @@ __all__ = [
     "load_stats",
     "parse_metrics",
     "save_stats",
+    "small_sample_note",
 ]
 
 DEFAULT_METRICS = ("fid", "fd_dinov2")
@@ -390,7 +391,17 @@ def calculate_metrics_from_stats(
     if verbose:
         for name, value in results.items():
             print(f"{name + ':':24s}{value:g}")
+        for note in filter(None, (small_sample_note(metric, stats) for metric in metrics)):
+            print(f"Note: {note}")
     return results
+
+
+def small_sample_note(metric: str, stats: Mapping[str, Any]) -> str:
+    """What to know about a Frechet distance of fewer images than features; '' for others."""
+    if METRICS[metric].kind != "frechet" or stats["num_images"] > len(stats[METRICS[metric].entry]["mu"]):
+        return ""
+    D = len(stats[METRICS[metric].entry]["mu"])
+    return f"{metric} of {stats['num_images']} images in {D} dimensions mostly tells how few they are: take far more"
 
 
 def check_reference(metric: str, stats: Mapping[str, Any] | None, ref: Mapping[str, Any], force: bool = False) -> None:
