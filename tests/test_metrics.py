@@ -337,6 +337,17 @@ def test_metrics_of_snapshots(digits_ref, tmp_path):
     assert event.step == 1024 and event.value == pytest.approx(records[0]["results"]["fd_pixels"])
 
 
+def test_two_processes_measure_snapshots(digits_ref, tmp_path):
+    options = [*TINY, f"--data={DIGITS}", "--metrics=fd_pixels", f"--metrics-ref={digits_ref}", "--metrics-num=11"]
+    done = torchrun(2, "train_edm2.py", f"--outdir={tmp_path}", *options)
+    assert done.returncode == 0, done.stderr
+    records = records_in(tmp_path / "metric-fd_pixels.jsonl")
+    assert [record["num_images"] for record in records] == [11, 11]
+    gen = tool("gen", f"--net={tmp_path / records[1]['net']}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=11")
+    (again,) = records_of(gen.output)
+    assert again["results"]["fd_pixels"] == pytest.approx(records[1]["results"]["fd_pixels"], rel=1e-5)
+
+
 def test_metrics_do_not_disturb_training(digits_ref, tmp_path):
     metrics = ["--metrics=fd_pixels", f"--metrics-ref={digits_ref}", "--metrics-num=4"]
     for name, options in {"plain": [], "measured": metrics}.items():
