@@ -8,12 +8,12 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by
+from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
 from torch_utils import distributed, misc
 from training.detectors import DETECTORS, RESIZE_MODES
 from training.evaluation import Evaluation, format_results, last_stats, save_records
 from training.feature_stats import check_suffix
-from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, with_options
+from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.metrics import (
     DEFAULT_METRICS,
     METRICS,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by
+from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
 from torch_utils import distributed, misc
 from training.conversion import ImageSettings, convert_images, decode_latents, default_workers, encode_images
 from training.dataset import ImageFolderDataset
@@ -128,34 +128,29 @@ def convert(
         print(f"  and {len(report.skipped) - 10} more; report.json in {dest} lists them")
 
 
-def latent_options(command: Any) -> Any:
-    """Options that encode and decode share."""
-    options = [
-        click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True),
-        dest_option,
-        max_images_option,
-        click.option(
-            "--model-url",
-            help="VAE: a name on the Hugging Face hub, a local folder or a .safetensors file",
-            metavar="NAME",
-            default="stabilityai/sd-vae-ft-mse",
-            show_default=True,
-        ),
-        click.option("--batch", help="Images at a time", type=click.IntRange(min=1), default=8, show_default=True),
-        click.option(
-            "--precision",
-            help="What the VAE computes in",
-            type=click.Choice(list(PRECISIONS)),
-            default="fp32",
-            show_default=True,
-        ),
-        device_option,
-        resume_option,
-        offline_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+LATENT_OPTIONS = [
+    click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True),
+    dest_option,
+    max_images_option,
+    click.option(
+        "--model-url",
+        help="VAE: a name on the Hugging Face hub, a local folder or a .safetensors file",
+        metavar="NAME",
+        default="stabilityai/sd-vae-ft-mse",
+        show_default=True,
+    ),
+    click.option("--batch", help="Images at a time", type=click.IntRange(min=1), default=8, show_default=True),
+    click.option(
+        "--precision",
+        help="What the VAE computes in",
+        type=click.Choice(list(PRECISIONS)),
+        default="fp32",
+        show_default=True,
+    ),
+    device_option,
+    resume_option,
+    offline_option,
+]
 
 
 def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: str, device: str, **opts: Any) -> None:
@@ -172,7 +167,7 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
 
 
 @main.command()
-@latent_options
+@with_options(LATENT_OPTIONS)
 def encode(**opts: Any) -> None:
     """Encode images as latents of Stability AI's VAE, as the 512x512 models are trained on.
 
@@ -186,7 +181,7 @@ def encode(**opts: Any) -> None:
 
 
 @main.command()
-@latent_options
+@with_options(LATENT_OPTIONS)
 def decode(**opts: Any) -> None:
     """Decode latents into images, to look at them or to measure the VAE. Of a distribution, its mean is decoded."""
     run_vae(decode_latents, **opts)

@@ -8,10 +8,10 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by
+from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by, with_options
 from torch_utils import distributed, misc
 from training.generation import generate_images, image_path  # noqa: F401 - generate_images is for Python callers
-from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions, with_options
+from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.presets import GENERATION_PRESETS, generation_table
 
 MAX_GRID = 10_000

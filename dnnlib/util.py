@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import click
 
 import dnnlib
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class EasyDict(dict):
@@ -137,6 +139,17 @@ device_option = click.option(
     default="auto",
     show_default=True,
 )
+
+
+def with_options(options: Sequence[Callable]) -> Callable[[Command], Command]:
+    """Decorator that adds options to a command, in order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def given_options(ctx: click.Context, leave_out: Iterable[str] = ()) -> list[str]:

@@ -59,7 +59,7 @@ class ImageBatches:
         self, batches: list[np.ndarray], seeds: Sequence[int], make: Callable[[EasyDict], None], verbose: bool
     ):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        self.num_batches = len(batches)
+        self.num_batches, self.num_images = len(batches), len(seeds)
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.seeds = seeds
         self.make = make

@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import torch
@@ -15,7 +15,6 @@ from training.generation import ImageBatches, generate_images, load_image_networ
 from training.presets import GENERATION_PRESETS, unknown_preset
 from training.snapshot import Snapshot, open_snapshot
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 Positive = click.FloatRange(min=0, min_open=True)
 
 
@@ -79,17 +78,6 @@ SAMPLING_OPTIONS = [
     device_option,
     offline_option,
 ]
-
-
-def with_options(options: Sequence[Callable]) -> Callable[[Command], Command]:
-    """Decorator that adds options to a command, in order."""
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
 
 
 @dataclass(frozen=True)
