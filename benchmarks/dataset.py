@@ -52,9 +52,9 @@ def make_files(folder: Path, count: int) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     paths = {
-        "PNG 64x64x3 as Pillow writes it": folder / "pixels.zip",
-        "PNG 64x64x3, plain rows": folder / "plain.zip",
-        "latents 8x64x64": folder / "latents.zip",
+        "PNG 64x64x3 as Pillow writes it": folder / f"pixels-{count}.zip",
+        "PNG 64x64x3, plain rows": folder / f"plain-{count}.zip",
+        "latents 8x64x64": folder / f"latents-{count}.zip",
     }
     for kind, path in paths.items():
         if path.is_file():
