@@ -130,7 +130,10 @@ def gt(classes: str = "A", device: torch.device | str = "cpu") -> GaussianMixtur
 
 @functools.cache
 def _trees() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """phi [K] (not normalised), mu [K, 2] and Sigma [K, 2, 2] of each class, float64. One generator draws both trees, A first."""
+    """phi [K] (not normalised), mu [K, 2] and Sigma [K, 2, 2] of each class, float64.
+
+    One generator draws both trees, A first.
+    """
     rnd = np.random.RandomState(SEED)
     return {name: _tree(rnd, angle) for name, angle in TRUNK_ANGLE.items()}
 

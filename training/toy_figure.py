@@ -1,0 +1,269 @@
+"""Pictures of the toy example: the paper's figure, and the view of a training run.
+
+Needs matplotlib, which is optional; it is imported when a picture is made.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.util import UserError, atomic_write
+from training.networks_toy import ToyModel
+from training.toy_data import GaussianMixture, gt
+from training.toy_sampling import Quality, measure, sample_toy, support_level
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+VIEW = (-1.65, 1.65)  # both coordinates of the upper panels
+CLOSEUP = ((0.55, 1.35), (0.55, 1.35))  # x and y of the lower panels
+SIGMA_MID = 0.03  # noise level of the densities in the lower panels
+GRID = 400  # points along each side of a density
+SAMPLES = 8192  # measured for each upper panel
+SHOWN = 2048  # of them drawn
+TRAJECTORIES = 60
+ARROWS = 18  # along each side
+BOTH_COLOR, CLASS_COLOR, POINT_COLOR, GUIDED_COLOR = "#d9d9d9", "#fdc98b", "#1a1a1a", "#0060c0"
+FRAME_SECONDS = 0.1
+
+
+def require_matplotlib() -> None:
+    """
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+
+
+def check_format(path: Path) -> None:
+    """
+    Raises:
+        UserError: a picture cannot be saved under this name.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--save={path}: the name of a picture ends in {', '.join(FORMATS)}")
+
+
+def new_figure(window: bool, **kwargs: Any) -> "tuple[Figure, bool]":
+    """A figure, and whether it is one that a window can show: if `window` asks for it and there is a display."""
+    if window:
+        from matplotlib import pyplot
+
+        figure = pyplot.figure(**kwargs)
+        if getattr(figure.canvas, "required_interactive_framework", None) is not None:
+            return figure, True
+        pyplot.close(figure)
+    from matplotlib.figure import Figure
+
+    return Figure(**kwargs), False
+
+
+def save_figure(figure: "Figure", path: Path, made_by: str) -> None:
+    """Write a figure, complete or not at all; `made_by` is noted in it."""
+    key = {".png": "Description", ".pdf": "Subject", ".svg": "Description"}[path.suffix.lower()]
+    with atomic_write(path, sync=False) as f:
+        figure.savefig(f, format=path.suffix[1:].lower(), metadata={key: made_by})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The paper's figure
+
+
+def draw_paper_figure(
+    figure: "Figure",
+    cls: str,
+    net: ToyModel,
+    gnet: ToyModel | None,
+    guidance: float,
+    cfg_net: ToyModel,
+    cfg_guidance: float,
+    seed: int,
+) -> None:
+    """Samples above, and below what guides them (Figures 1 and 2 of the paper); 2 x 4 panels.
+
+    Args:
+        cls: class that `net` has learned.
+        gnet: guide of autoguidance; None leaves out all that needs one, which makes 2 x 2 panels.
+        cfg_net: guide of classifier-free guidance, which knows no class.
+    """
+    device = next(net.parameters()).device
+    distribution = gt(cls, device)
+    noise = torch.randn(SAMPLES, 2, generator=torch.Generator(device).manual_seed(seed), device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    samples = {
+        "Ground truth": distribution.sample(SAMPLES, generator=generator),
+        "No guidance": sample_toy(net, noise),
+    }
+    lower: list[Callable[[Axes], None]] = [lambda axes: _draw_density(axes, net, "Density of the model, $p_1$")]
+    if gnet is not None:
+        samples[f"Classifier-free guidance, $w = {cfg_guidance:g}$"] = sample_toy(net, noise, cfg_net, cfg_guidance)
+        samples[f"Autoguidance, $w = {guidance:g}$"] = sample_toy(net, noise, gnet, guidance)
+        lower.append(lambda axes: _draw_density(axes, gnet, "Density of its guide, $p_0$"))
+        lower.append(lambda axes: _draw_ratio(axes, net, gnet))
+    lower.append(lambda axes: _draw_trajectories(axes, distribution, net, gnet, guidance, noise))
+
+    panels = figure.subplots(2, len(samples))
+    for letter, axes, (title, x) in zip("abcd", panels[0], samples.items(), strict=False):
+        _draw_samples(axes, distribution, x)
+        axes.set_title(f"({letter}) {title}\n{_numbers(measure(distribution, x))}", fontsize=13)
+        (x0, x1), (y0, y1) = CLOSEUP
+        axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
+    for letter, axes, draw in zip("efgh"[4 - len(samples) :] if gnet else "cd", panels[1], lower, strict=True):
+        draw(axes)
+        axes.set_title(f"({letter}) {axes.get_title()}", fontsize=13)
+
+
+def _numbers(quality: Quality) -> str:
+    return f"outliers {quality.outliers.value:.1%}, branch KL {quality.branch_kl.value:.2f}"
+
+
+def _grid(xlim: tuple[float, float], ylim: tuple[float, float], points: int, device: torch.device) -> torch.Tensor:
+    """[points, points, 2], rows along y."""
+    x, y = (torch.linspace(*limits, points, device=device) for limits in (xlim, ylim))
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+
+
+def _frame(axes: "Axes", xlim: tuple[float, float], ylim: tuple[float, float]) -> None:
+    axes.set(xlim=xlim, ylim=ylim, aspect="equal", xticks=[], yticks=[])
+
+
+def _fill_support(
+    axes: "Axes", distribution: GaussianMixture, xlim: tuple[float, float], ylim: tuple[float, float], color: str
+) -> None:
+    grid = _grid(xlim, ylim, GRID, distribution.mu.device)
+    x, y = grid[0, :, 0].cpu(), grid[:, 0, 1].cpu()
+    levels = [support_level(distribution), math.inf]
+    axes.contourf(x, y, distribution.logp(grid).clamp(min=-1e3).cpu(), levels=levels, colors=[color])
+
+
+def _draw_samples(axes: "Axes", distribution: GaussianMixture, x: torch.Tensor) -> None:
+    _fill_support(axes, gt("AB", distribution.mu.device), VIEW, VIEW, BOTH_COLOR)
+    _fill_support(axes, distribution, VIEW, VIEW, CLASS_COLOR)
+    points = x[:SHOWN].cpu()
+    axes.scatter(points[:, 0], points[:, 1], s=2, color=POINT_COLOR, linewidths=0)
+    _frame(axes, VIEW, VIEW)
+
+
+def _draw_density(axes: "Axes", model: ToyModel, title: str) -> None:
+    """The implied density at `SIGMA_MID`; a model gives it up to a factor."""
+    grid = _grid(*CLOSEUP, GRID, next(model.parameters()).device)
+    logp = model.logp(grid, SIGMA_MID).detach().cpu()
+    extent = (*CLOSEUP[0], *CLOSEUP[1])
+    axes.imshow((logp - logp.max()).exp(), origin="lower", extent=extent, cmap="Oranges", interpolation="bilinear")
+    axes.set_title(title)
+    _frame(axes, *CLOSEUP)
+
+
+def _draw_ratio(axes: "Axes", net: ToyModel, gnet: ToyModel) -> None:
+    """log p_1 / p_0 at `SIGMA_MID`, and where its gradient points."""
+    device = next(net.parameters()).device
+    grid = _grid(*CLOSEUP, GRID, device)
+    ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu()
+    extent = (*CLOSEUP[0], *CLOSEUP[1])
+    low, high = np.quantile(ratio, [0.02, 1.0])
+    axes.imshow(ratio, origin="lower", extent=extent, cmap="Oranges", vmin=low, vmax=high, interpolation="bilinear")
+    coarse = _grid(*CLOSEUP, ARROWS, device)
+    gradient = net.score(coarse, SIGMA_MID) - gnet.score(coarse, SIGMA_MID)
+    length = gradient.norm(dim=-1, keepdim=True)
+    arrows = (gradient / length * length.clamp(max=length.quantile(0.8).item())).cpu()
+    coarse = coarse.cpu()
+    axes.quiver(coarse[..., 0], coarse[..., 1], arrows[..., 0], arrows[..., 1], color=POINT_COLOR, width=0.004)
+    axes.set_title(r"Their ratio, $\log\, p_1 / p_0$")
+    _frame(axes, *CLOSEUP)
+
+
+def _draw_trajectories(
+    axes: "Axes",
+    distribution: GaussianMixture,
+    net: ToyModel,
+    gnet: ToyModel | None,
+    guidance: float,
+    noise: torch.Tensor,
+) -> None:
+    """Paths without and with guidance from the same noise, of samples that end in the closeup without it."""
+    paths: list[torch.Tensor] = []
+    sample_toy(net, noise, on_step=paths.append)
+    (x0, x1), (y0, y1) = CLOSEUP
+    x, y = paths[-1].unbind(dim=1)
+    inside = ((x > x0) & (x < x1) & (y > y0) & (y < y1)).nonzero().squeeze(1)[:TRAJECTORIES]
+    _fill_support(axes, distribution, *CLOSEUP, CLASS_COLOR)
+    _draw_paths(axes, torch.stack(paths)[:, inside], "gray", "without guidance")
+    if gnet is not None:
+        guided: list[torch.Tensor] = []
+        sample_toy(net, noise[inside], gnet, guidance, on_step=guided.append)
+        _draw_paths(axes, torch.stack(guided), GUIDED_COLOR, "with autoguidance")
+    axes.legend(loc="upper right", fontsize=10, framealpha=0.9)
+    axes.set_title("Sampling trajectories")
+    _frame(axes, *CLOSEUP)
+
+
+def _draw_paths(axes: "Axes", paths: torch.Tensor, color: str, label: str) -> None:
+    """Paths [steps, N, 2], with a dot at their ends."""
+    x, y = paths.cpu().unbind(dim=2)
+    axes.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
+    axes.plot(x[-1], y[-1], ".", color=color, markersize=4, label=label)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+class TrainingView:
+    """Samples of the model in training: in a window where there is a display, and as frames in a file.
+
+    Args:
+        cls: class that is learned.
+        save: '.gif' for an animation, else a folder for one PNG per frame; None = no frames.
+        window: whether a window is wanted.
+    """
+
+    def __init__(self, cls: str, device: torch.device, save: Path | None, window: bool):
+        self.figure, self.window = new_figure(window, figsize=(6, 6.4), layout="constrained")
+        self.distribution, self.save = gt(cls, device), save
+        self.noise = torch.randn(SHOWN, 2, generator=torch.Generator(device).manual_seed(0), device=device)
+        self.axes = self.figure.subplots()
+        _draw_samples(self.axes, self.distribution, self.noise.new_zeros(0, 2))
+        self.points = self.axes.scatter([], [], s=3, color=POINT_COLOR, linewidths=0)
+        self.frames: list[PIL.Image.Image] = []
+        if self.window:
+            self.figure.show()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody sees what is drawn."""
+        return self.window or self.save is not None
+
+    def draw(self, iteration: int, loss: float, net: ToyModel) -> None:
+        self.points.set_offsets(sample_toy(net, self.noise).cpu().numpy())
+        self.axes.set_title(f"iteration {iteration}, loss {loss:.4f}", fontsize=13)
+        if self.window:
+            self.figure.canvas.draw_idle()
+            self.figure.canvas.flush_events()
+        if self.save is None:
+            return
+        if self.save.suffix.lower() == ".gif":
+            self.figure.canvas.draw()
+            pixels = np.asarray(self.figure.canvas.buffer_rgba())[..., :3]  # pyright: ignore
+            self.frames.append(PIL.Image.fromarray(pixels.copy()).quantize(64))
+        else:
+            with atomic_write(self.save / f"iter{iteration:04d}.png", sync=False) as f:
+                self.figure.savefig(f, format="png")
+
+    def finish(self) -> None:
+        """Write the animation."""
+        if self.save is not None and self.frames:
+            first, *rest = self.frames
+            with atomic_write(self.save, sync=False) as f:
+                first.save(
+                    f, format="gif", save_all=True, append_images=rest, duration=int(FRAME_SECONDS * 1000), loop=0
+                )
