@@ -58,8 +58,19 @@ class GaussianMixture(torch.nn.Module):
 
     def logp(self, x: torch.Tensor, sigma: torch.Tensor | float = 0) -> torch.Tensor:
         """log p(x; sigma), [...]."""
-        parts = [self._components(*rows)[0].logsumexp(dim=1) for rows in _rows(x, sigma)]
+        parts = []
+        for rows in _rows(x, sigma):
+            peak, exponent, _, _ = self._components(*rows)
+            parts.append((peak.log() + exponent).logsumexp(dim=1))
         return torch.cat(parts).reshape(x.shape[:-1])
+
+    def posterior(self, x: torch.Tensor, sigma: torch.Tensor | float = 0) -> torch.Tensor:
+        """Probability that x comes from each component, [..., K]."""
+        parts = []
+        for rows in _rows(x, sigma):
+            peak, exponent, _, _ = self._components(*rows)
+            parts.append((peak.log() + exponent).softmax(dim=1))
+        return torch.cat(parts).reshape(*x.shape[:-1], -1)
 
     def score(self, x: torch.Tensor, sigma: torch.Tensor | float = 0) -> torch.Tensor:
         """Gradient of log p(x; sigma) with respect to x, shaped like `x`."""
@@ -67,14 +78,11 @@ class GaussianMixture(torch.nn.Module):
 
     def score_at_once(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """`score` of x [N, 2] and sigma [N] in one piece, which `torch.compile` makes one kernel of."""
-        log_weights, x_pull, y_pull = self._components(x, sigma)
-        posterior = log_weights.softmax(dim=1)
-        return torch.stack([(posterior * x_pull).sum(dim=1), (posterior * y_pull).sum(dim=1)], dim=1)
-
-    def posterior(self, x: torch.Tensor, sigma: torch.Tensor | float = 0) -> torch.Tensor:
-        """Probability that x comes from each component, [..., K]."""
-        parts = [self._components(*rows)[0].softmax(dim=1) for rows in _rows(x, sigma)]
-        return torch.cat(parts).reshape(*x.shape[:-1], -1)
+        peak, exponent, x_pull, y_pull = self._components(x, sigma)
+        # Peaks lie within a few powers of ten, so they need no logarithm: the softmax of the exponents is safe.
+        weight = peak * exponent.softmax(dim=1)
+        gradient = torch.stack([(weight * x_pull).sum(dim=1), (weight * y_pull).sum(dim=1)], dim=1)
+        return gradient / weight.sum(dim=1, keepdim=True)
 
     def sample(
         self,
@@ -91,20 +99,23 @@ class GaussianMixture(torch.nn.Module):
         noise = torch.randn(x.shape, generator=generator, device=device)
         return x + torch.as_tensor(sigma, device=device).unsqueeze(-1) * noise
 
-    def _components(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For x [N, 2] and sigma [N]: log(phi_k N(x; mu_k, C)) and both coordinates of C^-1 (mu_k - x), each [N, K].
+    def _components(
+        self, x: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Components at x [N, 2] with noise sigma [N], all [N, K]; C = Sigma_k + sigma^2 I, its inverse written out.
 
-        C = Sigma_k + sigma^2 I; its inverse is written out. mu_k - x comes first: expanding the product would lose
-        digits.
+        Returns:
+            peak, exponent: such that phi_k N(x; mu_k, C) = peak * exp(exponent).
+            x_pull, y_pull: coordinates of C^-1 (mu_k - x), the component's own score.
         """
+        # The difference comes first: expanding the product with the inverse would lose digits.
         dx, dy = (self.mu[:, i] - x[:, i : i + 1] for i in range(2))
         variance = sigma.square().unsqueeze(1)
         C_xx, C_yy, C_xy = self.Sigma[:, 0, 0] + variance, self.Sigma[:, 1, 1] + variance, self.Sigma[:, 0, 1]
         det = C_xx * C_yy - C_xy.square()
         x_pull = (C_yy * dx - C_xy * dy) / det
         y_pull = (C_xx * dy - C_xy * dx) / det
-        log_weights = (self.phi / (2 * math.pi)).log() - (det.log() + dx * x_pull + dy * y_pull) / 2
-        return log_weights, x_pull, y_pull
+        return self.phi / (2 * math.pi * det.sqrt()), -(dx * x_pull + dy * y_pull) / 2, x_pull, y_pull
 
 
 def _rows(x: torch.Tensor, sigma: torch.Tensor | float) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -112,6 +123,7 @@ def _rows(x: torch.Tensor, sigma: torch.Tensor | float) -> list[tuple[torch.Tens
     return list(zip(x.reshape(-1, 2).split(ROWS), sigma.reshape(-1).split(ROWS), strict=True))
 
 
+@functools.cache
 def gt(classes: str = "A", device: torch.device | str = "cpu") -> GaussianMixture:
     """Ground truth of class 'A' or 'B', or of both, 'AB', where each has the share of its branches' lengths.
 

@@ -3,6 +3,7 @@
 Needs matplotlib, which is optional; it is imported when a picture is made.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 
 from dnnlib.util import UserError, atomic_write
 from training.networks_toy import ToyModel
-from training.toy_data import GaussianMixture, gt
-from training.toy_sampling import Quality, measure, sample_toy, support_level
+from training.schedules import edm_sigmas
+from training.toy_data import gt
+from training.toy_sampling import SIGMA_MAX, STEPS, Quality, measure, sample_toy, support_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".pdf", ".svg")
 VIEW = (-1.65, 1.65)  # both coordinates of the upper panels
-CLOSEUP = ((0.55, 1.35), (0.55, 1.35))  # x and y of the lower panels
+CLOSEUP = ((0.3, 1.1), (0.55, 1.35))  # x and y of the lower panels
 SIGMA_MID = 0.03  # noise level of the densities in the lower panels
 GRID = 400  # points along each side of a density
 SAMPLES = 8192  # measured for each upper panel
 SHOWN = 2048  # of them drawn
-TRAJECTORIES = 60
+TRAJECTORIES, PATH_SIGMA = 40, 0.3  # how many are drawn, and from which noise level on
+RATIO_NATS = 5  # range of colours of the ratio, below its maximum
 ARROWS = 18  # along each side
 BOTH_COLOR, CLASS_COLOR, POINT_COLOR, GUIDED_COLOR = "#d9d9d9", "#fdc98b", "#1a1a1a", "#0060c0"
 FRAME_SECONDS = 0.1
@@ -110,11 +113,11 @@ def draw_paper_figure(
         samples[f"Autoguidance, $w = {guidance:g}$"] = sample_toy(net, noise, gnet, guidance)
         lower.append(lambda axes: _draw_density(axes, gnet, "Density of its guide, $p_0$"))
         lower.append(lambda axes: _draw_ratio(axes, net, gnet))
-    lower.append(lambda axes: _draw_trajectories(axes, distribution, net, gnet, guidance, noise))
+    lower.append(lambda axes: _draw_trajectories(axes, cls, net, gnet, guidance, noise))
 
     panels = figure.subplots(2, len(samples))
     for letter, axes, (title, x) in zip("abcd", panels[0], samples.items(), strict=False):
-        _draw_samples(axes, distribution, x)
+        _draw_samples(axes, cls, x)
         axes.set_title(f"({letter}) {title}\n{_numbers(measure(distribution, x))}", fontsize=13)
         (x0, x1), (y0, y1) = CLOSEUP
         axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
@@ -137,18 +140,21 @@ def _frame(axes: "Axes", xlim: tuple[float, float], ylim: tuple[float, float]) -
     axes.set(xlim=xlim, ylim=ylim, aspect="equal", xticks=[], yticks=[])
 
 
-def _fill_support(
-    axes: "Axes", distribution: GaussianMixture, xlim: tuple[float, float], ylim: tuple[float, float], color: str
-) -> None:
-    grid = _grid(xlim, ylim, GRID, distribution.mu.device)
-    x, y = grid[0, :, 0].cpu(), grid[:, 0, 1].cpu()
-    levels = [support_level(distribution), math.inf]
-    axes.contourf(x, y, distribution.logp(grid).clamp(min=-1e3).cpu(), levels=levels, colors=[color])
+def _fill_support(axes: "Axes", cls: str, xlim: tuple[float, float], ylim: tuple[float, float], color: str) -> None:
+    x, y, logp = _log_density(cls, xlim, ylim)
+    axes.contourf(x, y, logp, levels=[support_level(gt(cls)), math.inf], colors=[color])
 
 
-def _draw_samples(axes: "Axes", distribution: GaussianMixture, x: torch.Tensor) -> None:
-    _fill_support(axes, gt("AB", distribution.mu.device), VIEW, VIEW, BOTH_COLOR)
-    _fill_support(axes, distribution, VIEW, VIEW, CLASS_COLOR)
+@functools.cache
+def _log_density(cls: str, xlim: tuple[float, float], ylim: tuple[float, float]) -> tuple[torch.Tensor, ...]:
+    """Coordinates [GRID] along both axes, and log-density [GRID, GRID]; several panels show it."""
+    grid = _grid(xlim, ylim, GRID, torch.device("cpu"))
+    return grid[0, :, 0], grid[:, 0, 1], gt(cls).logp(grid)
+
+
+def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
+    _fill_support(axes, "AB", VIEW, VIEW, BOTH_COLOR)
+    _fill_support(axes, cls, VIEW, VIEW, CLASS_COLOR)
     points = x[:SHOWN].cpu()
     axes.scatter(points[:, 0], points[:, 1], s=2, color=POINT_COLOR, linewidths=0)
     _frame(axes, VIEW, VIEW)
@@ -170,8 +176,8 @@ def _draw_ratio(axes: "Axes", net: ToyModel, gnet: ToyModel) -> None:
     grid = _grid(*CLOSEUP, GRID, device)
     ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu()
     extent = (*CLOSEUP[0], *CLOSEUP[1])
-    low, high = np.quantile(ratio, [0.02, 1.0])
-    axes.imshow(ratio, origin="lower", extent=extent, cmap="Oranges", vmin=low, vmax=high, interpolation="bilinear")
+    low = ratio.max().item() - RATIO_NATS
+    axes.imshow(ratio, origin="lower", extent=extent, cmap="Oranges", vmin=low, interpolation="bilinear")
     coarse = _grid(*CLOSEUP, ARROWS, device)
     gradient = net.score(coarse, SIGMA_MID) - gnet.score(coarse, SIGMA_MID)
     length = gradient.norm(dim=-1, keepdim=True)
@@ -184,7 +190,7 @@ def _draw_ratio(axes: "Axes", net: ToyModel, gnet: ToyModel) -> None:
 
 def _draw_trajectories(
     axes: "Axes",
-    distribution: GaussianMixture,
+    cls: str,
     net: ToyModel,
     gnet: ToyModel | None,
     guidance: float,
@@ -196,7 +202,7 @@ def _draw_trajectories(
     (x0, x1), (y0, y1) = CLOSEUP
     x, y = paths[-1].unbind(dim=1)
     inside = ((x > x0) & (x < x1) & (y > y0) & (y < y1)).nonzero().squeeze(1)[:TRAJECTORIES]
-    _fill_support(axes, distribution, *CLOSEUP, CLASS_COLOR)
+    _fill_support(axes, cls, *CLOSEUP, CLASS_COLOR)
     _draw_paths(axes, torch.stack(paths)[:, inside], "gray", "without guidance")
     if gnet is not None:
         guided: list[torch.Tensor] = []
@@ -208,8 +214,9 @@ def _draw_trajectories(
 
 
 def _draw_paths(axes: "Axes", paths: torch.Tensor, color: str, label: str) -> None:
-    """Paths [steps, N, 2], with a dot at their ends."""
-    x, y = paths.cpu().unbind(dim=2)
+    """The last part of paths [steps, N, 2], with a dot at their ends."""
+    late = edm_sigmas(STEPS, sigma_max=SIGMA_MAX) <= PATH_SIGMA
+    x, y = paths.cpu()[late].unbind(dim=2)
     axes.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
     axes.plot(x[-1], y[-1], ".", color=color, markersize=4, label=label)
 
@@ -229,10 +236,10 @@ class TrainingView:
 
     def __init__(self, cls: str, device: torch.device, save: Path | None, window: bool):
         self.figure, self.window = new_figure(window, figsize=(6, 6.4), layout="constrained")
-        self.distribution, self.save = gt(cls, device), save
+        self.save = save
         self.noise = torch.randn(SHOWN, 2, generator=torch.Generator(device).manual_seed(0), device=device)
         self.axes = self.figure.subplots()
-        _draw_samples(self.axes, self.distribution, self.noise.new_zeros(0, 2))
+        _draw_samples(self.axes, cls, self.noise.new_zeros(0, 2))
         self.points = self.axes.scatter([], [], s=3, color=POINT_COLOR, linewidths=0)
         self.frames: list[PIL.Image.Image] = []
         if self.window:

@@ -1,5 +1,6 @@
 """Sampling in the toy example, and what the samples are measured by."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
@@ -82,6 +83,7 @@ class Quality(NamedTuple):
     branch_kl: Estimate
 
 
+@functools.lru_cache(maxsize=8)
 def support_level(distribution: GaussianMixture) -> float:
     """The log-density above which `SUPPORT_MASS` of the distribution lies."""
     generator = torch.Generator(distribution.mu.device).manual_seed(0)
