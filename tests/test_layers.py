@@ -39,6 +39,7 @@ LAYERS = [
         "training.snapshot.native",
         "training.snapshot.published",
         "training.networks_toy",
+        "training.toy_data",
         "training.flops",
     },
     {"training.config"},
@@ -50,8 +51,19 @@ LAYERS = [
         "training.metrics",
         "training.conversion",
         "training.dataset_check",
+        "training.toy_training",
+        "training.toy_sampling",
+        "training.toy_figure",
     },
-    {"train_edm2", "generate_images", "reconstruct_phema", "count_flops", "dataset_tool", "training.snapshot.__main__"},
+    {
+        "train_edm2",
+        "generate_images",
+        "reconstruct_phema",
+        "count_flops",
+        "dataset_tool",
+        "toy_example",
+        "training.snapshot.__main__",
+    },
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 SCRIPTS = LAYERS[-1]

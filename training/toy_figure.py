@@ -15,9 +15,8 @@ import torch
 
 from dnnlib.util import UserError, atomic_write
 from training.networks_toy import ToyModel
-from training.schedules import edm_sigmas
 from training.toy_data import gt
-from training.toy_sampling import SIGMA_MAX, STEPS, Quality, measure, sample_toy, support_level
+from training.toy_sampling import Quality, measure, sample_toy, support_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,10 +26,10 @@ FORMATS = (".png", ".pdf", ".svg")
 VIEW = (-1.65, 1.65)  # both coordinates of the upper panels
 CLOSEUP = ((0.3, 1.1), (0.55, 1.35))  # x and y of the lower panels
 SIGMA_MID = 0.03  # noise level of the densities in the lower panels
-GRID = 400  # points along each side of a density
+GRID = 320  # points along each side of a density
 SAMPLES = 8192  # measured for each upper panel
 SHOWN = 2048  # of them drawn
-TRAJECTORIES, PATH_SIGMA = 40, 0.3  # how many are drawn, and from which noise level on
+TRAJECTORIES, PATH_SIGMA = 40, 0.1  # how many are drawn, and from which noise level on
 RATIO_NATS = 5  # range of colours of the ratio, below its maximum
 ARROWS = 18  # along each side
 BOTH_COLOR, CLASS_COLOR, POINT_COLOR, GUIDED_COLOR = "#d9d9d9", "#fdc98b", "#1a1a1a", "#0060c0"
@@ -113,7 +112,7 @@ def draw_paper_figure(
         samples[f"Autoguidance, $w = {guidance:g}$"] = sample_toy(net, noise, gnet, guidance)
         lower.append(lambda axes: _draw_density(axes, gnet, "Density of its guide, $p_0$"))
         lower.append(lambda axes: _draw_ratio(axes, net, gnet))
-    lower.append(lambda axes: _draw_trajectories(axes, cls, net, gnet, guidance, noise))
+    lower.append(lambda axes: _draw_trajectories(axes, cls, net, gnet, guidance, generator))
 
     panels = figure.subplots(2, len(samples))
     for letter, axes, (title, x) in zip("abcd", panels[0], samples.items(), strict=False):
@@ -149,7 +148,8 @@ def _fill_support(axes: "Axes", cls: str, xlim: tuple[float, float], ylim: tuple
 def _log_density(cls: str, xlim: tuple[float, float], ylim: tuple[float, float]) -> tuple[torch.Tensor, ...]:
     """Coordinates [GRID] along both axes, and log-density [GRID, GRID]; several panels show it."""
     grid = _grid(xlim, ylim, GRID, torch.device("cpu"))
-    return grid[0, :, 0], grid[:, 0, 1], gt(cls).logp(grid)
+    logp = gt(cls).logp(grid)
+    return grid[0, :, 0], grid[:, 0, 1], logp.clamp(min=support_level(gt(cls)) - 10)  # far below, contours get ragged
 
 
 def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
@@ -189,36 +189,24 @@ def _draw_ratio(axes: "Axes", net: ToyModel, gnet: ToyModel) -> None:
 
 
 def _draw_trajectories(
-    axes: "Axes",
-    cls: str,
-    net: ToyModel,
-    gnet: ToyModel | None,
-    guidance: float,
-    noise: torch.Tensor,
+    axes: "Axes", cls: str, net: ToyModel, gnet: ToyModel | None, guidance: float, generator: torch.Generator
 ) -> None:
-    """Paths without and with guidance from the same noise, of samples that end in the closeup without it."""
-    paths: list[torch.Tensor] = []
-    sample_toy(net, noise, on_step=paths.append)
+    """Paths without and with guidance, from the same points of p(x; `PATH_SIGMA`)."""
+    x = gt(cls, generator.device).sample(SAMPLES, PATH_SIGMA, generator)
     (x0, x1), (y0, y1) = CLOSEUP
-    x, y = paths[-1].unbind(dim=1)
-    inside = ((x > x0) & (x < x1) & (y > y0) & (y < y1)).nonzero().squeeze(1)[:TRAJECTORIES]
+    inside = (x[:, 0] > x0) & (x[:, 0] < x1) & (x[:, 1] > y0) & (x[:, 1] < y1)
+    noise = x[inside][:TRAJECTORIES] / PATH_SIGMA
     _fill_support(axes, cls, *CLOSEUP, CLASS_COLOR)
-    _draw_paths(axes, torch.stack(paths)[:, inside], "gray", "without guidance")
-    if gnet is not None:
-        guided: list[torch.Tensor] = []
-        sample_toy(net, noise[inside], gnet, guidance, on_step=guided.append)
-        _draw_paths(axes, torch.stack(guided), GUIDED_COLOR, "with autoguidance")
+    variants = [("without guidance", "gray", None), ("with autoguidance", GUIDED_COLOR, gnet)]
+    for label, color, guide in variants if gnet is not None else variants[:1]:
+        path: list[torch.Tensor] = []
+        sample_toy(net, noise, guide, guidance, sigma_max=PATH_SIGMA, on_step=path.append)
+        x, y = torch.stack(path).cpu().unbind(dim=2)
+        axes.plot(x, y, color=color, linewidth=0.8)
+        axes.plot(x[-1], y[-1], ".", color=color, markersize=6, label=label)
     axes.legend(loc="upper right", fontsize=10, framealpha=0.9)
     axes.set_title("Sampling trajectories")
     _frame(axes, *CLOSEUP)
-
-
-def _draw_paths(axes: "Axes", paths: torch.Tensor, color: str, label: str) -> None:
-    """The last part of paths [steps, N, 2], with a dot at their ends."""
-    late = edm_sigmas(STEPS, sigma_max=SIGMA_MAX) <= PATH_SIGMA
-    x, y = paths.cpu()[late].unbind(dim=2)
-    axes.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
-    axes.plot(x[-1], y[-1], ".", color=color, markersize=4, label=label)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from training.toy_data import GAUSSIANS_PER_BRANCH, GaussianMixture
 SIGMA_MAX = 5.0
 STEPS = 32
 SUPPORT_MASS = 0.99  # of the distribution, inside what counts as its support
-SUPPORT_SAMPLES = 1 << 16
+SUPPORT_SAMPLES = 1 << 15
 BLOCK = 4096  # samples whose branches are found at a time
 
 
@@ -43,9 +43,10 @@ def sample_toy(
     gnet: Scored | None = None,
     guidance: float = 1,
     num_steps: int = STEPS,
+    sigma_max: float = SIGMA_MAX,
     on_step: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Follow the probability flow from sigma = 5 to 0 with Heun's method.
+    """Follow the probability flow from `sigma_max` to 0 with Heun's method.
 
     Args:
         noise: unit-variance noise [N, 2].
@@ -58,7 +59,7 @@ def sample_toy(
     D = denoiser(net)
     if gnet is not None and guidance != 1:
         D = GuidedDenoiser(D, denoiser(gnet), guidance)
-    return ode_sampler(D, noise, edm_sigmas(num_steps, sigma_max=SIGMA_MAX), on_step=on_step)
+    return ode_sampler(D, noise, edm_sigmas(num_steps, sigma_max=sigma_max), on_step=on_step)
 
 
 class Estimate(NamedTuple):
