@@ -196,6 +196,8 @@ def train(
     device: str,
 ) -> None:
     """Train a model by score matching."""
+    if save is not None:
+        require_matplotlib()
     target = misc.select_device(device)
     config = ToyConfig(cls=cls, num_layers=layers, hidden_dim=dim, iterations=iterations, seed=seed)
     metadata = {

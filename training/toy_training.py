@@ -101,17 +101,17 @@ class ToyTrainer:
 def compiled_loss(net: ToyModel, distribution: GaussianMixture, batch: int) -> Score | None:
     """`score_matching_loss` as a function of (x, sigma), compiled; None, with a note, where that does not work."""
 
-    @torch.compile(dynamic=False)
     def loss(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return score_matching_loss(net, distribution.score_at_once, x, sigma)
 
     device = distribution.mu.device
     try:
-        loss(torch.zeros(batch, 2, device=device), torch.ones(batch, device=device)).backward()
+        compiled = torch.compile(loss, dynamic=False)
+        compiled(torch.zeros(batch, 2, device=device), torch.ones(batch, device=device)).backward()
     except Exception as err:  # whatever a compiler can fail with; without it, the same computation goes on
         print(f"Note: torch.compile does not work here, training takes longer ({one_line(err)[:100]})")
         return None
-    return loss
+    return compiled
 
 
 def train_toy(config: ToyConfig, device: torch.device, compiled: bool = True) -> Iterator[ToyProgress]:
