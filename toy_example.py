@@ -279,7 +279,7 @@ def plot(
     if save is None:
         print(f"There is no display to show the figure on; saving it as {PICTURE} (choose with --save)")
     path = save or PICTURE
-    save_figure(figure, path, f"{command_line(ctx)}; OpenEDM2 {code_version()}")
+    save_figure(figure, path, f"{command_line(ctx, leave_out=('save',))}; OpenEDM2 {code_version()}")
     print(path)
 
 
@@ -352,7 +352,7 @@ def evaluate(
         report(name, weight, sample_toy(models.net, noise, guide, weight))
     if json_path is not None:
         facts = {
-            "command": command_line(ctx),
+            "command": command_line(ctx, leave_out=("json_path",)),
             "date": datetime.date.today().isoformat(),
             "code_version": code_version(),
             "class": models.cls,

@@ -264,14 +264,14 @@ def test_plot(tmp_path, monkeypatch, suffix):
     if suffix == "png":
         with PIL.Image.open(path) as image:
             assert image.size[0] == 1600
-            assert image.text["Description"].startswith("python toy_example.py plot --guidance=2.0")
+            assert image.text["Description"].startswith("python toy_example.py plot --cls=A --seed=1 ")
     elif suffix == "svg":
         assert b"--cfg-guidance=3" in data
 
 
 def test_plot_without_a_display(tmp_path, monkeypatch):
     """Published pickles work; without a guide there are fewer panels; no display, no window."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     code = (
         "import training.toy_figure as f; f.SAMPLES = 500; f.GRID = 40\n"
         f"from toy_example import main; main(['plot', '--net={OFFICIAL}'])"

@@ -4,6 +4,7 @@ Needs matplotlib, which is optional; it is imported when a picture is made.
 """
 
 import functools
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -145,17 +146,18 @@ def _fill_support(axes: "Axes", cls: str, xlim: tuple[float, float], ylim: tuple
 
 
 @functools.cache
-def _log_density(cls: str, xlim: tuple[float, float], ylim: tuple[float, float]) -> tuple[torch.Tensor, ...]:
+def _log_density(cls: str, xlim: tuple[float, float], ylim: tuple[float, float]) -> tuple[np.ndarray, ...]:
     """Coordinates [GRID] along both axes, and log-density [GRID, GRID]; several panels show it."""
     grid = _grid(xlim, ylim, GRID, torch.device("cpu"))
     logp = gt(cls).logp(grid)
-    return grid[0, :, 0], grid[:, 0, 1], logp.clamp(min=support_level(gt(cls)) - 10)  # far below, contours get ragged
+    logp = logp.clamp(min=support_level(gt(cls)) - 10)  # with what is far below, contours get ragged
+    return grid[0, :, 0].numpy(), grid[:, 0, 1].numpy(), logp.numpy()
 
 
 def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
     _fill_support(axes, "AB", VIEW, VIEW, BOTH_COLOR)
     _fill_support(axes, cls, VIEW, VIEW, CLASS_COLOR)
-    points = x[:SHOWN].cpu()
+    points = x[:SHOWN].cpu().numpy()
     axes.scatter(points[:, 0], points[:, 1], s=2, color=POINT_COLOR, linewidths=0)
     _frame(axes, VIEW, VIEW)
 
@@ -163,9 +165,10 @@ def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
 def _draw_density(axes: "Axes", model: ToyModel, title: str) -> None:
     """The implied density at `SIGMA_MID`; a model gives it up to a factor."""
     grid = _grid(*CLOSEUP, GRID, next(model.parameters()).device)
-    logp = model.logp(grid, SIGMA_MID).detach().cpu()
+    logp = model.logp(grid, SIGMA_MID)
+    density = (logp - logp.max()).exp().detach().cpu().numpy()
     extent = (*CLOSEUP[0], *CLOSEUP[1])
-    axes.imshow((logp - logp.max()).exp(), origin="lower", extent=extent, cmap="Oranges", interpolation="bilinear")
+    axes.imshow(density, origin="lower", extent=extent, cmap="Oranges", interpolation="bilinear")
     axes.set_title(title)
     _frame(axes, *CLOSEUP)
 
@@ -174,16 +177,16 @@ def _draw_ratio(axes: "Axes", net: ToyModel, gnet: ToyModel) -> None:
     """log p_1 / p_0 at `SIGMA_MID`, and where its gradient points."""
     device = next(net.parameters()).device
     grid = _grid(*CLOSEUP, GRID, device)
-    ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu()
+    ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu().numpy()
     extent = (*CLOSEUP[0], *CLOSEUP[1])
-    low = ratio.max().item() - RATIO_NATS
+    low = float(ratio.max()) - RATIO_NATS
     axes.imshow(ratio, origin="lower", extent=extent, cmap="Oranges", vmin=low, interpolation="bilinear")
     coarse = _grid(*CLOSEUP, ARROWS, device)
     gradient = net.score(coarse, SIGMA_MID) - gnet.score(coarse, SIGMA_MID)
     length = gradient.norm(dim=-1, keepdim=True)
-    arrows = (gradient / length * length.clamp(max=length.quantile(0.8).item())).cpu()
-    coarse = coarse.cpu()
-    axes.quiver(coarse[..., 0], coarse[..., 1], arrows[..., 0], arrows[..., 1], color=POINT_COLOR, width=0.004)
+    arrows = (gradient / length * length.clamp(max=length.quantile(0.8).item())).cpu().numpy()
+    places = coarse.cpu().numpy()
+    axes.quiver(places[..., 0], places[..., 1], arrows[..., 0], arrows[..., 1], color=POINT_COLOR, width=0.004)
     axes.set_title(r"Their ratio, $\log\, p_1 / p_0$")
     _frame(axes, *CLOSEUP)
 
@@ -201,7 +204,7 @@ def _draw_trajectories(
     for label, color, guide in variants if gnet is not None else variants[:1]:
         path: list[torch.Tensor] = []
         sample_toy(net, noise, guide, guidance, sigma_max=PATH_SIGMA, on_step=path.append)
-        x, y = torch.stack(path).cpu().unbind(dim=2)
+        x, y = torch.stack(path).cpu().numpy().transpose(2, 0, 1)
         axes.plot(x, y, color=color, linewidth=0.8)
         axes.plot(x[-1], y[-1], ".", color=color, markersize=6, label=label)
     axes.legend(loc="upper right", fontsize=10, framealpha=0.9)
@@ -246,13 +249,13 @@ class TrainingView:
             self.figure.canvas.flush_events()
         if self.save is None:
             return
+        frame = io.BytesIO()
+        self.figure.savefig(frame, format="png")
         if self.save.suffix.lower() == ".gif":
-            self.figure.canvas.draw()
-            pixels = np.asarray(self.figure.canvas.buffer_rgba())[..., :3]  # pyright: ignore
-            self.frames.append(PIL.Image.fromarray(pixels.copy()).quantize(64))
+            self.frames.append(PIL.Image.open(frame).convert("RGB").quantize(64))
         else:
             with atomic_write(self.save / f"iter{iteration:04d}.png", sync=False) as f:
-                self.figure.savefig(f, format="png")
+                f.write(frame.getvalue())
 
     def finish(self) -> None:
         """Write the animation."""
