@@ -44,6 +44,7 @@ class GaussianMixture(torch.nn.Module):
     mu: torch.Tensor
     Sigma: torch.Tensor
     cholesky: torch.Tensor
+    rows: torch.Tensor
 
     def __init__(self, phi: torch.Tensor, mu: torch.Tensor, Sigma: torch.Tensor):
         super().__init__()
@@ -51,6 +52,8 @@ class GaussianMixture(torch.nn.Module):
         self.register_buffer("mu", mu)
         self.register_buffer("Sigma", Sigma)
         self.register_buffer("cholesky", torch.linalg.cholesky(Sigma))
+        # mu_x, mu_y, Sigma_xx, Sigma_yy, Sigma_xy, each contiguous: neighbours in memory are computed together.
+        self.register_buffer("rows", torch.stack([*mu.T, Sigma[:, 0, 0], Sigma[:, 1, 1], Sigma[:, 0, 1]]))
 
     def pdf(self, x: torch.Tensor, sigma: torch.Tensor | float = 0) -> torch.Tensor:
         """p(x; sigma), [...]."""
@@ -108,10 +111,11 @@ class GaussianMixture(torch.nn.Module):
             peak, exponent: such that phi_k N(x; mu_k, C) = peak * exp(exponent).
             x_pull, y_pull: coordinates of C^-1 (mu_k - x), the component's own score.
         """
+        mu_x, mu_y, Sigma_xx, Sigma_yy, C_xy = self.rows
         # The difference comes first: expanding the product with the inverse would lose digits.
-        dx, dy = (self.mu[:, i] - x[:, i : i + 1] for i in range(2))
+        dx, dy = mu_x - x[:, :1], mu_y - x[:, 1:]
         variance = sigma.square().unsqueeze(1)
-        C_xx, C_yy, C_xy = self.Sigma[:, 0, 0] + variance, self.Sigma[:, 1, 1] + variance, self.Sigma[:, 0, 1]
+        C_xx, C_yy = Sigma_xx + variance, Sigma_yy + variance
         det = C_xx * C_yy - C_xy.square()
         x_pull = (C_yy * dx - C_xy * dy) / det
         y_pull = (C_xx * dy - C_xy * dx) / det
