@@ -82,8 +82,9 @@ class GaussianMixture(torch.nn.Module):
     def score_at_once(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         """`score` of x [N, 2] and sigma [N] in one piece, which `torch.compile` makes one kernel of."""
         peak, exponent, x_pull, y_pull = self._components(x, sigma)
-        # Peaks lie within a few powers of ten, so they need no logarithm: the softmax of the exponents is safe.
-        weight = peak * exponent.softmax(dim=1)
+        # Relative to the largest exponential, so that not all underflow. The peaks lie within a few powers of ten and
+        # need no logarithm. What is below exp(-80) does not count, but denormal numbers are several times slower.
+        weight = peak * (exponent - exponent.amax(dim=1, keepdim=True)).clamp(min=-80).exp()
         gradient = torch.stack([(weight * x_pull).sum(dim=1), (weight * y_pull).sum(dim=1)], dim=1)
         return gradient / weight.sum(dim=1, keepdim=True)
 
