@@ -74,7 +74,7 @@ class Models:
     """The models of `plot` and `evaluate`: what the options name, or those in models/toy.
 
     Raises:
-        UserError: a file is missing, damaged or of another kind, or `guidance` has no guide.
+        UserError: a file is missing, damaged, or of another kind or class, or `guidance` has no guide.
     """
 
     def __init__(
@@ -86,15 +86,18 @@ class Models:
         device: torch.device,
         guidance: float | None = None,
     ):
-        if net is None:
-            gnet = gnet or str(GNET)
+        if net is None and gnet is None:
+            gnet = str(GNET)
         if guidance is not None and guidance != 1 and gnet is None:
             raise UserError(f"--guidance={guidance:g} needs a guiding model: give --gnet")
-        self.files = {"net": net or str(NET), "gnet": gnet, "cfg_net": cfg_net or str(CFG_NET)}
-        self.net, metadata = load_toy_model("--net", self.files["net"], device)
+        net, cfg_net = net or str(NET), cfg_net or str(CFG_NET)
+        self.names = {"net": Path(net).name, "gnet": gnet and Path(gnet).name, "cfg_net": Path(cfg_net).name}
+        self.net, metadata = load_toy_model("--net", net, device)
         self.gnet = load_toy_model("--gnet", gnet, device)[0] if gnet is not None else None
-        self.cfg_net, _ = load_toy_model("--cfg-net", self.files["cfg_net"], device)
+        self.cfg_net, _ = load_toy_model("--cfg-net", cfg_net, device)
         learned = (metadata.get("config") or {}).get("cls")
+        if cls is not None and learned in CLASSES and cls != learned:
+            raise UserError(f"--cls={cls}, but {net} has learned {learned}")
         self.cls: str = cls or (learned if learned in CLASSES else "A")
 
 
@@ -356,7 +359,7 @@ def evaluate(
             "date": datetime.date.today().isoformat(),
             "code_version": code_version(),
             "class": models.cls,
-            "files": models.files,
+            "files": models.names,
             "samples": samples,
             "seed": seed,
             "rows": rows,

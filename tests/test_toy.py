@@ -300,7 +300,7 @@ def test_evaluate(tmp_path):
     result = run_cli(main, "evaluate", f"--net={NET}", f"--gnet={GNET}", f"--cfg-net={CFG_NET}", "--offline", *options)
     assert result.exit_code == 0, result.output
     facts = json.loads(path.read_text())
-    assert facts["files"] == {"net": str(NET), "gnet": str(GNET), "cfg_net": str(CFG_NET)}
+    assert facts["files"] == {"net": NET.name, "gnet": GNET.name, "cfg_net": CFG_NET.name}
     kinds = [(row["sampling"], row["weight"]) for row in facts["rows"]]
     guided = [(name, w) for name in ("classifier-free guidance", "autoguidance") for w in (1.5, 3)]
     assert kinds == [("ground truth", None), ("no guidance", 1.0), *guided]
@@ -321,6 +321,7 @@ def test_evaluate(tmp_path):
         (["plot", "--save=toy.jpeg2"], ["--save=toy.jpeg2", ".png, .pdf, .svg"]),
         (["plot", "--cls=C"], ["--cls", "unknown class 'C'"]),
         (["plot", f"--net={NET}", "--guidance=2"], ["--guidance=2 needs a guiding model: give --gnet"]),
+        (["plot", "--cls=B"], ["--cls=B, but", "has learned A"]),
         (["plot", "--guidance=nan"], ["--guidance must be a finite number"]),
         (["plot", "--net=nowhere.safetensors"], ["nowhere.safetensors: no such file"]),
         (["evaluate", "--weights=1,x"], ["--weights", "'1,x' is not a list of numbers"]),
