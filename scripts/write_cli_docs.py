@@ -14,6 +14,7 @@ COMMANDS = {
     "reconstruct_phema": "reconstruct_phema.py",
     "count_flops": "count_flops.py",
     "dataset_tool": "dataset_tool.py",
+    "toy_example": "toy_example.py",
     "training.snapshot.__main__": "-m training.snapshot",
 }
 INTRODUCTION = """# Command line reference

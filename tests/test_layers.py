@@ -41,6 +41,7 @@ LAYERS = [
         "training.snapshot.native",
         "training.snapshot.published",
         "training.networks_toy",
+        "training.toy_data",
         "training.flops",
     },
     {"training.config"},
@@ -55,6 +56,9 @@ LAYERS = [
         "training.feature_stats",
         "training.conversion",
         "training.dataset_check",
+        "training.toy_training",
+        "training.toy_sampling",
+        "training.toy_figure",
     },
     {
         "train_edm2",
@@ -63,6 +67,7 @@ LAYERS = [
         "count_flops",
         "dataset_tool",
         "calculate_metrics",
+        "toy_example",
         "training.snapshot.__main__",
     },
 ]

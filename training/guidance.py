@@ -42,4 +42,4 @@ class GuidedDenoiser:
             return D_main
         D_guide = self.gnet(x, sigma, labels)
         D = D_guide.lerp(D_main, self.guidance)
-        return torch.where(active.reshape(-1, 1, 1, 1).to(x.device), D, D_main)
+        return torch.where(active.reshape(-1, *[1] * (x.ndim - 1)).to(x.device), D, D_main)

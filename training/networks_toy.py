@@ -49,6 +49,5 @@ class ToyModel(nn.Module):
 
     def score(self, x: torch.Tensor, sigma: torch.Tensor | float, graph: bool = False) -> torch.Tensor:
         """Gradient of `logp` with respect to x, shaped like `x`; with `graph`, to be differentiated itself."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(self.logp(x, sigma).sum(), x, create_graph=graph)[0]
+        score = torch.func.grad(lambda x: self(x, sigma).sum())(x)
+        return score if graph else score.detach()

@@ -55,6 +55,7 @@ def ode_sampler(
     S_noise: float = 1,
     dtype: torch.dtype = torch.float32,
     randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
+    on_step: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Solve dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Algorithms 1 and 2).
 
@@ -67,6 +68,7 @@ def ode_sampler(
         S_churn, S_min, S_max, S_noise: amount, range and scale of the noise added at each step (EDM, Algorithm 2).
         dtype: what the solution is kept in.
         randn_like: source of that added noise.
+        on_step: called with the solution at every noise level, first to last.
 
     Returns:
         Samples [N, C, H, W] in `dtype`.
@@ -74,6 +76,8 @@ def ode_sampler(
     assert order in (1, 2), order
     steps = len(sigmas) - 1
     x = noise.to(dtype) * sigmas[0].item()
+    if on_step is not None:
+        on_step(x)
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
         if S_churn > 0 and S_min <= sigma <= S_max:
             gamma = min(S_churn / steps, math.sqrt(2) - 1)
@@ -87,6 +91,8 @@ def ode_sampler(
             d_next = (x_next - denoiser(x_next.float(), sigma_next, labels).to(dtype)) / sigma_next.item()
             x_next = x + h * (d + d_next) / 2
         x = x_next
+        if on_step is not None:
+            on_step(x)
     return x
 
 

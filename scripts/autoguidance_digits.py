@@ -1,0 +1,101 @@
+"""Autoguidance on images: sweep the guidance weight of two digit models, and draw what it does.
+
+Runs the commands of docs/autoguidance.md, then measures and writes out/autoguidance/sweep.png and sweep.json.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib
+import numpy as np
+import torch
+from quickstart import CLASSES, DATA, ROOT, Samples, newest, picture, train
+
+from dnnlib.util import code_version
+from training.dataset import ImageFolderDataset
+from training.snapshot import load_network
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+WEIGHTS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+SHOWN = (1.0, 2.0, 3.0)
+
+
+def measure(samples: Samples, between_reals: float) -> dict[str, float]:
+    """Share of samples of the class asked for, with its standard error; nearness to real digits; spread."""
+    count, agreement = len(samples.images), samples.agreement
+    return {
+        "class_agreement": agreement,
+        "class_agreement_error": math.sqrt(agreement * (1 - agreement) / count),
+        "nn_distance_ratio": samples.nearest_distance.mean().item() / between_reals,
+        "diversity": within_class_distance(samples.images, samples.classes),
+    }
+
+
+def within_class_distance(images: torch.Tensor, classes: torch.Tensor) -> float:
+    """Mean distance between images of the same class, averaged over the classes."""
+    parts = [images[classes == c].flatten(1).float() for c in range(CLASSES)]
+    return sum(torch.pdist(part).mean().item() for part in parts) / CLASSES
+
+
+def draw(path: Path, rows: list[dict[str, Any]], real: dict[str, float], shown: dict[float, Samples]) -> None:
+    fig, axes = plt.subplots(2, 3, figsize=(16, 11), layout="constrained")
+    weights = [row["weight"] for row in rows]
+    curves = [
+        ("class_agreement", "Samples of the class asked for", "share"),
+        ("nn_distance_ratio", "Distance to the nearest real digit", "over that between real digits"),
+        ("diversity", "Distance between samples of a class", "pixel values"),
+    ]
+    for place, (key, title, unit) in zip(axes[0], curves, strict=True):
+        errors = [row[f"{key}_error"] for row in rows] if f"{key}_error" in rows[0] else None
+        place.errorbar(weights, [row[key] for row in rows], errors, marker="o", capsize=3)
+        place.axhline(real[key], color="gray", linestyle="--", label="real digits")
+        place.legend(fontsize=12)
+        place.set_xlabel("guidance weight w (1 = no guidance)", fontsize=12)
+        place.set_ylabel(unit, fontsize=12)
+        place.set_title(title, fontsize=14)
+        place.grid(alpha=0.3)
+    for place, (weight, samples) in zip(axes[1], shown.items(), strict=True):
+        picture(place, samples.by_class(10), f"w = {weight:g}")
+    fig.savefig(path, dpi=100, metadata={"Description": f"scripts/autoguidance_digits.py, OpenEDM2 {code_version()}"})
+
+
+@click.command()
+@click.option("--outdir", type=click.Path(path_type=Path), default=ROOT / "out" / "autoguidance", show_default=False)
+def main(outdir: Path) -> None:
+    out = outdir.resolve()
+    train(out / "main", "--duration=64Ki")
+    train(out / "guide", "--channels=8", "--duration=16Ki")
+    net, gnet = (
+        load_network(ROOT / newest(out / name, "network-snapshot-*-0.100.safetensors")).net
+        for name in ("main", "guide")
+    )
+    dataset = ImageFolderDataset(ROOT / DATA)
+    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    reals = torch.from_numpy(np.stack(images))
+    classes = torch.from_numpy(np.stack(labels)).argmax(dim=1)
+    flat = reals.flatten(1).float()
+    distances, nearest = torch.cdist(flat, flat).fill_diagonal_(torch.inf).min(dim=1)
+    rows, shown = [], {}
+    for weight in WEIGHTS:
+        samples = Samples(net, flat, classes, gnet=gnet, guidance=weight)
+        rows.append({"weight": weight} | measure(samples, distances.mean().item()))
+        print({key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
+        if weight in SHOWN:
+            shown[weight] = samples
+    real = {
+        "class_agreement": (classes[nearest] == classes).float().mean().item(),
+        "nn_distance_ratio": 1.0,
+        "diversity": within_class_distance(reals, classes),
+    }
+    (out / "sweep.json").write_text(json.dumps({"rows": rows, "real": real}, indent=2) + "\n")
+    draw(out / "sweep.png", rows, real, shown)
+    print(f"Pictures: {out / 'sweep.png'}")
+
+
+if __name__ == "__main__":
+    main()
