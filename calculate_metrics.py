@@ -12,7 +12,7 @@ from dnnlib.util import CommandGroup, UserError, device_option, offline_option, 
 from torch_utils import distributed, misc
 from training.detectors import DETECTORS, RESIZE_MODES
 from training.evaluation import Evaluation, format_results, last_stats, save_records
-from training.feature_stats import check_suffix
+from training.feature_stats import check_destination
 from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.metrics import (
     DEFAULT_METRICS,
@@ -157,13 +157,13 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
     with distributed.fail_together():
         if repeat > 1 and len(open_images(images)) <= num_images:
             raise UserError(f"--repeat={repeat} needs more than --num={num_images} images; {images} has no more")
+        datasets = [open_images(images, num_images, i) for i in range(seed, seed + repeat)]
+    evaluation.check(num_images, datasets[0].resolution)
     runs = []
-    for i in range(seed, seed + repeat):
-        with distributed.fail_together():
-            dataset = open_images(images, num_images, i)
+    for i, dataset in enumerate(datasets, seed):
         provenance = {"images": images, "images_hash": content_hash(dataset), "seed": i}
-        runs.append(evaluation(FileBatches(dataset, batch, workers), provenance))
-    finish(runs, opts)
+        runs.append(keep(evaluation(FileBatches(dataset, batch, workers), provenance), opts))
+    finish(runs)
 
 
 @main.command()
@@ -205,16 +205,25 @@ def gen(
         generator = options.load()
         if generator.suffix != ".png":
             raise UserError(f"{options.net}: makes latents, not images; metrics need pixels")
+        if save_images is not None:
+            save_images.mkdir(parents=True, exist_ok=True)
+        resolution = generator.resolution
     evaluation = begin(opts)
+    evaluation.check(num_images, resolution)
     runs = []
     for i in range(repeat):
         seeds = range(seed + i * num_images, seed + (i + 1) * num_images)
-        images = generator.images(seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False)
-        runs.append(evaluation(images, generator.describe(seeds)))
-    finish(runs, opts)
-    if preset is not None:
-        published = GENERATION_PRESETS[preset]
-        distributed.print0(f"published: {published.metric} {published.value:.2f} (the minimum of 3 x 50000 images)")
+        with distributed.fail_together():
+            images = generator.images(seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False)
+            provenance = generator.describe(seeds)
+        runs.append(keep(evaluation(images, provenance), opts))
+    finish(runs)
+    published = GENERATION_PRESETS.get(preset)
+    if published is not None and published.metric in opts["metrics"]:
+        distributed.print0(
+            f"published: {published.metric} {published.value:.2f} (with the preset's options, the minimum of 3 x 50000 "
+            f"images)"
+        )
 
 
 @main.command()
@@ -241,7 +250,8 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
     """
     distributed.init()
     with distributed.fail_together():
-        check_suffix(dest)
+        check_destination(dest, with_features=any(METRICS[metric].array == "features" for metric in metrics))
+        dest.parent.mkdir(parents=True, exist_ok=True)
         detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])
         open_images(data)
     stats = last_stats(calculate_stats_for_files(data, None, 0, metrics, batch, workers, detectors=detectors))
@@ -263,22 +273,28 @@ def begin(opts: Mapping[str, Any]) -> Evaluation:
     distributed.init()
     with distributed.fail_together():
         device = set_up(opts)
+        if opts["outdir"] is not None:
+            opts["outdir"].mkdir(parents=True, exist_ok=True)
     groups = GROUPS if opts["error_bars"] else 1
     return Evaluation(
         opts["metrics"], opts["ref"], device, opts["detector_weights"], opts["resize"], groups, opts["force"]
     )
 
 
-def finish(runs: Sequence[Sequence[Mapping[str, Any]]], opts: Mapping[str, Any]) -> None:
-    """Show and keep the results."""
+def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Show the records of a run, and save them where wanted, before the next one begins."""
     with distributed.fail_together():
-        if distributed.get_rank() == 0:
-            print(format_results(runs))
-            for run in runs:
-                for record in run:
-                    print(json.dumps(record))
-                if opts["outdir"] is not None:
-                    save_records(opts["outdir"], run)
+        for record in records:
+            print(json.dumps(record))
+        if opts["outdir"] is not None:
+            save_records(opts["outdir"], records)
+    return records
+
+
+def finish(runs: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Show the results as a table."""
+    if distributed.get_rank() == 0:
+        print(format_results(runs))
     distributed.shutdown()
 
 

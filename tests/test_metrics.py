@@ -18,7 +18,7 @@ from dnnlib.util import EasyDict, UserError
 from generate_images import main as generate
 from train_edm2 import main as train
 from training.distances import frechet_distance, frechet_error, inception_score, kernel_distance, neighbour_scores
-from training.evaluation import last_stats
+from training.evaluation import Evaluation, last_stats
 from training.feature_stats import load_stats, save_stats
 from training.generation import generate_images
 from training.metrics import (
@@ -213,7 +213,9 @@ def test_calc(digits_ref, tmp_path):
     assert (record["metric"], record["num_images"], record["seed"]) == ("fd_pixels", 1797, 0)
     assert (record["images"], record["ref"]) == (str(DIGITS), str(digits_ref))
     assert record["ref_sha256"] == sha256(digits_ref)
-    assert (record["detector"], record["resize"]) == ("pixels", "average, 8x8")
+    assert (record["detector"], record["resize"], record["resolution"]) == ("pixels", "average, 8x8", 8)
+    assert record["ref_detector"] == {"detector": "pixels", "resize": "average, 8x8", "weights": None}
+    assert record["ref_statistics"] == "stored" and "forced" not in record
     assert {"date", "code_version", "images_hash"} <= record.keys()
     assert len(list((tmp_path / "results").iterdir())) == 2
 
@@ -223,9 +225,24 @@ def test_repeated_calc(digits_ref):
     result = tool("calc", *options, "--num=900", "--repeat=3")
     values = [record["results"]["fd_pixels"] for record in records_of(result.output)]
     assert len(set(values)) == 3 and [record["seed"] for record in records_of(result.output)] == [0, 1, 2]
-    line = result.output.splitlines()[0]
+    line = result.output.splitlines()[-1]
     assert f"mean {np.mean(values):.6g}, minimum {min(values):.6g}" in line
     fails_with(tool("calc", *options, "--num=1797", "--repeat=2", ok=False), "--repeat=2 needs more than --num=1797")
+
+
+def test_each_run_is_kept_at_once(digits_ref, tmp_path, monkeypatch):
+    original, runs = Evaluation.__call__, []
+
+    def interrupted(*args, **kwargs):
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Evaluation, "__call__", interrupted)
+    options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0", "--num=50"]
+    tool("calc", *options, "--repeat=3", f"--outdir={tmp_path}", ok=False)
+    assert [record["seed"] for record in records_in(tmp_path / "metric-fd_pixels.jsonl")] == [0]
 
 
 def test_gen(snapshot_file, digits_ref, tmp_path):
@@ -254,6 +271,21 @@ def test_gen_with_guidance_and_repeats(snapshot_file, digits_ref):
     assert [record["seeds"] for record in records] == ["0-9", "10-19"]
     assert records[0]["gnet_sha256"] == sha256(snapshot_file) and records[0]["labels"] == "class 3"
     assert records[0]["sampler"]["guidance"] == 2 and records[0]["sampler"]["guidance_interval"] == [0.1, 1]
+    # Without guidance, the guide is not part of what was measured.
+    for given in (f"--gnet={snapshot_file}", "--guidance-interval=0.1,1"):
+        result = tool("gen", *options, given)
+        assert f"Note: {given.split('=')[0]} has no effect without --guidance" in result.output
+        (record,) = records_of(result.output)
+        assert "gnet" not in record and "guidance_interval" not in record["sampler"]
+
+
+def test_records_are_plain_json(snapshot_file, digits_ref, tmp_path):
+    options = [f"--net={snapshot_file}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=4", "--steps=2"]
+    unlimited = ["--S_churn=1", f"--gnet={snapshot_file}", "--guidance=2", "--guidance-interval=0.1,inf"]
+    tool("gen", *options, *unlimited, f"--outdir={tmp_path}")
+    assert "Infinity" not in (tmp_path / "metric-fd_pixels.jsonl").read_text()
+    (record,) = records_in(tmp_path / "metric-fd_pixels.jsonl")
+    assert record["sampler"]["guidance_interval"] == [0.1, None] and "S_max" not in record["sampler"]
 
 
 def test_two_processes_give_the_same(snapshot_file, digits_ref, tmp_path):
@@ -299,7 +331,7 @@ def test_references_of_other_tools(inception_file, tmp_path):
     np.savez(tmp_path / "fid.npz", mu=stats.fid.mu, sigma=stats.fid.sigma)
     np.savez(tmp_path / "both.npz", arr_0=images, mu=stats.fid.mu, sigma=stats.fid.sigma)
     common = ["calc", f"--images={tmp_path / 'adm.npz'}", "--num=12", weights]
-    for name in ("fid.pkl", "fid.npz", "both.npz"):
+    for name in ("fid.pkl", "fid.npz", "both.npz", "adm.npz"):
         result = tool(*common, "--metrics=fid", f"--ref={tmp_path / name}")
         assert values_of(result.output)["fid"] == pytest.approx(0, abs=1e-4)
     result = tool(*common, "--metrics=fd_pixels,prdc", f"--ref={tmp_path / 'both.npz'}")
@@ -308,6 +340,16 @@ def test_references_of_other_tools(inception_file, tmp_path):
         "fd_pixels": None,
         "prdc": sha256(inception_file),
     }
+    # FID is by the statistics that the file holds, whatever else is asked for.
+    np.savez(tmp_path / "other.npz", arr_0=images, mu=stats.fid.mu + 1, sigma=stats.fid.sigma)
+    for metrics in ("fid", "fid,prdc"):
+        result = tool(*common, f"--metrics={metrics}", f"--ref={tmp_path / 'other.npz'}")
+        assert values_of(result.output)["fid"] == pytest.approx(2048, rel=1e-4)
+    how = {record["metric"]: record["ref_statistics"] for record in records_of(result.output)}
+    assert how == {"fid": "stored", "prdc": "computed from its images"}
+    # The inception score takes no reference.
+    result = tool(*common, "--metrics=is", f"--ref={tmp_path / 'adm.npz'}")
+    assert "ref" not in records_of(result.output)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -378,6 +420,15 @@ def test_metrics_options_of_training(digits_ref, tmp_path):
     fails_with(run_cli(train, *common, "--metrics=fd_pixels"), "--metrics and --metrics-ref belong together")
     fails_with(run_cli(train, *common, "--metrics=fdpixels"), "did you mean fd_pixels?")
     fails_with(run_cli(train, *common, "--metrics=fid", f"--metrics-ref={digits_ref}"), "no statistics for fid")
+    # What does not go together is told before the training, not after it.
+    few = [f"--metrics-ref={digits_ref}", "--metrics-num=100"]
+    fails_with(run_cli(train, *common, "--metrics=kd_pixels", *few), "kd_pixels needs 1001 or more images, not 100")
+    large = tmp_path / "large.safetensors"
+    images = make_dataset(tmp_path / "images", random_images(3, size=16))
+    tool("ref", f"--data={images}", f"--dest={large}", "--metrics=fd_pixels", "--workers=0")
+    result = run_cli(train, *common, "--metrics=fd_pixels", f"--metrics-ref={large}")
+    fails_with(result, "the images are 8x8, those of the reference 16x16")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -408,7 +459,10 @@ def test_bad_images(digits_ref, tmp_path):
     fails_with(calc(tmp_path / "c.npz"), "c.npz: holds no images")
     other = make_dataset(tmp_path / "other", random_images(3, size=16))
     fails_with(calc(other, "--num=3"), "the images are 16x16, those of the reference 8x8", "--force")
-    assert calc(other, "--num=3", "--force").exit_code == 0
+    (record,) = records_of(calc(other, "--num=3", "--force").output)
+    assert record["forced"] == ["the images are 16x16, those of the reference 8x8"] and record["resolution"] == 16
+    np.savez(tmp_path / "d.npz", np.zeros([3, 4, 5, 3], np.uint8))
+    fails_with(calc(tmp_path / "d.npz", "--num=3"), "d.npz: images of 4x5, which are not square")
 
 
 def test_bad_references(digits_ref, dinov2_folder, tmp_path):
@@ -426,8 +480,59 @@ def test_bad_references(digits_ref, dinov2_folder, tmp_path):
         "calculate_metrics.py ref --metrics=kd_dinov2",
     )
     fails_with(tool(*common, f"--ref={tmp_path / 'nowhere.pkl'}", ok=False), "nowhere.pkl: no such file")
+    np.savez(tmp_path / "cut.npz", arr_0=np.zeros([3, 8, 8, 3], np.uint8))
+    data = bytearray((tmp_path / "cut.npz").read_bytes())
+    data[data.index(b"PK\1\2")] ^= 0xFF
+    (tmp_path / "cut.npz").write_bytes(data)
+    fails_with(tool(*common, f"--ref={tmp_path / 'cut.npz'}", "--metrics=fid", ok=False), "cut.npz: cannot be read")
     (tmp_path / "odd.pkl").write_bytes(b"odd")
     fails_with(tool(*common, f"--ref={tmp_path / 'odd.pkl'}", "--metrics=fid", ok=False), "odd.pkl")
+
+
+@pytest.mark.parametrize("detector", [{}, [], "pixels", 1])
+def test_damaged_description_of_the_detector(detector, tmp_path):
+    stats = stats_of(random_batches())
+    stats.fd_pixels.detector = detector
+    save_stats(tmp_path / "a.safetensors", stats)
+    with pytest.raises(UserError, match="its metadata are damaged"):
+        load_stats(tmp_path / "a.safetensors")
+
+
+def test_what_cannot_be_compared_is_told_before_generating(snapshot_file, digits_ref, tmp_path, monkeypatch):
+    def too_late(*_args, **_kwargs):
+        pytest.fail("has begun to generate")
+
+    small = tmp_path / "small.safetensors"
+    images = make_dataset(tmp_path / "images", random_images(4))
+    tool("ref", f"--data={images}", f"--dest={small}", f"--metrics={','.join(PIXELS)}", "--workers=0")
+    large = make_dataset(tmp_path / "large", random_images(3, size=16))
+    tool("ref", f"--data={large}", f"--dest={tmp_path / 'large.npz'}", "--metrics=fd_pixels", "--workers=0")
+    narrow = {"fd_pixels": {"mu": np.zeros(3), "sigma": np.eye(3)}}
+    save_stats(tmp_path / "narrow.npz", narrow)
+    monkeypatch.setattr("training.generation.edm_sampler", too_late)
+
+    def gen(ref, *options):
+        return tool("gen", f"--net={snapshot_file}", f"--ref={ref}", *options, ok=False)
+
+    fails_with(gen(small, "--metrics=kd_pixels", "--num=1001"), "kd_pixels needs a reference of 1001 or more images")
+    fails_with(gen(digits_ref, "--metrics=kd_pixels", "--num=1000"), "kd_pixels needs 1001 or more images, not 1000")
+    fails_with(gen(small, "--metrics=prdc_pixels", "--num=9"), "needs a reference of 6 or more images, not 4")
+    fails_with(gen(digits_ref, "--metrics=prdc_pixels", "--num=3"), "prdc_pixels needs 4 or more images, not 3")
+    bars = ["--metrics=fd_pixels", "--num=29", "--error-bars"]
+    fails_with(gen(digits_ref, *bars), "an error bar of fd_pixels needs 30 or more images, not 29")
+    fails_with(gen(tmp_path / "large.npz", "--metrics=fd_pixels", "--num=9"), "8x8, those of the reference 16x16")
+    fails_with(gen(tmp_path / "narrow.npz", "--metrics=fd_pixels", "--num=9"), "is of 3 features, these are 192")
+
+
+def test_impossible_destinations_are_told_before_the_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.metrics._Collected.add", lambda *_: pytest.fail("has begun"))
+    (tmp_path / "file").touch()
+
+    def ref(dest):
+        return tool("ref", f"--data={DIGITS}", f"--dest={dest}", "--metrics=kd_pixels", "--workers=0", ok=False)
+
+    fails_with(ref(tmp_path / "a.pkl"), "the published layout holds means and covariances only")
+    fails_with(ref(tmp_path / "file" / "a.npz"), "File exists", str(tmp_path / "file"), exit_code=1)
 
 
 @pytest.mark.parametrize(

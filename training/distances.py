@@ -10,6 +10,9 @@ from dnnlib.util import UserError
 
 Array = np.ndarray | torch.Tensor
 ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB
+SUBSET_SIZE = 1000  # of the kernel distance
+SPLITS = 10  # of the inception score
+K_PRECISION, K_DENSITY = 3, 5  # which neighbours
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,12 +63,15 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
         mu, sigma: mean [D] and covariance [D, D] of the reference.
 
     Raises:
-        UserError: fewer than 2 groups, or fewer than 2 images outside one of them; see `frechet_distance`, too.
+        UserError: fewer than 2 groups, an empty one, or fewer than 2 images outside one of them; see
+            `frechet_distance`, too.
     """
     counts = [count for count, _, _ in groups]
     total = sum(counts)
-    if len(groups) < 2 or total - max(counts) < 2:
-        raise UserError(f"an error bar needs 2 or more groups of images, and 2 images outside each; these are {counts}")
+    if len(groups) < 2 or min(counts) < 1 or total - max(counts) < 2:
+        raise UserError(
+            f"an error bar needs 2 or more groups of images, none empty, and 2 images outside each; these are {counts}"
+        )
     sums = [_double(x) for _, x, _ in groups]
     products = [_double(xx) for _, _, xx in groups]
     sum_of_all, product_of_all = sum(sums[1:], sums[0]), sum(products[1:], products[0])
@@ -95,7 +101,7 @@ def _factor_of_one(sigma1: torch.Tensor, sigma2: torch.Tensor) -> tuple[torch.Te
 
 
 def kernel_distance(
-    x: Array, y: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    x: Array, y: Array, subsets: int = 100, subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> tuple[float, float]:
     """Kernel distance KID (Binkowski et al. 2018): squared maximum mean discrepancy, and its standard error.
 
@@ -145,7 +151,7 @@ def _unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
 # Inception score
 
 
-def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Array, splits: int = SPLITS) -> tuple[float, float]:
     """Inception score exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over splits.
 
     Args:
@@ -168,7 +174,9 @@ def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
 # Nearest neighbours
 
 
-def neighbour_scores(real: Array, fake: Array, k_precision: int = 3, k_density: int = 5) -> dict[str, float]:
+def neighbour_scores(
+    real: Array, fake: Array, k_precision: int = K_PRECISION, k_density: int = K_DENSITY
+) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     Around each image is a closed ball whose radius is the distance to its k-th nearest neighbour of the same set.

@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import EasyDict, append_line, code_version, file_sha256, open_url
+from dnnlib.util import EasyDict, UserError, append_line, code_version, file_sha256, open_url
 from torch_utils import distributed
 from training.detectors import Detector
 from training.encoders import Encoder
-from training.generation import generate_images
+from training.generation import generate_images, image_resolution
 from training.metrics import (
     METRICS,
     calculate_metrics_from_stats,
     calculate_stats_for_files,
     calculate_stats_for_iterable,
+    check_numbers,
     check_reference,
     load_detectors,
     load_stats,
+    mismatches,
+    refuse,
     small_sample_note,
 )
 from training.networks_edm2 import Precond
 
-SNAPSHOT_BATCH, SNAPSHOT_STEPS = 64, 32
+SNAPSHOT_BATCH = 64
+SNAPSHOT_SAMPLER = {"num_steps": 32, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "guidance": 1.0}
 
 
 class Evaluation:
@@ -56,16 +60,44 @@ class Evaluation:
         force: bool = False,
     ):
         self.metrics, self.ref, self.groups, self.force = metrics, ref, groups, force
+        lacking: list[str] = []
         with distributed.fail_together():
             path = Path(open_url(ref, return_filename=True))
             self.ref_sha256 = file_sha256(path)
-            needs_images = _holds_images(path) and set(metrics) != {"fid"}
-            self.stats = EasyDict() if needs_images else load_stats(path)
-            for metric in metrics if not needs_images else ():
-                check_reference(metric, None, self.stats)
+            arrays = _arrays_of_npz(path)
+            holds_images = "arr_0.npy" in arrays
+            # ADM's own tool, too, prefers the statistics in such a file: they may be of more images than it holds.
+            self.stats = EasyDict() if holds_images and "mu.npy" not in arrays else load_stats(path)
+            for metric in metrics:
+                try:
+                    check_reference(metric, self.stats)
+                except UserError:
+                    if not holds_images:
+                        raise
+                    lacking.append(metric)
             self.detectors: dict[str, Detector] = load_detectors(metrics, device, weights, resize)
-        if needs_images:
-            self.stats = last_stats(calculate_stats_for_files(path, metrics=metrics, detectors=self.detectors))
+        self.stored = {metric for metric in metrics if metric not in lacking and METRICS[metric].compares}
+        if lacking:
+            detectors = {METRICS[metric].entry: self.detectors[METRICS[metric].entry] for metric in lacking}
+            computed = last_stats(calculate_stats_for_files(path, metrics=lacking, detectors=detectors))
+            for entry in detectors:
+                computed[entry] = EasyDict({**computed[entry], **self.stats.get(entry, {})})
+            self.stats.update(computed)
+
+    def check(self, num_images: int, resolution: int) -> None:
+        """To be called before the images are there, to know early.
+
+        Raises:
+            UserError: so many images of that resolution cannot be compared with the reference.
+        """
+        with distributed.fail_together():
+            if distributed.get_rank() == 0:  # the others have no features
+                for metric in self.metrics:
+                    detector = self.detectors[METRICS[metric].entry]
+                    check_reference(metric, self.stats, detector.feature_dim)
+                    check_numbers(metric, num_images, self.stats, self.groups)
+                    if not self.force:
+                        refuse(mismatches(metric, detector.describe(), resolution, self.stats))
 
     def __call__(self, images: Iterable[Any], provenance: Mapping[str, Any], verbose: bool = True) -> list[dict]:
         """Records, one per metric, of what `calculate_stats_for_iterable` takes; on the first process only.
@@ -78,24 +110,30 @@ class Evaluation:
         records = []
         with distributed.fail_together():
             if distributed.get_rank() == 0:
-                for metric in self.metrics:
-                    results = calculate_metrics_from_stats(stats, self.stats, [metric], force=self.force)
-                    note = small_sample_note(metric, stats)
-                    records.append(
-                        {
-                            "metric": metric,
-                            "results": results,
-                            "num_images": stats.num_images,
-                            **({"note": note} if note else {}),
-                            **provenance,
-                            "ref": self.ref,
-                            "ref_sha256": self.ref_sha256,
-                            **stats[METRICS[metric].entry].detector,
-                            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                            "code_version": code_version(),
-                        }
-                    )
+                records = [self._record(metric, stats, provenance) for metric in self.metrics]
         return records
+
+    def _record(self, metric: str, stats: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
+        results = calculate_metrics_from_stats(stats, self.stats, [metric], force=self.force)
+        entry = METRICS[metric].entry
+        record = {"metric": metric, "results": results, "num_images": stats["num_images"]}
+        note = small_sample_note(metric, stats)
+        if note:
+            record["note"] = note
+        record |= {**provenance, "resolution": stats["resolution"], **stats[entry]["detector"]}
+        if METRICS[metric].compares:
+            record |= {
+                "ref": self.ref,
+                "ref_sha256": self.ref_sha256,
+                "ref_statistics": "stored" if metric in self.stored else "computed from its images",
+                "ref_detector": self.stats[entry].get("detector"),
+            }
+            different = mismatches(metric, stats[entry]["detector"], stats["resolution"], self.stats)
+            if different:
+                record["forced"] = different
+        record["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record["code_version"] = code_version()
+        return record
 
 
 def last_stats(batches: Iterable[Any]) -> EasyDict:
@@ -107,8 +145,13 @@ def last_stats(batches: Iterable[Any]) -> EasyDict:
     return stats
 
 
-def _holds_images(path: Path) -> bool:
-    return path.suffix == ".npz" and zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+def _arrays_of_npz(path: Path) -> set[str]:
+    """Names in an .npz file; none of another file, or of a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return set(archive.namelist())
+    except Exception:  # zipfile has many ways to say that a file is no archive, or a damaged one
+        return set()
 
 
 def save_records(outdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -119,7 +162,7 @@ def save_records(outdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """
     for record in records:
         outdir.mkdir(parents=True, exist_ok=True)
-        append_line(outdir / f"metric-{record['metric']}.jsonl", json.dumps(record))
+        append_line(outdir / f"metric-{record['metric']}.jsonl", json.dumps(record, allow_nan=False))
 
 
 def format_results(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
@@ -145,16 +188,21 @@ class SnapshotEvaluation:
 
     Args:
         num_images: how many to generate.
+        net: network whose snapshots they are.
 
     Raises:
-        UserError: as `Evaluation`, or the encoder cannot make pixels.
+        UserError: as `Evaluation` and its `check`, or the encoder cannot make pixels.
     """
 
-    def __init__(self, metrics: Sequence[str], ref: str, num_images: int, encoder: Encoder, device: torch.device):
+    def __init__(
+        self, metrics: Sequence[str], ref: str, num_images: int, net: Precond, encoder: Encoder, device: torch.device
+    ):
         self.evaluation = Evaluation(metrics, ref, device)
         self.num_images, self.encoder, self.device = num_images, encoder, device
         with distributed.fail_together():
             encoder.prepare(device)
+            resolution = image_resolution(net, encoder, device)
+        self.evaluation.check(num_images, resolution)
 
     def __call__(self, net: Precond, path: Path, nimg: int) -> dict[str, float]:
         """Results of a network that was saved at `path`, recorded beside it; on the first process only."""
@@ -167,8 +215,8 @@ class SnapshotEvaluation:
             seeds=range(self.num_images),
             max_batch_size=SNAPSHOT_BATCH,
             device=self.device,
-            num_steps=SNAPSHOT_STEPS,
             verbose=False,
+            **SNAPSHOT_SAMPLER,
         )
         provenance = {
             "nimg": nimg,
@@ -176,7 +224,7 @@ class SnapshotEvaluation:
             "net_sha256": file_sha256(path) if distributed.get_rank() == 0 else "",
             "seeds": f"0-{self.num_images - 1}",
             "labels": "drawn from the seed" if net.label_dim > 0 else "none",
-            "sampler": {"num_steps": SNAPSHOT_STEPS},
+            "sampler": SNAPSHOT_SAMPLER,
             "precision": net.precision,
         }
         records = self.evaluation(images, provenance)

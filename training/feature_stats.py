@@ -32,6 +32,7 @@ FORMAT, VERSION = "OpenEDM2 feature statistics", 1
 MAX_FEATURES = 1 << 13
 ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_pixels": "pixels"}  # entry of each detector
 ARRAYS = {"mu": 1, "sigma": 2, "features": 2}  # dimensions
+DESCRIPTION = {"detector", "resize", "weights"}  # see `Detector.describe`
 SUFFIXES = (".safetensors", ".npz", ".pkl")
 
 
@@ -43,7 +44,7 @@ def save_stats(path: str | Path, stats: Mapping[str, Any]) -> None:
         OSError: it could not be written.
     """
     path = Path(path)
-    check_suffix(path)
+    check_destination(path, any("features" in stats[name] for name in ENTRIES if name in stats))
     if path.suffix == ".pkl":
         _write_published(path, stats)
         return
@@ -69,19 +70,19 @@ def save_stats(path: str | Path, stats: Mapping[str, Any]) -> None:
             f.write(safetensors.numpy.save(arrays, {"openedm2": metadata}))
 
 
-def check_suffix(path: Path) -> None:
+def check_destination(path: Path, with_features: bool) -> None:
     """
     Raises:
-        UserError: no file of statistics has such a name.
+        UserError: no file of statistics has such a name, or it has no place for features.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: statistics are {', '.join(SUFFIXES)} files")
+    if path.suffix == ".pkl" and with_features:
+        raise UserError(f"{path}: the published layout holds means and covariances only: choose .safetensors")
 
 
 def _write_published(path: Path, stats: Mapping[str, Any]) -> None:
     entries = {name: stats[name] for name in ENTRIES if name in stats}
-    if any("mu" not in entry or "features" in entry for entry in entries.values()):
-        raise UserError(f"{path}: the published layout holds means and covariances only: choose .safetensors")
     data: dict[str, Any] = {name: {"mu": entry["mu"], "sigma": entry["sigma"]} for name, entry in entries.items()}
     safe_pickle.save(path, {**data, "num_images": stats["num_images"]})
 
@@ -152,6 +153,9 @@ def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: An
             raise UserError(f"{path}: is of format version {metadata['version']}, not {VERSION}: use a newer release")
         detectors = {name: metadata["detectors"][name] for name in ENTRIES if name in metadata["detectors"]}
         stats = EasyDict({key: metadata[key] for key in ("num_images", "resolution", "facts")})
+        described = all(isinstance(d, dict) and d.keys() >= DESCRIPTION for d in detectors.values() if d is not None)
+        if not described or any(type(stats[key]) not in (int, type(None)) for key in ("num_images", "resolution")):
+            raise ValueError("its metadata are damaged")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:

@@ -52,6 +52,13 @@ def check_guide(net: Precond, gnet: Precond) -> None:
         )
 
 
+def image_resolution(net: Precond, encoder: Encoder, device: torch.device | str) -> int:
+    """Height and width of the images that a network makes by way of `encoder`."""
+    latents = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    with torch.inference_mode():
+        return encoder.decode(latents).shape[-1]
+
+
 class ImageBatches:
     """This process's share of the batches that `generate_images` makes, generated as they are asked for."""
 

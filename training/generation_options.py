@@ -1,6 +1,7 @@
 """The options of commands that generate images, and what they stand for."""
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 from dnnlib.util import UserError, device_option, file_sha256, given_options, is_url, offline_option, parsed_by
 from torch_utils import distributed, misc
-from training.generation import ImageBatches, generate_images, load_image_network
+from training.generation import ImageBatches, generate_images, image_resolution, load_image_network
 from training.presets import GENERATION_PRESETS, unknown_preset
 from training.snapshot import Snapshot, open_snapshot
 
@@ -138,7 +139,7 @@ class GenerationOptions:
         """Arguments of the sampler."""
         names = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance", "S_churn", "S_min", "S_max", "S_noise")
         kwargs = {name: getattr(self, name) for name in names}
-        if self.guidance_interval is not None:
+        if self.guidance_interval is not None and self.guidance != 1:
             kwargs["guidance_interval"] = self.guidance_interval
         return kwargs
 
@@ -159,7 +160,11 @@ class GenerationOptions:
         misc.set_up_device(device)
         assert self.net is not None
         snapshot = load_image_network(self.net, device)
-        guide = load_image_network(self.gnet, device) if self.gnet is not None else None
+        guided = self.guidance != 1
+        guide = load_image_network(self.gnet, device) if guided and self.gnet is not None else None
+        if not guided and (self.gnet is not None or self.guidance_interval is not None):
+            given = "--gnet" if self.gnet is not None else "--guidance-interval"
+            distributed.print0(f"Note: {given} has no effect without --guidance")
         snapshot.net.precision = misc.resolve_precision(self.precision, device)
         if guide is not None:
             guide.net.precision = snapshot.net.precision
@@ -185,6 +190,11 @@ class LoadedGenerator:
         """File type of the images."""
         return self.snapshot.encoder.output_suffix(self.snapshot.net.img_channels)
 
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images."""
+        return image_resolution(self.snapshot.net, self.snapshot.encoder, self.device)
+
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments and errors are those of `generate_images`."""
         return generate_images(
@@ -202,8 +212,8 @@ class LoadedGenerator:
         """What makes the images of these seeds, one after the other, as plain JSON values."""
         options = self.options
         facts: dict[str, Any] = {}
-        for key in ("net", "gnet"):
-            source = getattr(options, key)
+        sources = {"net": options.net, "gnet": options.gnet if self.guide is not None else None}
+        for key, source in sources.items():
             if source is not None:
                 facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
         label_dim = self.snapshot.net.label_dim
@@ -211,6 +221,11 @@ class LoadedGenerator:
         sampler = options.sampler_kwargs()
         if options.S_churn == 0:
             sampler = {key: value for key, value in sampler.items() if not key.startswith("S_")}
+        elif sampler["S_max"] == math.inf:  # which JSON does not know
+            del sampler["S_max"]
+        if "guidance_interval" in sampler:
+            lo, hi = sampler["guidance_interval"]
+            sampler["guidance_interval"] = [lo, None if hi == math.inf else hi]
         return {
             **facts,
             "seeds": f"{seeds[0]}-{seeds[-1]}",

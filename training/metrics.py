@@ -14,7 +14,17 @@ from dnnlib.util import EasyDict, UserError, file_sha256, one_line
 from torch_utils import distributed
 from training.dataset import ImageFolderDataset, collate, subset
 from training.detectors import Detector, InceptionDetector, load_detector
-from training.distances import frechet_distance, frechet_error, inception_score, kernel_distance, neighbour_scores
+from training.distances import (
+    K_DENSITY,
+    K_PRECISION,
+    SPLITS,
+    SUBSET_SIZE,
+    frechet_distance,
+    frechet_error,
+    inception_score,
+    kernel_distance,
+    neighbour_scores,
+)
 from training.feature_stats import ENTRIES, load_stats, save_stats
 
 __all__ = [
@@ -48,6 +58,11 @@ class Metric:
     @property
     def array(self) -> str:
         return "mu" if self.kind == "frechet" else "features"
+
+    @property
+    def compares(self) -> bool:
+        """Whether it takes a reference."""
+        return self.kind != "inception score"
 
 
 METRICS = {
@@ -308,7 +323,8 @@ def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) 
 
 
 def content_hash(images: Any) -> str:
-    """What identifies images that `open_images` has opened."""
+    """What identifies images that `open_images` has opened: of a folder or ZIP file as `DatasetInfo` says, of an .npz
+    file its SHA-256."""
     return file_sha256(images.path) if isinstance(images, ArrayImages) else images.info().content_hash
 
 
@@ -325,6 +341,9 @@ class ArrayImages(torch.utils.data.Dataset):
             raise UserError(f"{path}: holds no images ({reason})") from None
         if self.array.dtype != np.uint8 or self.array.ndim != 4:
             raise UserError(f"{path}: arr_0 is {self.array.dtype} {list(self.array.shape)}, not uint8 [N, H, W, C]")
+        if self.array.shape[1] != self.array.shape[2]:
+            raise UserError(f"{path}: images of {self.array.shape[1]}x{self.array.shape[2]}, which are not square")
+        self.resolution = self.array.shape[1]
         self.indices = subset(len(self.array), max_size, seed)
 
     def __len__(self) -> int:
@@ -384,10 +403,15 @@ def calculate_metrics_from_stats(
     """
     check_metrics(metrics)
     for metric in metrics:
-        check_reference(metric, stats, ref, force)
+        check_reference(metric, ref)
+        entry = stats.get(METRICS[metric].entry, {})
+        if METRICS[metric].array not in entry:
+            raise UserError(f"the statistics of the images were made without {metric}")
+        if not force:
+            refuse(mismatches(metric, entry.get("detector"), stats.get("resolution"), ref))
     results: dict[str, float] = {}
     for metric in metrics:
-        results.update(KINDS[METRICS[metric].kind](metric, stats[METRICS[metric].entry], ref))
+        results.update(KINDS[METRICS[metric].kind].calculate(metric, stats[METRICS[metric].entry], ref))
     if verbose:
         for name, value in results.items():
             print(f"{name + ':':24s}{value:g}")
@@ -404,39 +428,66 @@ def small_sample_note(metric: str, stats: Mapping[str, Any]) -> str:
     return f"{metric} of {stats['num_images']} images in {D} dimensions mostly tells how few they are: take far more"
 
 
-def check_reference(metric: str, stats: Mapping[str, Any] | None, ref: Mapping[str, Any], force: bool = False) -> None:
+def check_reference(metric: str, ref: Mapping[str, Any], feature_dim: int | None = None) -> None:
     """
-    Args:
-        stats: of the images; None = only look whether the reference has what the metric needs.
-
     Raises:
-        UserError: as `calculate_metrics_from_stats`.
+        UserError: the reference lacks what the metric needs, or is of other features than `feature_dim` of them.
     """
+    if not METRICS[metric].compares:
+        return
     entry, array = METRICS[metric].entry, METRICS[metric].array
-    if METRICS[metric].kind != "inception score" and array not in ref.get(entry, {}):
+    if array not in ref.get(entry, {}):
         what = "statistics" if array == "mu" else "features"
         raise UserError(
             f"the reference has no {what} for {metric}: make one that has (calculate_metrics.py ref --metrics={metric})"
         )
-    if stats is None:
-        return
-    if array not in stats.get(entry, {}):
-        raise UserError(f"the statistics of the images were made without {metric}")
-    if force or METRICS[metric].kind == "inception score":
-        return
-    ours, theirs = stats[entry].get("detector"), ref[entry].get("detector")
-    for key in ours if ours and theirs else ():
-        if ours[key] != theirs.get(key):
-            raise UserError(
-                f"the reference for {metric} was made with {key} {theirs.get(key)!r}, these are with {ours[key]!r}: "
-                "they do not compare (--force does it all the same)"
-            )
-    sizes = stats.get("resolution"), ref.get("resolution")
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise UserError(
-            f"the images are {sizes[0]}x{sizes[0]}, those of the reference {sizes[1]}x{sizes[1]}: they do not compare "
-            "(--force does it all the same)"
-        )
+    dim = ref[entry][array].shape[-1]
+    if feature_dim is not None and dim != feature_dim:
+        raise UserError(f"the reference for {metric} is of {dim} features, these are {feature_dim}")
+
+
+def check_numbers(metric: str, num_images: int, ref: Mapping[str, Any], groups: int = 1) -> None:
+    """
+    Raises:
+        UserError: too few images, or too few in the reference, for the metric or the error bar over `groups`.
+    """
+    kind = KINDS[METRICS[metric].kind]
+    fewest = max(kind.fewest, 2 * groups if METRICS[metric].array == "mu" and groups > 1 else 0)
+    if num_images < fewest:
+        what = metric if fewest == kind.fewest else f"an error bar of {metric}"
+        raise UserError(f"{what} needs {fewest} or more images, not {num_images}")
+    if kind.fewest_ref > 0 and len(ref[METRICS[metric].entry]["features"]) < kind.fewest_ref:
+        there = len(ref[METRICS[metric].entry]["features"])
+        raise UserError(f"{metric} needs a reference of {kind.fewest_ref} or more images, not {there}")
+
+
+def mismatches(
+    metric: str, detector: Mapping[str, Any] | None, resolution: int | None, ref: Mapping[str, Any]
+) -> list[str]:
+    """In what images whose features `detector` describes differ from the reference, as far as both are known."""
+    if not METRICS[metric].compares:
+        return []
+    found = []
+    theirs = ref[METRICS[metric].entry].get("detector")
+    if detector and theirs:
+        found = [
+            f"the reference for {metric} was made with {key} {theirs.get(key)!r}, these are with {ours!r}"
+            for key, ours in detector.items()
+            if ours != theirs.get(key)
+        ]
+    size = ref.get("resolution")
+    if None not in (resolution, size) and resolution != size:
+        found.append(f"the images are {resolution}x{resolution}, those of the reference {size}x{size}")
+    return found
+
+
+def refuse(found: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: there are mismatches.
+    """
+    if found:
+        raise UserError(f"{found[0]}: they do not compare (calculate_metrics.py --force does it all the same)")
 
 
 def _frechet(metric: str, stats: Mapping[str, Any], ref: Mapping[str, Any]) -> dict[str, float]:
@@ -464,9 +515,23 @@ def _neighbours(metric: str, stats: Mapping[str, Any], ref: Mapping[str, Any]) -
     return {f"{name}{suffix}": value for name, value in scores.items()}
 
 
-KINDS: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]] = {
-    "frechet": _frechet,
-    "kernel": _kernel,
-    "inception score": _inception_score,
-    "neighbours": _neighbours,
+@dataclass(frozen=True)
+class Kind:
+    """How metrics are calculated.
+
+    Args:
+        calculate: values by name, of a metric, the entry of the images, and the reference.
+        fewest, fewest_ref: number of images, and of images of the reference, below which that is impossible.
+    """
+
+    calculate: Callable[[str, Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
+    fewest: int
+    fewest_ref: int = 0
+
+
+KINDS = {
+    "frechet": Kind(_frechet, 2),
+    "kernel": Kind(_kernel, SUBSET_SIZE + 1, SUBSET_SIZE + 1),
+    "inception score": Kind(_inception_score, SPLITS),
+    "neighbours": Kind(_neighbours, K_PRECISION + 1, K_DENSITY + 1),
 }

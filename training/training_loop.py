@@ -157,7 +157,7 @@ def _train(
     )
     evaluation = None
     if config.metrics:
-        evaluation = SnapshotEvaluation(config.metrics, config.metrics_ref, config.metrics_num, encoder, device)
+        evaluation = SnapshotEvaluation(config.metrics, config.metrics_ref, config.metrics_num, net, encoder, device)
     with distributed.fail_together():
         previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
     journal.start(nimg, config.duration)
