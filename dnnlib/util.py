@@ -281,7 +281,7 @@ offline_option = click.option(
 def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int, verbose: bool) -> Path:
     if not is_url(url):
         if not os.path.isfile(url):
-            raise UserError(f"{url}: no such file")
+            raise UserError(f"{url}: {'a folder, not a file' if os.path.isdir(url) else 'no such file'}")
         return Path(url)
     address, checksum = _split_checksum(url)
     scheme = address.partition(":")[0].lower()

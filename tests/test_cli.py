@@ -421,7 +421,7 @@ def test_color_and_latents(tmp_path):
         (["--steps=0"], ["--steps"]),
         (["--batch=0"], ["--batch"]),
         (["--net=nowhere.safetensors"], ["nowhere.safetensors: no such file"]),
-        (["--gnet=nowhere.safetensors"], ["nowhere.safetensors: no such file"]),
+        (["--gnet=nowhere.safetensors", "--guidance=2"], ["nowhere.safetensors: no such file"]),
     ],
 )  # fmt: skip
 def test_bad_generation_options(snapshot_file, tmp_path, options, fragments):

@@ -99,7 +99,7 @@ def test_error_by_its_definition():
     assert frechet_error(sums_of(x, groups=5), mu, sigma) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("images", "groups"), [(10, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize(("images", "groups"), [(10, 1), (2, 2), (1, 3), (4, 5)])
 def test_error_of_too_few(images, groups):
     with pytest.raises(UserError, match="2 or more groups"):
         frechet_error(sums_of(np.ones([images, 2]), groups), np.zeros(2), np.eye(2))

@@ -480,6 +480,7 @@ def test_bad_references(digits_ref, dinov2_folder, tmp_path):
         "calculate_metrics.py ref --metrics=kd_dinov2",
     )
     fails_with(tool(*common, f"--ref={tmp_path / 'nowhere.pkl'}", ok=False), "nowhere.pkl: no such file")
+    fails_with(tool(*common, f"--ref={tmp_path}", ok=False), f"{tmp_path}: a folder, not a file")
     np.savez(tmp_path / "cut.npz", arr_0=np.zeros([3, 8, 8, 3], np.uint8))
     data = bytearray((tmp_path / "cut.npz").read_bytes())
     data[data.index(b"PK\1\2")] ^= 0xFF

@@ -253,7 +253,8 @@ def test_interrupted_run_saves_its_state_and_continues(tmp_path, sig):
 def test_killed_while_saving_loses_nothing(tmp_path):
     killed = tmp_path / "killed"
     command = [sys.executable, "train_edm2.py", f"--outdir={killed}", f"--data={DIGITS}", *TINY, "--duration=100Mi"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # results depend on it
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
     # Until it is caught in the act, with a state before that.
     while not list(killed.glob(".*.tmp")) or not list(killed.glob("training-state-*.pt")):
