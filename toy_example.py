@@ -20,6 +20,7 @@ from dnnlib.util import (
     given_options,
     offline_option,
     parsed_by,
+    with_options,
 )
 from torch_utils import misc
 from training.encoders import StandardRGBEncoder
@@ -111,28 +112,24 @@ def load_toy_model(option: str, path: str, device: torch.device) -> tuple[ToyMod
     return net, snapshot.metadata
 
 
-def model_options(command: Any) -> Any:
-    """Options that say which models to load."""
-    options = [
-        click.option("--net", help="Model  [default: that of class A in models/toy]", metavar="FILE"),
-        click.option("--gnet", help="Its guide  [default: that in models/toy, if --net is not given]", metavar="FILE"),
-        click.option(
-            "--cfg-net",
-            help="Guide of classifier-free guidance, trained on AB  [default: that in models/toy]",
-            metavar="FILE",
-        ),
-        click.option(
-            "--cls",
-            help="Class that --net has learned: A, B or AB  [default: as its file says, else A]",
-            callback=parsed_by(parse_class),
-        ),
-        click.option("--seed", help="Random seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
-        device_option,
-        offline_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# Which models to load.
+MODEL_OPTIONS = [
+    click.option("--net", help="Model  [default: that of class A in models/toy]", metavar="FILE"),
+    click.option("--gnet", help="Its guide  [default: that in models/toy, if --net is not given]", metavar="FILE"),
+    click.option(
+        "--cfg-net",
+        help="Guide of classifier-free guidance, trained on AB  [default: that in models/toy]",
+        metavar="FILE",
+    ),
+    click.option(
+        "--cls",
+        help="Class that --net has learned: A, B or AB  [default: as its file says, else A]",
+        callback=parsed_by(parse_class),
+    ),
+    click.option("--seed", help="Random seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
+    device_option,
+    offline_option,
+]
 
 
 @click.group(cls=CommandGroup)
@@ -228,7 +225,7 @@ def train(
 
 
 @main.command()
-@model_options
+@with_options(MODEL_OPTIONS)
 @click.option("--guidance", help=f"Weight of autoguidance  [default: {GUIDANCE:g}]", metavar="FLOAT", type=float)
 @click.option(
     "--cfg-guidance",
@@ -287,7 +284,7 @@ def plot(
 
 
 @main.command()
-@model_options
+@with_options(MODEL_OPTIONS)
 @click.option(
     "--weights",
     help="Guidance weights",
@@ -321,7 +318,7 @@ def evaluate(
 ) -> None:
     """Measure samples without guidance, with classifier-free guidance, and with autoguidance.
 
-    
+    \b
     -log p     mean negative log-density under the ground truth, in nats
     outliers   share of samples outside the smallest region that holds 99 % of the ground truth
     branch KL  divergence of the share of samples on each of the tree's branches from what it should be, in nats:
