@@ -176,7 +176,7 @@ class SnapshotEvaluation:
             "net_sha256": file_sha256(path) if distributed.get_rank() == 0 else "",
             "seeds": f"0-{self.num_images - 1}",
             "labels": "drawn from the seed" if net.label_dim > 0 else "none",
-            "sampler": {"num_steps": SNAPSHOT_STEPS},
+            "sampler": {"solver": "heun", "num_steps": SNAPSHOT_STEPS},
             "precision": net.precision,
         }
         records = self.evaluation(images, provenance)

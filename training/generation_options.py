@@ -14,6 +14,7 @@ from torch_utils import distributed, misc
 from training.generation import ImageBatches, generate_images, load_image_network
 from training.presets import GENERATION_PRESETS, unknown_preset
 from training.snapshot import Snapshot, open_snapshot
+from training.solvers import SOLVERS, check_solver
 
 Positive = click.FloatRange(min=0, min_open=True)
 
@@ -44,6 +45,13 @@ NETWORK_OPTIONS = [
 SAMPLING_OPTIONS = [
     click.option(
         "--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int
+    ),
+    click.option(
+        "--sampler",
+        help="Solver; heun evaluates the network twice per step, the others once (see docs/performance.md)",
+        type=click.Choice(SOLVERS),
+        default="heun",
+        show_default=True,
     ),
     click.option(
         "--steps",
@@ -88,6 +96,7 @@ class GenerationOptions:
     net: str | None
     gnet: str | None
     class_idx: int | None
+    sampler: str
     num_steps: int
     sigma_min: float
     sigma_max: float
@@ -124,6 +133,7 @@ class GenerationOptions:
             raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
         if options.sigma_min > options.sigma_max:
             raise UserError(f"--sigma_min={options.sigma_min:g} is above --sigma_max={options.sigma_max:g}")
+        check_solver(options.sampler, options.S_churn)
         return dataclasses.replace(options, net=net, gnet=gnet, guidance=guidance)
 
     def command(self, ctx: click.Context, leave_out: Sequence[str] = ()) -> str:
@@ -137,7 +147,7 @@ class GenerationOptions:
     def sampler_kwargs(self) -> dict[str, Any]:
         """Arguments of the sampler."""
         names = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance", "S_churn", "S_min", "S_max", "S_noise")
-        kwargs = {name: getattr(self, name) for name in names}
+        kwargs = {"solver": self.sampler} | {name: getattr(self, name) for name in names}
         if self.guidance_interval is not None:
             kwargs["guidance_interval"] = self.guidance_interval
         return kwargs
