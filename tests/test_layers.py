@@ -18,7 +18,7 @@ LAYERS = [
         "torch_utils.misc",
         "torch_utils.safe_pickle",
     },
-    {"training", "training.schedules", "training.solvers"},
+    {"training", "training.schedules", "training.solvers", "training.choices"},
     {"training.denoiser"},
     {
         "training.networks_edm2",
