@@ -1,39 +1,43 @@
 """Calculate metrics of images and networks."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
-from torch_utils import distributed, misc
-from training.detectors import DETECTORS, RESIZE_MODES
-from training.evaluation import Evaluation, format_results, last_stats, save_records
-from training.feature_stats import check_destination
+from training.choices import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
 from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
-from training.metrics import (
-    DEFAULT_METRICS,
-    METRICS,
-    FileBatches,
-    calculate_metrics_from_stats,
-    calculate_stats_for_files,
-    calculate_stats_for_iterable,
-    content_hash,
-    load_detectors,
-    load_stats,
-    open_images,
-    parse_metrics,
-    save_stats,
-)
 from training.presets import GENERATION_PRESETS, files_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.evaluation import Evaluation
+    from training.metrics import (
+        calculate_metrics_from_stats,
+        calculate_stats_for_files,
+        calculate_stats_for_iterable,
+        load_stats,
+    )
 
 # For Python callers, as the published script offers them.
 __all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
 
 GROUPS = 15  # of images, for error bars
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when it is asked for: torch takes a second, which a command's help need not wait for."""
+    if name not in __all__:
+        raise AttributeError(name)
+    from training import metrics
+
+    return getattr(metrics, name)
 
 
 def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -153,6 +157,9 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
     Example:
       python calculate_metrics.py calc --images=out --ref=datasets/img512.safetensors --num=50000
     """
+    from torch_utils import distributed
+    from training.metrics import FileBatches, content_hash, open_images
+
     evaluation = begin(opts)
     with distributed.fail_together():
         if repeat > 1 and len(open_images(images)) <= num_images:
@@ -199,6 +206,9 @@ def gen(
     if ref is None and preset is None:
         raise UserError("which reference? Give --ref, or a --preset that has one")
     opts.update(device=device, ref=ref if ref is not None else files_for(preset)[-1])
+
+    from torch_utils import distributed
+
     distributed.init()
     options.fetch()
     with distributed.fail_together():
@@ -248,6 +258,11 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
     Example:
       python calculate_metrics.py ref --data=datasets/img512.zip --dest=datasets/img512.safetensors
     """
+    from torch_utils import distributed
+    from training.evaluation import last_stats
+    from training.feature_stats import check_destination, save_stats
+    from training.metrics import calculate_stats_for_files, load_detectors, open_images
+
     distributed.init()
     with distributed.fail_together():
         check_destination(dest, with_features=any(METRICS[metric].array == "features" for metric in metrics))
@@ -264,12 +279,17 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
 
 
 def set_up(opts: Mapping[str, Any]) -> torch.device:
+    from torch_utils import misc
+
     device = misc.select_device(opts["device"])
     misc.set_up_device(device)
     return device
 
 
 def begin(opts: Mapping[str, Any]) -> Evaluation:
+    from torch_utils import distributed
+    from training.evaluation import Evaluation
+
     distributed.init()
     with distributed.fail_together():
         device = set_up(opts)
@@ -283,6 +303,9 @@ def begin(opts: Mapping[str, Any]) -> Evaluation:
 
 def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Show the records of a run, and save them where wanted, before the next one begins."""
+    from torch_utils import distributed
+    from training.evaluation import save_records
+
     with distributed.fail_together():
         for record in records:
             print(json.dumps(record))
@@ -293,6 +316,9 @@ def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[st
 
 def finish(runs: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """Show the results as a table."""
+    from torch_utils import distributed
+    from training.evaluation import format_results
+
     if distributed.get_rank() == 0:
         print(format_results(runs))
     distributed.shutdown()

@@ -1,22 +1,27 @@
 """Count parameters and operations of a network."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from dnnlib.util import CommandLine, UserError, is_url, offline_option
-from torch_utils import misc
-from training.flops import count_operations, count_parameters, peak_memory_per_sample
-from training.networks_edm2 import Precond
 from training.presets import TRAINING_PRESETS, preset_network, unknown_preset
-from training.snapshot import build_for, open_snapshot
+
+if TYPE_CHECKING:
+    import torch
 
 
 def open_network(name: str) -> torch.nn.Module:
     """The network of a file, URL or training preset, without its values."""
+    import torch
+
+    from training.networks_edm2 import Precond
+    from training.snapshot import build_for, open_snapshot
+
     if name in TRAINING_PRESETS:
         with torch.device("meta"):
             return Precond(**preset_network(name), precision="fp32").eval()
@@ -27,6 +32,12 @@ def open_network(name: str) -> torch.nn.Module:
 
 def measure_memory(net: torch.nn.Module) -> int | None:
     """Peak memory per sample in bytes, where there is a GPU to measure it on; the weights need no values."""
+    import torch
+
+    from torch_utils import misc
+    from training.flops import peak_memory_per_sample
+    from training.networks_edm2 import Precond
+
     if not torch.cuda.is_available() or not isinstance(net, Precond):
         return None
     device = misc.select_device("cuda")
@@ -36,6 +47,8 @@ def measure_memory(net: torch.nn.Module) -> int | None:
 
 
 def cost(name: str) -> dict[str, Any]:
+    from training.flops import count_operations, count_parameters
+
     net = open_network(name)
     operations = count_operations(net)
     return dict(

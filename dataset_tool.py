@@ -8,14 +8,8 @@ from typing import Any
 import click
 
 from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
-from torch_utils import distributed, misc
-from training.conversion import ImageSettings, convert_images, decode_latents, default_workers, encode_images
-from training.dataset import ImageFolderDataset
-from training.dataset_check import check_dataset
-from training.encoders import StabilityVAEEncoder
-from training.image_sources import SPLITS, open_source, read_label_file
+from training.choices import PRECISIONS, SPLITS
 from training.image_transforms import TRANSFORMS
-from training.networks_edm2 import PRECISIONS
 
 MAX_RESOLUTION = 8192
 
@@ -111,6 +105,9 @@ def convert(
       # CIFAR-10, as it is published
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
     """
+    from training.conversion import ImageSettings, convert_images, default_workers
+    from training.image_sources import open_source, read_label_file
+
     opened = [open_source(path, split) for path in sources]
     width, height = resolution or (None, None)
     given = read_label_file(labels) if labels is not None else None
@@ -143,7 +140,7 @@ LATENT_OPTIONS = [
     click.option(
         "--precision",
         help="What the VAE computes in",
-        type=click.Choice(list(PRECISIONS)),
+        type=click.Choice(PRECISIONS),
         default="fp32",
         show_default=True,
     ),
@@ -154,6 +151,11 @@ LATENT_OPTIONS = [
 
 
 def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: str, device: str, **opts: Any) -> None:
+    from torch_utils import distributed, misc
+    from training.dataset import ImageFolderDataset
+    from training.encoders import StabilityVAEEncoder
+    from training.networks_edm2 import PRECISIONS
+
     distributed.init()
     with distributed.fail_together():
         target = misc.select_device(device)
@@ -177,6 +179,8 @@ def encode(**opts: Any) -> None:
     Example:
       python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
     """
+    from training.conversion import encode_images
+
     run_vae(encode_images, **opts)
 
 
@@ -184,6 +188,8 @@ def encode(**opts: Any) -> None:
 @with_options(LATENT_OPTIONS)
 def decode(**opts: Any) -> None:
     """Decode latents into images, to look at them or to measure the VAE. Of a distribution, its mean is decoded."""
+    from training.conversion import decode_latents
+
     run_vae(decode_latents, **opts)
 
 
@@ -195,6 +201,8 @@ def decode(**opts: Any) -> None:
 @click.option("--json", "as_json", help="Print JSON", is_flag=True)
 def check(data: str, grid: Path | None, as_json: bool) -> None:
     """Look through a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it."""
+    from training.dataset_check import check_dataset
+
     facts, problems = check_dataset(data, grid)
     if as_json:
         print(json.dumps({**facts, "problems": problems}))

@@ -2,19 +2,31 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 import PIL.Image
 
 from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by, with_options
-from torch_utils import distributed, misc
-from training.generation import generate_images, image_path  # noqa: F401 - generate_images is for Python callers
 from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.presets import GENERATION_PRESETS, generation_table
 
+if TYPE_CHECKING:
+    from training.generation import generate_images
+
+__all__ = ["generate_images"]  # for Python callers
+
 MAX_GRID = 10_000
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when it is asked for: torch takes a second, which a command's help need not wait for."""
+    if name not in __all__:
+        raise AttributeError(name)
+    from training import generation
+
+    return getattr(generation, name)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -26,6 +38,8 @@ def parse_seeds(text: str) -> list[int]:
 
 def draw_grid(path: Path, files: list[Path]) -> None:
     """Contact sheet of saved images, nearly square."""
+    from torch_utils import misc
+
     images = [_read(file) for file in files]
     odd = next((file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape), None)
     if odd is not None:
@@ -127,6 +141,10 @@ def main(
     if print_config:
         print(options.command(ctx, leave_out=["print_config"]))
         return
+
+    from torch_utils import distributed
+    from training.generation import image_path
+
     distributed.init()
     options.fetch()
     with distributed.fail_together():

@@ -5,8 +5,12 @@ from pathlib import Path
 import click
 
 from dnnlib.util import CommandLine, UserError, parsed_by
-from training.phema import parse_std_list
-from training.reconstruction import list_averages, reconstruct_phema
+
+
+def parse_stds(text: str) -> list[float]:
+    from training.phema import parse_std_list
+
+    return parse_std_list(text)
 
 
 @click.command(cls=CommandLine)
@@ -21,7 +25,7 @@ from training.reconstruction import list_averages, reconstruct_phema
     "--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True
 )
 @click.option(
-    "--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parsed_by(parse_std_list)
+    "--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parsed_by(parse_stds)
 )
 @click.option(
     "--outdir",
@@ -34,7 +38,7 @@ from training.reconstruction import list_averages, reconstruct_phema
     "--outstd",
     help="Widths to make, such as 0.05,0.07 or 0.010,0.015,...,0.250",
     metavar="LIST",
-    callback=parsed_by(parse_std_list),
+    callback=parsed_by(parse_stds),
     required=True,
 )
 @click.option(
@@ -79,6 +83,9 @@ def main(
     """
     if outprefix == inprefix and (outdir or indir).resolve() == indir.resolve():
         raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than --inprefix")
+
+    from training.reconstruction import list_averages, reconstruct_phema
+
     inputs = list_averages(indir, inprefix, instd)
     for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch, suffix):
         print(path)

@@ -1,14 +1,15 @@
 """The toy example of autoguidance: train, plot and measure models of a two-dimensional distribution."""
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from tqdm import tqdm
 
 from dnnlib.util import (
@@ -22,23 +23,15 @@ from dnnlib.util import (
     parsed_by,
     with_options,
 )
-from torch_utils import misc
-from training.encoders import StandardRGBEncoder
-from training.networks_toy import ToyModel
-from training.snapshot import load_network, save_network
-from training.toy_data import CLASSES, gt
-from training.toy_figure import (
-    TrainingView,
-    check_format,
-    draw_paper_figure,
-    new_figure,
-    require_matplotlib,
-    save_figure,
-)
-from training.toy_sampling import measure, sample_toy
-from training.toy_training import ToyConfig, train_toy
+from training.choices import TOY_CLASSES
 
-__all__ = ["ToyModel", "gt"]
+if TYPE_CHECKING:
+    import torch
+
+    from training.networks_toy import ToyModel
+    from training.toy_data import gt
+
+__all__ = ["ToyModel", "gt"]  # for Python callers
 
 MODELS = Path(__file__).parent / "models" / "toy"
 NET = MODELS / "clsA-layers04-dim64-iter4096.safetensors"
@@ -50,9 +43,18 @@ FIRST_SNAPSHOT = 256  # then at every doubling of the iterations, and at the end
 FRAME_INTERVAL = 64  # iterations
 
 
+def __getattr__(name: str) -> Any:
+    """Imported when it is asked for: torch takes a second, which a command's help need not wait for."""
+    if name not in __all__:
+        raise AttributeError(name)
+    from training import networks_toy, toy_data
+
+    return getattr(toy_data if name == "gt" else networks_toy, name)
+
+
 def parse_class(text: str) -> str:
-    if text not in CLASSES:
-        raise UserError(f"unknown class {text!r} (known: {', '.join(CLASSES)})")
+    if text not in TOY_CLASSES:
+        raise UserError(f"unknown class {text!r} (known: {', '.join(TOY_CLASSES)})")
     return text
 
 
@@ -97,12 +99,15 @@ class Models:
         self.gnet = load_toy_model("--gnet", gnet, device)[0] if gnet is not None else None
         self.cfg_net, _ = load_toy_model("--cfg-net", cfg_net, device)
         learned = (metadata.get("config") or {}).get("cls")
-        if cls is not None and learned in CLASSES and cls != learned:
+        if cls is not None and learned in TOY_CLASSES and cls != learned:
             raise UserError(f"--cls={cls}, but {net} has learned {learned}")
-        self.cls: str = cls or (learned if learned in CLASSES else "A")
+        self.cls: str = cls or (learned if learned in TOY_CLASSES else "A")
 
 
 def load_toy_model(option: str, path: str, device: torch.device) -> tuple[ToyModel, dict[str, Any]]:
+    from training.networks_toy import ToyModel
+    from training.snapshot import load_network
+
     snapshot = load_network(path, device)
     net = snapshot.net
     if not isinstance(net, ToyModel):
@@ -196,6 +201,14 @@ def train(
     device: str,
 ) -> None:
     """Train a model by score matching."""
+    import torch
+
+    from torch_utils import misc
+    from training.encoders import StandardRGBEncoder
+    from training.snapshot import save_network
+    from training.toy_figure import TrainingView, require_matplotlib
+    from training.toy_training import ToyConfig, train_toy
+
     if save is not None:
         require_matplotlib()
     target = misc.select_device(device)
@@ -255,6 +268,9 @@ def plot(
     save: Path | None,
 ) -> None:
     """Draw the paper's figure: samples with and without guidance, and what guides them."""
+    from torch_utils import misc
+    from training.toy_figure import check_format, draw_paper_figure, new_figure, require_matplotlib, save_figure
+
     require_matplotlib()
     if save is not None:
         check_format(save)
@@ -326,6 +342,12 @@ def evaluate(
 
     Each with its standard error. The kinds share their noise, so differences between them are surer than that.
     """
+    import torch
+
+    from torch_utils import misc
+    from training.toy_data import gt
+    from training.toy_sampling import measure, sample_toy
+
     target = misc.select_device(device)
     models = Models(net, gnet, cfg_net, cls, target)
     distribution = gt(models.cls, target)

@@ -1,22 +1,20 @@
 """Train an EDM2 diffusion model."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import psutil
-import torch
 
 from dnnlib.util import CommandLine, UserError, device_option, parse_int_list, parse_nimg, parsed_by
-from torch_utils import distributed, misc
-from training.config import TrainConfig
-from training.dataset import ImageFolderDataset
-from training.encoders import final_channels
-from training.metrics import parse_metrics
-from training.phema import parse_std_list
+from training.choices import PRECISIONS, parse_metrics
 from training.presets import TRAINING_PRESETS, unknown_preset
-from training.training_loop import build_network, training_loop
+
+if TYPE_CHECKING:
+    from training.config import TrainConfig
+    from training.dataset import ImageFolderDataset
 
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 
@@ -26,6 +24,8 @@ def parse_ints(text: str) -> tuple[int, ...]:
 
 
 def parse_stds(text: str) -> tuple[float, ...]:
+    from training.phema import parse_std_list
+
     stds = tuple(parse_std_list(text))
     if len({f"{std:.3f}" for std in stds}) < len(stds):
         raise UserError(f"{text!r}: two widths share a file name (three decimals count)")
@@ -38,6 +38,10 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
     Raises:
         UserError: an option or the data does not fit; the message names it.
     """
+    from torch_utils import misc
+    from training.config import TrainConfig
+    from training.dataset import ImageFolderDataset
+
     preset = opts["preset"]
     if preset not in TRAINING_PRESETS:
         raise unknown_preset("--preset", preset, TRAINING_PRESETS)
@@ -66,6 +70,10 @@ def check_memory(dataset: ImageFolderDataset, workers: int) -> None:
     Raises:
         UserError: the decoded images do not fit into memory, once per process that reads them.
     """
+    import psutil
+
+    from torch_utils import distributed
+
     copies = max(workers, 1) * distributed.get_world_size()
     needed, available = copies * dataset.decoded_bytes() / 1e9, psutil.virtual_memory().available / 1e9
     if needed > 0.8 * available:
@@ -80,6 +88,8 @@ def check_numbers(config: TrainConfig) -> None:
     Raises:
         UserError: sizes that do not fit one another, the number of processes or the resolution.
     """
+    from torch_utils import distributed
+
     for name in ("batch", "duration", "channels", "num_blocks"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
@@ -118,6 +128,12 @@ def check_numbers(config: TrainConfig) -> None:
 
 
 def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset) -> None:
+    import torch
+
+    from torch_utils import distributed, misc
+    from training.encoders import final_channels
+    from training.training_loop import build_network
+
     with torch.device("meta"):  # only counted
         net = build_network(config, final_channels(dataset))
     options = {key: value for key, value in config.to_json().items() if key != "dataset"}
@@ -131,6 +147,8 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
 
 
 def note_missing_attention(config: TrainConfig) -> None:
+    from torch_utils import distributed
+
     resolutions = [config.dataset.resolution >> level for level in range(len(config.channel_mult))]
     if config.attn_resolutions and not set(resolutions) & set(config.attn_resolutions):
         distributed.print0(
@@ -206,7 +224,7 @@ def note_missing_attention(config: TrainConfig) -> None:
 @click.option(
     "--precision",
     help="What the network computes in; auto = fp16 on GPUs, fp32 on CPUs",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    type=click.Choice(["auto", *PRECISIONS]),
     default="auto",
     show_default=True,
 )
@@ -288,6 +306,9 @@ def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
       torchrun --standalone --nproc_per_node=8 train_edm2.py \\
           --outdir=training-runs/img512-s --data=datasets/img512-sd.zip --preset=edm2-img512-s --batch-gpu=32
     """
+    from torch_utils import distributed
+    from training.training_loop import training_loop
+
     distributed.init()
     with distributed.fail_together():
         config, dataset = make_config(opts)

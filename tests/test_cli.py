@@ -38,6 +38,7 @@ from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.presets import GENERATION_PRESETS, TRAINING_PRESETS, GenerationPreset
 from training.snapshot import load_network, open_snapshot, save_network
 from training.snapshot.__main__ import main as snapshot_tool
+from training.solvers import SOLVERS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -303,7 +304,7 @@ def test_all_generation_options(run, tmp_path):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
     args = [
         f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / 'out'}", "--subdirs", "--seeds=1,2,999-1001", "--class=3",
-        "--batch=2", "--steps=4", "--sigma_min=0.01", "--sigma_max=40", "--rho=5", "--guidance=2", "--S_churn=5", "--S_min=0.1",
+        "--batch=2", "--sampler=euler", "--steps=4", "--sigma_min=0.01", "--sigma_max=40", "--rho=5", "--guidance=2", "--S_churn=5", "--S_min=0.1",
         "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--device=cpu",
         f"--grid={tmp_path / 'grid.png'}", "--skip-existing", "--offline",
     ]  # fmt: skip
@@ -322,7 +323,8 @@ def test_all_generation_options(run, tmp_path):
 
 @pytest.mark.parametrize(
     "option",
-    ["--class=3", "--sigma_min=0.1", "--sigma_max=20", "--rho=3", "--S_churn=8", "--guidance=3", "--steps=5"],
+    ["--class=3", "--sigma_min=0.1", "--sigma_max=20", "--rho=3", "--S_churn=8", "--guidance=3", "--steps=5"]
+    + [f"--sampler={name}" for name in SOLVERS if name != "heun"],
 )
 def test_each_option_changes_the_image(run, tmp_path, option):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
@@ -419,6 +421,8 @@ def test_color_and_latents(tmp_path):
         (["--guidance-interval=a"], ["--guidance-interval", "is not of the form LO,HI"]),
         (["--sigma_min=100"], ["--sigma_min=100 is above --sigma_max=80"]),
         (["--steps=0"], ["--steps"]),
+        (["--sampler=rk4"], ["--sampler", "rk4"]),
+        (["--sampler=dpmpp-2m", "--S_churn=5"], ["S_churn=5 adds noise, which dpmpp-2m cannot follow", "use heun or euler"]),
         (["--batch=0"], ["--batch"]),
         (["--net=nowhere.safetensors"], ["nowhere.safetensors: no such file"]),
         (["--gnet=nowhere.safetensors", "--guidance=2"], ["nowhere.safetensors: no such file"]),

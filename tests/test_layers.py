@@ -1,6 +1,7 @@
 """The import rule of the code base: imports point down, and importing does nothing."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ LAYERS = [
         "torch_utils.misc",
         "torch_utils.safe_pickle",
     },
-    {"training", "training.schedules"},
+    {"training", "training.schedules", "training.solvers", "training.choices"},
     {"training.denoiser"},
     {
         "training.networks_edm2",
@@ -151,3 +152,18 @@ def test_import_starts_no_cuda():
         + "; assert not torch.cuda.is_initialized(); assert not torch.distributed.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_help_needs_no_torch():
+    scripts = sorted(SCRIPTS - {"training.snapshot.__main__"})
+    code = f"import sys, {', '.join(scripts)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("script", ["calculate_metrics", "generate_images", "toy_example"])
+def test_exports_for_python_callers(script):
+    module = importlib.import_module(script)
+    for name in module.__all__:
+        assert callable(getattr(module, name))
+    with pytest.raises(AttributeError):
+        module.nothing_of_that_name  # noqa: B018

@@ -252,7 +252,8 @@ def test_gen(snapshot_file, digits_ref, tmp_path):
     (record,) = records_of(result.output)
     assert record["net_sha256"] == sha256(snapshot_file) and record["seeds"] == "5-24"
     assert record["labels"] == "drawn from the seed" and record["precision"] == "fp32"
-    assert record["sampler"]["num_steps"] == 3 and record["sampler"]["S_churn"] == 1
+    sampler = record["sampler"]
+    assert sampler["solver"] == "heun" and sampler["num_steps"] == 3 and sampler["S_churn"] == 1
     # The same as with saved images.
     run_cli(generate, *options, "--seeds=5-24", f"--outdir={tmp_path / 'images'}")
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").rglob("*.png")}
@@ -265,11 +266,12 @@ def test_gen(snapshot_file, digits_ref, tmp_path):
 
 def test_gen_with_guidance_and_repeats(snapshot_file, digits_ref):
     options = [f"--net={snapshot_file}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=10", "--steps=2"]
-    guided = [f"--gnet={snapshot_file}", "--guidance=2", "--guidance-interval=0.1,1", "--class=3"]
+    guided = [f"--gnet={snapshot_file}", "--guidance=2", "--sampler=dpmpp-2m", "--guidance-interval=0.1,1", "--class=3"]
     result = tool("gen", *options, *guided, "--repeat=2")
     records = records_of(result.output)
     assert [record["seeds"] for record in records] == ["0-9", "10-19"]
     assert records[0]["gnet_sha256"] == sha256(snapshot_file) and records[0]["labels"] == "class 3"
+    assert records[0]["sampler"]["solver"] == "dpmpp-2m" and "S_churn" not in records[0]["sampler"]
     assert records[0]["sampler"]["guidance"] == 2 and records[0]["sampler"]["guidance_interval"] == [0.1, 1]
     # Without guidance, the guide is not part of what was measured.
     for given in (f"--gnet={snapshot_file}", "--guidance-interval=0.1,1"):

@@ -8,6 +8,7 @@ import torch
 from training.guidance import GuidedDenoiser
 from training.samplers import StackedRandomGenerator, edm_sampler, ode_sampler
 from training.schedules import edm_sigmas
+from training.solvers import MULTISTEP, SOLVERS
 
 MEAN, STD = 0.3, 0.5
 
@@ -34,17 +35,70 @@ class Float64Denoiser:
         return gaussian(x.double(), sigma)
 
 
-@pytest.mark.parametrize(("order", "slope"), [(1, 1), (2, 2)])
-def test_order_of_accuracy(order, slope):
-    # From 80 down to a small sigma_min, the error at sigma_min falls as steps^-order.
-    steps, errors = [32, 64, 128, 256], []
+@pytest.mark.parametrize(
+    ("solver", "slope"), [("euler", 1), ("heun", 2), ("dpmpp-2m", 2), ("dpmpp-3m", 3), ("sqrt-3m", 3)]
+)
+def test_order_of_accuracy(solver, slope):
+    # Down to sigma_min, the error there falls as steps^-order.
+    steps, errors = [64, 128, 256], []
+    scale = math.sqrt((STD**2 + 0.002**2) / (STD**2 + 80**2))
     for n in steps:
-        sigmas = edm_sigmas(n, sigma_min=0.1, sigma_max=10, rho=7)[:-1]  # stop at sigma_min
-        x = ode_sampler(Float64Denoiser(), noise(), sigmas, order=order, dtype=torch.float64)
-        scale = math.sqrt((STD**2 + 0.1**2) / (STD**2 + 10**2))
-        errors.append((x - (MEAN + (noise() * 10 - MEAN) * scale)).abs().mean().item())
+        sigmas = edm_sigmas(n)[:-1]  # stop at sigma_min
+        x = ode_sampler(Float64Denoiser(), noise(), sigmas, solver=solver, dtype=torch.float64)
+        errors.append((x - (MEAN + (noise() * 80 - MEAN) * scale)).abs().mean().item())
     measured = -torch.tensor(errors).log().diff() / math.log(2)
     assert measured[-1].item() == pytest.approx(slope, abs=0.1), measured
+
+
+def test_every_solver_is_tested():
+    assert set(SOLVERS) == {"euler", "heun", "dpmpp-2m", "dpmpp-3m", "sqrt-3m"}
+
+
+def test_coefficients():
+    # DPM-Solver++(2M) with r = 1/2: e^-h x + (1 - e^-h) (2 D_0 - D_1).
+    assert MULTISTEP["dpmpp-2m"].coefficients([2, 3.0], 2 * (2 / 3) ** 2) == pytest.approx([10 / 9, -5 / 9])
+    # What the polynomial can represent is integrated exactly: int_0^h e^(s-h) f(s) ds, with D_j = f(s_j).
+    sigmas, sigma_next = [1.5, 2.2, 2.7], 1.1
+    h = math.log(1.5 / 1.1)
+    weights = MULTISTEP["dpmpp-3m"].coefficients(sigmas, sigma_next)
+    squares = [math.log(sigma / 1.5) ** 2 for sigma in sigmas]  # s^2
+    assert sum(w * v for w, v in zip(weights, squares, strict=True)) == pytest.approx(h**2 - 2 * h + 2 - 2 * 1.1 / 1.5)
+    weights = MULTISTEP["sqrt-3m"].coefficients(sigmas, sigma_next)
+    assert sum(w * v for w, v in zip(weights, sigmas, strict=True)) == pytest.approx(1.1 * h)  # sigma
+    for solver in MULTISTEP.values():
+        assert sum(solver.coefficients([1.5], 1.1)) == pytest.approx(1 - 1.1 / 1.5)  # the first step
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_ends_in_the_denoised_image(solver):
+    x = edm_sampler(gaussian, noise().float(), num_steps=1, solver=solver)
+    rounding = dict(rtol=0, atol=80 * 2 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(x, gaussian(noise().float() * 80, torch.tensor(80.0)), **rounding)
+    # A clean image that does not change is reached exactly, whatever the steps.
+    fixed = noise(seed=1).float()
+    x = edm_sampler(lambda x, sigma, labels: fixed, noise().float(), num_steps=7, solver=solver)
+    torch.testing.assert_close(x, fixed, **rounding)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_takes_guidance_and_labels(solver):
+    def conditional(x, sigma, labels):
+        return gaussian(x, sigma) + labels.reshape(-1, 1, 1, 1)
+
+    def run(steps, guidance=2, solver=solver):
+        labels = torch.linspace(0, 1, 64)
+        return edm_sampler(conditional, noise().float(), labels, gaussian, steps, guidance=guidance, solver=solver)
+
+    exact = run(512, solver="heun")
+    error, coarser = ((run(steps) - exact).abs().mean() for steps in (128, 32))
+    assert error < coarser / 3  # 4 for Euler, 16 and more for the others
+    assert (run(128) - run(128, guidance=1)).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_equal_noise_levels_are_one(solver):
+    x = edm_sampler(gaussian, noise().float(), num_steps=5, sigma_min=3, sigma_max=3, solver=solver)
+    torch.testing.assert_close(x, edm_sampler(gaussian, noise().float(), num_steps=1, sigma_max=3))
 
 
 def test_samples_of_a_gaussian():
@@ -67,10 +121,16 @@ def test_churn_acts_in_its_range_only():
     assert not torch.equal(plain, inside)
 
 
-def test_number_of_evaluations():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_number_of_evaluations(solver):
     calls = []
-    edm_sampler(lambda x, sigma, labels: calls.append(float(sigma)) or x, noise().float(), num_steps=5)
-    assert len(calls) == 2 * 5 - 1
+
+    def denoiser(x, sigma, labels):
+        calls.append(float(sigma))
+        return x
+
+    edm_sampler(denoiser, noise().float(), num_steps=5, solver=solver)
+    assert len(calls) == (2 * 5 - 1 if solver == "heun" else 5)
 
 
 def test_guidance_extrapolates():
@@ -119,6 +179,11 @@ def test_bad_arguments():
     x = noise().float()
     with pytest.raises(ValueError, match="needs a guiding network"):
         edm_sampler(gaussian, x, guidance=2)
+    with pytest.raises(ValueError, match="unknown sampler 'rk4'"):
+        edm_sampler(gaussian, x, solver="rk4")
+    for solver in MULTISTEP:
+        with pytest.raises(ValueError, match=f"S_churn=5 adds noise, which {solver} cannot follow"):
+            edm_sampler(gaussian, x, S_churn=5, solver=solver)
     with pytest.raises(ValueError, match="lo < hi"):
         edm_sampler(gaussian, x, gnet=gaussian, guidance=2, guidance_interval=(2, 1))
     for kwargs in [dict(num_steps=0), dict(sigma_min=0), dict(sigma_min=2, sigma_max=1), dict(rho=0)]:

@@ -16,15 +16,8 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from dnnlib.util import UserError, file_sha256, offline, one_line, open_url
+from training.choices import DETECTORS, METRIC_FILES, RESIZE_MODES
 
-METRIC_FILES = {
-    "fid": [
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-    ],
-    "fd_dinov2": ["hf://facebook/dinov2-large/config.json", "hf://facebook/dinov2-large/model.safetensors"],
-}
-DETECTORS = ("inception", "dinov2", "pixels")
-RESIZE_MODES = ("torch", "pil")
 DINOV2_SETTINGS = (  # what config.json may say, as far as it concerns the features
     "hidden_size",
     "num_hidden_layers",

@@ -31,7 +31,14 @@ from training.metrics import (
 from training.networks_edm2 import Precond
 
 SNAPSHOT_BATCH = 64
-SNAPSHOT_SAMPLER = {"num_steps": 32, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0, "guidance": 1.0}
+SNAPSHOT_SAMPLER = {
+    "solver": "heun",
+    "num_steps": 32,
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "rho": 7.0,
+    "guidance": 1.0,
+}
 
 
 class Evaluation:

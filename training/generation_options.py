@@ -1,20 +1,29 @@
-"""The options of commands that generate images, and what they stand for."""
+"""The options of commands that generate images, and what they stand for.
+
+Imports what needs torch only when networks are loaded, so that a command's help comes at once.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from dnnlib.util import UserError, device_option, file_sha256, given_options, is_url, offline_option, parsed_by
-from torch_utils import distributed, misc
-from training.generation import ImageBatches, generate_images, image_resolution, load_image_network
+from training.choices import PRECISIONS
 from training.presets import GENERATION_PRESETS, unknown_preset
-from training.snapshot import Snapshot, open_snapshot
+from training.solvers import SOLVERS, check_solver
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.generation import ImageBatches
+    from training.snapshot import Snapshot
 
 Positive = click.FloatRange(min=0, min_open=True)
 
@@ -47,6 +56,13 @@ SAMPLING_OPTIONS = [
         "--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int
     ),
     click.option(
+        "--sampler",
+        help="Solver; heun evaluates the network twice per step, the others once (see docs/performance.md)",
+        type=click.Choice(SOLVERS),
+        default="heun",
+        show_default=True,
+    ),
+    click.option(
         "--steps",
         "num_steps",
         help="Sampling steps",
@@ -72,7 +88,7 @@ SAMPLING_OPTIONS = [
     click.option(
         "--precision",
         help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs",
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        type=click.Choice(["auto", *PRECISIONS]),
         default="auto",
         show_default=True,
     ),
@@ -89,6 +105,7 @@ class GenerationOptions:
     net: str | None
     gnet: str | None
     class_idx: int | None
+    sampler: str
     num_steps: int
     sigma_min: float
     sigma_max: float
@@ -103,7 +120,7 @@ class GenerationOptions:
     device: str
 
     @classmethod
-    def take(cls, opts: dict[str, Any]) -> "GenerationOptions":
+    def take(cls, opts: dict[str, Any]) -> GenerationOptions:
         """Take these options out of all those of a command, with networks and guidance of the preset put in.
 
         Raises:
@@ -125,6 +142,7 @@ class GenerationOptions:
             raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
         if options.sigma_min > options.sigma_max:
             raise UserError(f"--sigma_min={options.sigma_min:g} is above --sigma_max={options.sigma_max:g}")
+        check_solver(options.sampler, options.S_churn)
         return dataclasses.replace(options, net=net, gnet=gnet, guidance=guidance)
 
     def command(self, ctx: click.Context, leave_out: Sequence[str] = ()) -> str:
@@ -138,24 +156,30 @@ class GenerationOptions:
     def sampler_kwargs(self) -> dict[str, Any]:
         """Arguments of the sampler."""
         names = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance", "S_churn", "S_min", "S_max", "S_noise")
-        kwargs = {name: getattr(self, name) for name in names}
+        kwargs = {"solver": self.sampler} | {name: getattr(self, name) for name in names}
         if self.guidance_interval is not None and self.guidance != 1:
             kwargs["guidance_interval"] = self.guidance_interval
         return kwargs
 
     def fetch(self) -> None:
         """Fetch networks that are URLs: once for all processes of a machine. To be called by all of them."""
+        from torch_utils import distributed
+        from training.snapshot import open_snapshot
+
         with distributed.fail_together():
             if distributed.get_local_rank() == 0:
                 for network in (self.net, self.gnet):
                     if network is not None and is_url(network):
                         open_snapshot(network)
 
-    def load(self) -> "LoadedGenerator":
+    def load(self) -> LoadedGenerator:
         """
         Raises:
             UserError: a network cannot be loaded, or they do not go together.
         """
+        from torch_utils import distributed, misc
+        from training.generation import load_image_network
+
         device = misc.select_device(self.device)
         misc.set_up_device(device)
         assert self.net is not None
@@ -193,10 +217,14 @@ class LoadedGenerator:
     @property
     def resolution(self) -> int:
         """Height and width of the images."""
+        from training.generation import image_resolution
+
         return image_resolution(self.snapshot.net, self.snapshot.encoder, self.device)
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments and errors are those of `generate_images`."""
+        from training.generation import generate_images
+
         return generate_images(
             self.snapshot.net,
             self.guide.net if self.guide is not None else None,
@@ -210,6 +238,8 @@ class LoadedGenerator:
 
     def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What makes the images of these seeds, one after the other, as plain JSON values."""
+        from training.snapshot import open_snapshot
+
         options = self.options
         facts: dict[str, Any] = {}
         sources = {"net": options.net, "gnet": options.gnet if self.guide is not None else None}

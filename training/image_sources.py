@@ -20,11 +20,10 @@ import numpy as np
 
 from dnnlib.util import RunError, UserError, one_line
 from torch_utils import safe_pickle
+from training.choices import SPLITS
 from training.dataset import files_below, image_suffixes, parse_labels_json
 
 Label = int | str | list[float] | None
-# What is in the names of files that hold a part of a dataset: of CIFAR, MNIST and the Hugging Face hub.
-SPLITS = {"train": "train|data_batch", "validation": "val", "test": "test|t10k"}
 MAX_DIGITS = 9  # of a label that is a number
 CIFAR_FILES = ("data_batch", "test_batch", "train", "test")
 PARQUET_LABELS = ("label", "labels", "fine_label", "cls")

@@ -1,6 +1,5 @@
 """Metrics of images by the features that a detector finds in them: FID and its relatives."""
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from tqdm import tqdm
 
 from dnnlib.util import EasyDict, UserError, file_sha256, one_line
 from torch_utils import distributed
+from training.choices import DEFAULT_METRICS, METRICS, check_metrics, parse_metrics
 from training.dataset import ImageFolderDataset, collate, subset
 from training.detectors import Detector, InceptionDetector, load_detector
 from training.distances import (
@@ -39,67 +39,6 @@ __all__ = [
     "save_stats",
     "small_sample_note",
 ]
-
-DEFAULT_METRICS = ("fid", "fd_dinov2")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric.
-
-    Args:
-        entry: the statistics that it needs (see `feature_stats`), which say the detector.
-        kind: 'frechet' needs means and covariances, all others the features of all images.
-    """
-
-    entry: str
-    kind: str
-
-    @property
-    def array(self) -> str:
-        return "mu" if self.kind == "frechet" else "features"
-
-    @property
-    def compares(self) -> bool:
-        """Whether it takes a reference."""
-        return self.kind != "inception score"
-
-
-METRICS = {
-    "fid": Metric("fid", "frechet"),
-    "fd_dinov2": Metric("fd_dinov2", "frechet"),
-    "fd_pixels": Metric("fd_pixels", "frechet"),
-    "kid": Metric("fid", "kernel"),
-    "kd_dinov2": Metric("fd_dinov2", "kernel"),
-    "kd_pixels": Metric("fd_pixels", "kernel"),
-    "is": Metric("fid", "inception score"),
-    "prdc": Metric("fid", "neighbours"),
-    "prdc_dinov2": Metric("fd_dinov2", "neighbours"),
-    "prdc_pixels": Metric("fd_pixels", "neighbours"),
-}
-
-
-def parse_metrics(text: str) -> list[str]:
-    """Names of metrics, such as 'fid,fd_dinov2'.
-
-    Raises:
-        UserError: there is no such metric, or none.
-    """
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    check_metrics(names)
-    return names
-
-
-def check_metrics(names: Iterable[str]) -> None:
-    """
-    Raises:
-        UserError: there is no such metric.
-    """
-    for name in names:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name.lower(), METRICS, n=1, cutoff=0.3)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"no such metric: {name!r}; {hint}There are {', '.join(METRICS)}")
 
 
 def load_detectors(

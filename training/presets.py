@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dnnlib.util import UserError
-from training.detectors import METRIC_FILES
+from training.choices import METRIC_FILES
 
 Mi = 1 << 20
 Ki = 1 << 10

@@ -1,6 +1,7 @@
 """Samplers: solvers that follow a denoiser along a decreasing grid of noise levels, and their random numbers."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from dnnlib.util import UserError
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
 from training.schedules import edm_sigmas
+from training.solvers import MULTISTEP, check_solver
 
 
 class StackedRandomGenerator:
@@ -48,7 +50,7 @@ def ode_sampler(
     noise: torch.Tensor,
     sigmas: torch.Tensor,
     labels: torch.Tensor | None = None,
-    order: int = 2,
+    solver: str = "heun",
     S_churn: float = 0,
     S_min: float = 0,
     S_max: float = math.inf,
@@ -57,14 +59,16 @@ def ode_sampler(
     randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
     on_step: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Solve dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Algorithms 1 and 2).
+    """Solve dx/dsigma = (x - D(x; sigma)) / sigma (EDM, Algorithms 1 and 2; `solvers` for the multistep ones).
+
+    The last step, to sigma = 0, gives D itself with every solver.
 
     Args:
         denoiser: D(x; sigma, labels).
         noise: unit-variance noise [N, C, H, W].
         sigmas: decreasing noise levels [steps + 1] on the CPU, ending in 0.
         labels: class vectors [N, label_dim] or None.
-        order: 1 = Euler, 2 = Heun.
+        solver: 'heun' evaluates D twice per step except the last, all others of `solvers.SOLVERS` once.
         S_churn, S_min, S_max, S_noise: amount, range and scale of the noise added at each step (EDM, Algorithm 2).
         dtype: what the solution is kept in.
         randn_like: source of that added noise.
@@ -72,10 +76,16 @@ def ode_sampler(
 
     Returns:
         Samples [N, C, H, W] in `dtype`.
+
+    Raises:
+        UserError: as `solvers.check_solver`.
     """
-    assert order in (1, 2), order
+    check_solver(solver, S_churn)
+    if solver in MULTISTEP:
+        sigmas = sigmas.unique_consecutive()  # coefficients are made of their distances
     steps = len(sigmas) - 1
     x = noise.to(dtype) * sigmas[0].item()
+    known: deque[tuple[float, torch.Tensor]] = deque(maxlen=MULTISTEP[solver].order if solver in MULTISTEP else 1)
     if on_step is not None:
         on_step(x)
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
@@ -84,13 +94,21 @@ def ode_sampler(
             sigma_hat = sigma * (1 + gamma)
             x = x + (sigma_hat**2 - sigma**2).sqrt().item() * S_noise * randn_like(x)
             sigma = sigma_hat
-        h = (sigma_next - sigma).item()
-        d = (x - denoiser(x.float(), sigma, labels).to(dtype)) / sigma.item()
-        x_next = x + h * d
-        if order == 2 and sigma_next > 0:
-            d_next = (x_next - denoiser(x_next.float(), sigma_next, labels).to(dtype)) / sigma_next.item()
-            x_next = x + h * (d + d_next) / 2
-        x = x_next
+        D = denoiser(x.float(), sigma, labels).to(dtype)
+        if solver in MULTISTEP and sigma_next > 0:
+            known.appendleft((sigma.item(), D))
+            coefficients = MULTISTEP[solver].coefficients([level for level, _ in known], sigma_next.item())
+            x = (sigma_next / sigma).item() * x
+            for coefficient, (_, D) in zip(coefficients, known, strict=True):
+                x = x + coefficient * D
+        else:
+            h = (sigma_next - sigma).item()
+            d = (x - D) / sigma.item()
+            x_next = x + h * d
+            if solver == "heun" and sigma_next > 0:
+                d_next = (x_next - denoiser(x_next.float(), sigma_next, labels).to(dtype)) / sigma_next.item()
+                x_next = x + h * (d + d_next) / 2
+            x = x_next
         if on_step is not None:
             on_step(x)
     return x
@@ -113,14 +131,15 @@ def edm_sampler(
     dtype: torch.dtype = torch.float32,
     randn_like: Callable[[torch.Tensor], torch.Tensor] = torch.randn_like,
     guidance_interval: tuple[float, float] = (0.0, math.inf),
+    solver: str = "heun",
 ) -> torch.Tensor:
-    """Heun's method on EDM's grid of noise levels, with optional guidance and churn.
+    """Heun's method, or another, on EDM's grid of noise levels, with optional guidance and churn.
 
     `schedules.edm_sigmas` describes `num_steps` to `rho`, `guidance.GuidedDenoiser` the guidance, and
-    `ode_sampler` the rest. The network is evaluated 2 * num_steps - 1 times.
+    `ode_sampler` the rest. Heun's method evaluates the network 2 * num_steps - 1 times, all others num_steps times.
 
     Raises:
-        UserError: `guidance` differs from 1 and there is no `gnet`.
+        UserError: `guidance` differs from 1 and there is no `gnet`; or as `solvers.check_solver`.
     """
     denoiser = net
     if guidance != 1:
@@ -132,6 +151,7 @@ def edm_sampler(
         noise,
         edm_sigmas(num_steps, sigma_min, sigma_max, rho),
         labels,
+        solver,
         S_churn=S_churn,
         S_min=S_min,
         S_max=S_max,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from dnnlib.util import UserError
+from training.choices import TOY_CLASSES
 
-CLASSES = ("A", "B", "AB")
 SEED = 2
 DEPTH = 7  # of a tree: 127 branches
 GAUSSIANS_PER_BRANCH = 8
@@ -137,8 +137,8 @@ def gt(classes: str = "A", device: torch.device | str = "cpu") -> GaussianMixtur
     Raises:
         UserError: another class.
     """
-    if classes not in CLASSES:
-        raise UserError(f"unknown class {classes!r} (known: {', '.join(CLASSES)})")
+    if classes not in TOY_CLASSES:
+        raise UserError(f"unknown class {classes!r} (known: {', '.join(TOY_CLASSES)})")
     parts = [_trees()[name] for name in classes]
     phi, mu, Sigma = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     tensors = [torch.tensor(array, dtype=torch.float32, device=device) for array in (phi / phi.sum(), mu, Sigma)]

@@ -1,0 +1,89 @@
+"""The solvers that samplers follow a denoiser with, and the coefficients of those that look back. Knows no tensors.
+
+In lambda = -log sigma the probability flow is dx/dlambda = D - x. Solving its linear part exactly gives, for a step of
+length h in lambda,
+
+    x(lambda + h) = e^-h x(lambda) + int_0^h e^(s-h) D(lambda + s) ds.
+
+Multistep solvers replace D by what continues its last values, and so need one evaluation per step.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dnnlib.util import UserError
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # exact to rounding for steps between neighbouring noise levels
+
+
+def dpmpp_2m(sigmas: Sequence[float], sigma_next: float) -> list[float]:
+    """DPM-Solver++(2M): D extrapolated to the middle of the step (Lu et al. 2022, arXiv 2211.01095, Algorithm 2)."""
+    h = math.log(sigmas[0] / sigma_next)
+    total = -math.expm1(-h)
+    if len(sigmas) == 1:
+        return [total]
+    reach = h / 2 / math.log(sigmas[1] / sigmas[0])
+    return [total * (1 + reach), -total * reach]
+
+
+def dpmpp_3m(sigmas: Sequence[float], sigma_next: float) -> list[float]:
+    """DPM-Solver++ of order 3 (arXiv 2211.01095, Eq. 12): the polynomial in lambda through the last values of D."""
+    return _interpolate(sigmas, sigma_next, np.log)
+
+
+def sqrt_3m(sigmas: Sequence[float], sigma_next: float) -> list[float]:
+    """The same with a polynomial in sqrt(sigma), which stays finite where sigma -> 0 and D no longer changes."""
+    return _interpolate(sigmas, sigma_next, np.sqrt)
+
+
+def _interpolate(
+    sigmas: Sequence[float], sigma_next: float, variable: Callable[[np.ndarray], np.ndarray]
+) -> list[float]:
+    """int_0^h e^(s-h) L_j(s) ds for Lagrange's polynomials L_j in `variable` of sigma, by Gauss's quadrature."""
+    h = math.log(sigmas[0] / sigma_next)
+    s = (NODES + 1) / 2 * h
+    kernel = WEIGHTS / 2 * h * np.exp(s - h)
+    u, known = variable(sigmas[0] * np.exp(-s)), variable(np.array(sigmas))
+    coefficients = []
+    for j, u_j in enumerate(known):
+        others = np.delete(known, j)
+        basis = np.prod((u[:, None] - others) / (u_j - others), axis=1)
+        coefficients.append(float(kernel @ basis))
+    return coefficients
+
+
+class Multistep(NamedTuple):
+    """A solver that uses the last `order` values of D.
+
+    Args:
+        order: of accuracy, once as many values are there; the first steps are of lower order.
+        coefficients: of those values, the newest first, in a step from sigmas[0] to sigma_next > 0, where `sigmas` are
+            the noise levels of the values.
+    """
+
+    order: int
+    coefficients: Callable[[Sequence[float], float], list[float]]
+
+
+MULTISTEP = {
+    "dpmpp-2m": Multistep(2, dpmpp_2m),
+    "dpmpp-3m": Multistep(3, dpmpp_3m),
+    "sqrt-3m": Multistep(3, sqrt_3m),
+}
+SOLVERS = ("heun", "euler", *MULTISTEP)
+
+
+def check_solver(name: str, S_churn: float = 0) -> None:
+    """
+    Raises:
+        UserError: no such solver, or one that cannot follow a solution to which noise is added.
+    """
+    if name not in SOLVERS:
+        raise UserError(f"unknown sampler {name!r} (known: {', '.join(SOLVERS)})")
+    if S_churn > 0 and name in MULTISTEP:
+        raise UserError(
+            f"S_churn={S_churn:g} adds noise, which {name} cannot follow: it relies on earlier steps; use heun or euler"
+        )
