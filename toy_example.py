@@ -37,10 +37,11 @@ MODELS = Path(__file__).parent / "models" / "toy"
 NET = MODELS / "clsA-layers04-dim64-iter4096.safetensors"
 GNET = MODELS / "clsA-layers04-dim32-iter0512.safetensors"
 CFG_NET = MODELS / "clsAB-layers04-dim32-iter0512.safetensors"
-GUIDANCE, CFG_GUIDANCE = 3.0, 4.0
+GUIDANCE, CFG_GUIDANCE, MAX_GUIDANCE = 3.0, 4.0, 100.0
 PICTURE = Path("toy_example.png")  # where there is neither a display nor --save
 FIRST_SNAPSHOT = 256  # then at every doubling of the iterations, and at the end
 FRAME_INTERVAL = 64  # iterations
+WEIGHT = click.FloatRange(-MAX_GUIDANCE, MAX_GUIDANCE)
 
 
 def __getattr__(name: str) -> Any:
@@ -63,8 +64,8 @@ def parse_weights(text: str) -> list[float]:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         weights = [math.nan]
-    if not all(map(math.isfinite, weights)):
-        raise UserError(f"{text!r} is not a list of numbers such as 1.5,2,3")
+    if not all(abs(weight) <= MAX_GUIDANCE for weight in weights):
+        raise UserError(f"{text!r} is not a list of numbers such as 1.5,2,3 (up to {MAX_GUIDANCE:g})")
     return weights
 
 
@@ -97,11 +98,17 @@ class Models:
         self.names = {"net": Path(net).name, "gnet": gnet and Path(gnet).name, "cfg_net": Path(cfg_net).name}
         self.net, metadata = load_toy_model("--net", net, device)
         self.gnet = load_toy_model("--gnet", gnet, device)[0] if gnet is not None else None
-        self.cfg_net, _ = load_toy_model("--cfg-net", cfg_net, device)
-        learned = (metadata.get("config") or {}).get("cls")
+        self.cfg_net, cfg_metadata = load_toy_model("--cfg-net", cfg_net, device)
+        learned = _learned_class(metadata)
         if cls is not None and learned in TOY_CLASSES and cls != learned:
             raise UserError(f"--cls={cls}, but {net} has learned {learned}")
+        if learned in ("A", "B") and _learned_class(cfg_metadata) == learned:
+            raise UserError(f"--cfg-net={cfg_net} has learned {learned} alone, like --net: it must know both classes")
         self.cls: str = cls or (learned if learned in TOY_CLASSES else "A")
+
+
+def _learned_class(metadata: dict[str, Any]) -> str | None:
+    return (metadata.get("config") or {}).get("cls")
 
 
 def load_toy_model(option: str, path: str, device: torch.device) -> tuple[ToyModel, dict[str, Any]]:
@@ -206,11 +213,14 @@ def train(
     from torch_utils import misc
     from training.encoders import StandardRGBEncoder
     from training.snapshot import save_network
-    from training.toy_figure import TrainingView, require_matplotlib
+    from training.toy_figure import TrainingView, check_frames, require_matplotlib
     from training.toy_training import ToyConfig, train_toy
 
     if save is not None:
         require_matplotlib()
+        check_frames(save)
+    if outdir is not None:
+        outdir.mkdir(parents=True, exist_ok=True)
     target = misc.select_device(device)
     config = ToyConfig(cls=cls, num_layers=layers, hidden_dim=dim, iterations=iterations, seed=seed)
     metadata = {
@@ -220,7 +230,13 @@ def train(
         "date": datetime.date.today().isoformat(),
     }
     saved_at = {iterations} | {FIRST_SNAPSHOT << i for i in range(iterations.bit_length())}
-    view = TrainingView(cls, target, save, window=viz) if viz or save is not None else None
+    view = None
+    if viz or save is not None:
+        try:
+            require_matplotlib()
+            view = TrainingView(cls, target, save, window=viz)
+        except UserError as err:  # without --save, the window is only an extra
+            print(f"Note: no window: {err}")
     with tqdm(total=iterations, unit="it", dynamic_ncols=True) as progress:
         for iteration, loss, ema in train_toy(config, target):
             if iteration % FRAME_INTERVAL == 0 or iteration == iterations:
@@ -239,12 +255,12 @@ def train(
 
 @main.command()
 @with_options(MODEL_OPTIONS)
-@click.option("--guidance", help=f"Weight of autoguidance  [default: {GUIDANCE:g}]", metavar="FLOAT", type=float)
+@click.option("--guidance", help=f"Weight of autoguidance  [default: {GUIDANCE:g}]", metavar="FLOAT", type=WEIGHT)
 @click.option(
     "--cfg-guidance",
     help="Weight of classifier-free guidance",
     metavar="FLOAT",
-    type=float,
+    type=WEIGHT,
     default=CFG_GUIDANCE,
     show_default=True,
 )
@@ -275,6 +291,8 @@ def plot(
     if save is not None:
         check_format(save)
     models = Models(net, gnet, cfg_net, cls, misc.select_device(device), guidance)
+    if models.gnet is None and (cfg_net is not None or cfg_guidance != CFG_GUIDANCE):
+        raise UserError("the figure shows classifier-free guidance beside autoguidance: give --gnet, too")
     width = 16 if models.gnet is not None else 8
     figure, window = new_figure(save is None, figsize=(width, 8.8), dpi=100, layout="constrained")
     draw_paper_figure(
@@ -360,7 +378,11 @@ def evaluate(
 
     def report(name: str, weight: float | None, x: torch.Tensor) -> None:
         quality = measure(distribution, x)
-        rows.append({"sampling": name, "weight": weight} | {k: e._asdict() for k, e in quality._asdict().items()})
+        plain = {
+            key: {k: v if math.isfinite(v) else None for k, v in e._asdict().items()}
+            for key, e in quality._asdict().items()
+        }
+        rows.append({"sampling": name, "weight": weight} | plain)
         nll, outliers, kl = quality
         print(
             f"{name:26s}{'' if weight is None else f'{weight:g}':>4s}"
@@ -384,7 +406,7 @@ def evaluate(
             "rows": rows,
         }
         with atomic_write(json_path, "w") as f:
-            f.write(json.dumps(facts, indent=2) + "\n")
+            f.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

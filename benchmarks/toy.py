@@ -24,13 +24,13 @@ from training.toy_training import ToyConfig, ToyTrainer, score_matching_loss, tr
 class TextbookScore:
     def __init__(self, distribution: GaussianMixture):
         self.phi, self.mu = distribution.phi, distribution.mu
-        self.L, self.Q = torch.linalg.eigh(distribution.Sigma)
+        self.variances, self.axes = torch.linalg.eigh(distribution.Sigma)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        variance = self.L + sigma[:, None, None] ** 2  # [N, K, 2], along the eigenvectors
-        z = torch.einsum("kji,nkj->nki", self.Q, self.mu - x[:, None])
+        variance = self.variances + sigma[:, None, None] ** 2  # [N, K, 2], along the eigenvectors
+        z = torch.einsum("kji,nkj->nki", self.axes, self.mu - x[:, None])
         density = self.phi * (-(z**2 / variance).sum(2) / 2).exp() / (2 * math.pi * variance.prod(2).sqrt())
-        gradient = torch.einsum("nk,kij,nkj->ni", density, self.Q, z / variance)
+        gradient = torch.einsum("nk,kij,nkj->ni", density, self.axes, z / variance)
         return gradient / density.sum(1, keepdim=True)
 
 

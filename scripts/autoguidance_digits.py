@@ -12,9 +12,9 @@ import click
 import matplotlib
 import numpy as np
 import torch
-from quickstart import CLASSES, DATA, ROOT, Samples, newest, picture, train
+from quickstart import CLASSES, DATA, ROOT, SAMPLES, STEPS, Samples, newest, picture, train
 
-from dnnlib.util import code_version
+from dnnlib.util import atomic_write, code_version
 from training.dataset import ImageFolderDataset
 from training.snapshot import load_network
 
@@ -61,7 +61,9 @@ def draw(path: Path, rows: list[dict[str, Any]], real: dict[str, float], shown: 
         place.grid(alpha=0.3)
     for place, (weight, samples) in zip(axes[1], shown.items(), strict=True):
         picture(place, samples.by_class(10), f"w = {weight:g}")
-    fig.savefig(path, dpi=100, metadata={"Description": f"scripts/autoguidance_digits.py, OpenEDM2 {code_version()}"})
+    made_by = {"Description": f"scripts/autoguidance_digits.py, OpenEDM2 {code_version()}"}
+    with atomic_write(path) as f:
+        fig.savefig(f, format="png", dpi=100, metadata=made_by)
 
 
 @click.command()
@@ -92,7 +94,16 @@ def main(outdir: Path) -> None:
         "nn_distance_ratio": 1.0,
         "diversity": within_class_distance(reals, classes),
     }
-    (out / "sweep.json").write_text(json.dumps({"rows": rows, "real": real}, indent=2) + "\n")
+    facts = {
+        "command": "python scripts/autoguidance_digits.py",
+        "code_version": code_version(),
+        "samples": SAMPLES,
+        "steps": STEPS,
+        "rows": rows,
+        "real": real,
+    }
+    with atomic_write(out / "sweep.json", "w") as f:
+        f.write(json.dumps(facts, indent=2) + "\n")
     draw(out / "sweep.png", rows, real, shown)
     print(f"Pictures: {out / 'sweep.png'}")
 

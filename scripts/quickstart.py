@@ -45,7 +45,7 @@ def train(outdir: Path, *options: str) -> None:
     """Train on the digits into `outdir`; stop where the training was."""
     run("train_edm2.py", f"--outdir={shown(outdir)}", f"--data={DATA}", "--preset=digits", *options)
     if statistics(outdir)[-1]["nimg"] < json.loads((outdir / "training_options.json").read_text())["duration"]:
-        sys.exit("The training was interrupted: start the quickstart again to continue.")
+        sys.exit("The training was interrupted: repeat the command to continue.")
 
 
 def statistics(outdir: Path) -> list[dict[str, Any]]:

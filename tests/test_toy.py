@@ -1,6 +1,7 @@
 """The toy example: ground truth, training, sampling, pictures."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -207,9 +208,9 @@ def test_models_in_the_repository():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run of the command that made the models in the repository."""
+    """The command that made the guide in the repository."""
     folder = tmp_path_factory.mktemp("toy")
-    options = ["--cls=A", "--layers=4", "--dim=32", "--iterations=320", "--seed=0", "--viz=0", "--device=cpu"]
+    options = ["--cls=A", "--layers=4", "--dim=32", "--iterations=512", "--seed=0", "--viz=0", "--device=cpu"]
     result = run_cli(main, "train", f"--outdir={folder}", f"--save={folder / 'frames'}", *options)
     assert result.exit_code == 0, result.output
     return folder
@@ -218,28 +219,28 @@ def trained(tmp_path_factory):
 def test_train(trained):
     assert sorted(path.name for path in trained.glob("*.safetensors")) == [
         "iter0256.safetensors",
-        "iter0320.safetensors",
+        "iter0512.safetensors",
     ]
-    path = trained / "iter0320.safetensors"
+    path = trained / "iter0512.safetensors"
     metadata = read_metadata(path)
-    assert metadata["nimg"] == 320 * 4096
-    assert metadata["command"] == "python toy_example.py train --cls=A --layers=4 --dim=32 --iterations=320 --seed=0"
+    assert metadata["nimg"] == 512 * 4096
+    assert metadata["command"] == "python toy_example.py train --cls=A --layers=4 --dim=32 --iterations=512 --seed=0"
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
     quality = measure(gt("A"), sample_toy(load_network(path).net, noise))
     assert quality.outliers.value < 0.5 and quality.branch_kl.value < 0.5  # an untrained one: 0.9 and more
     frames = sorted((trained / "frames").iterdir())
-    assert [frame.name for frame in frames] == [f"iter{i:04d}.png" for i in range(64, 321, 64)]
+    assert [frame.name for frame in frames] == [f"iter{i:04d}.png" for i in range(64, 513, 64)]
     with PIL.Image.open(frames[-1]) as image:
         assert min(image.size) > 500
 
 
 def test_the_same_seed_gives_the_guide_in_the_repository(trained):
-    """Training is the same but for rounding, which training amplifies."""
-    ours = load_network(trained / "iter0256.safetensors").net
-    noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
-    guide = load_network(GNET).net
-    difference = (sample_toy(ours, noise) - sample_toy(guide, noise)).norm(dim=1).median()
-    assert difference < 0.1
+    """Here the weights agree to 3e-6; on other processors, training amplifies their rounding. Another seed: 1.4."""
+    ours, guide = (
+        torch.cat([p.flatten() for p in load_network(path).net.parameters()])
+        for path in (trained / "iter0512.safetensors", GNET)
+    )
+    assert (ours - guide).norm() < 0.1 * guide.norm()
 
 
 def test_animation(tmp_path):
@@ -312,12 +313,28 @@ def test_evaluate(tmp_path):
     assert facts["rows"][1]["nll"]["value"] == pytest.approx(expected.nll.value, rel=1e-4)
 
 
+def test_samples_that_overflow(tmp_path):
+    """They are outliers, and the file is JSON that any reader takes."""
+    path = tmp_path / "toy.json"
+    result = run_cli(main, "evaluate", "--samples=100", "--weights=-100", f"--json={path}")
+    assert result.exit_code == 0, result.output
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+    row = json.loads(path.read_text())["rows"][2]
+    assert row["nll"]["value"] is None and row["outliers"]["value"] == 1
+
+
 @pytest.mark.parametrize(
     ("args", "fragments"),
     [
         (["train", "--cls=C"], ["--cls", "unknown class 'C' (known: A, B, AB)"]),
         (["train", "--layers=0"], ["--layers"]),
         (["train", "--iterations=0"], ["--iterations"]),
+        (["train", "--save=toy.mp4"], ["--save=toy.mp4: frames are saved as a .gif file, or as PNG files in a folder"]),
+        (["train", "--save=README.md"], ["--save=README.md: frames are saved as"]),
+        (["train", "--save=LICENSE"], ["--save=LICENSE: there is a file of that name"]),
+        (["plot", f"--cfg-net={NET}"], ["has learned A alone, like --net: it must know both classes"]),
+        (["plot", f"--net={NET}", "--cfg-guidance=2"], ["classifier-free guidance beside autoguidance: give --gnet"]),
+        (["plot", "--guidance=101"], ["--guidance", "range -100.0<=x<=100.0"]),
         (["plot", "--save=toy.jpeg2"], ["--save=toy.jpeg2", ".png, .pdf, .svg"]),
         (["plot", "--cls=C"], ["--cls", "unknown class 'C'"]),
         (["plot", f"--net={NET}", "--guidance=2"], ["--guidance=2 needs a guiding model: give --gnet"]),
@@ -348,6 +365,36 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails_with(run_cli(main, "plot", "--save=toy.png"), "pictures need matplotlib: pip install")
     fails_with(run_cli(main, "train", "--save=toy.gif"), "pictures need matplotlib: pip install")
+    result = run_cli(main, "train", "--iterations=1", "--dim=1")
+    assert result.exit_code == 0 and "Note: no window: pictures need matplotlib" in result.output
+
+
+def test_backend_that_matplotlib_does_not_know(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "toy_example.py", "plot", f"--save={tmp_path / 'toy.png'}"],
+        cwd=ROOT,
+        env={**os.environ, "MPLBACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Error: matplotlib does not start" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_window(monkeypatch):
+    """Drawn into while it is open; when the user closes it, training goes on."""
+    from matplotlib import pyplot
+
+    drawn: list[int] = []
+    figure = pyplot.figure()
+    monkeypatch.setattr(figure, "show", lambda: None)
+    monkeypatch.setattr(figure.canvas, "draw_idle", lambda: drawn.append(1))
+    monkeypatch.setattr(figure.canvas, "flush_events", lambda: pyplot.close(figure) if len(drawn) == 2 else None)
+    monkeypatch.setattr("training.toy_figure.new_figure", lambda *_args, **_kwargs: (figure, True))
+    monkeypatch.setattr(pyplot, "show", lambda: pytest.fail("waits for a window that is closed"))
+    result = run_cli(main, "train", "--iterations=256", "--layers=1", "--dim=8")
+    assert result.exit_code == 0, result.output
+    assert len(drawn) == 2
 
 
 def test_every_option_is_tested():
@@ -359,3 +406,21 @@ def test_every_option_is_tested():
     }
     assert {name: {p.name for p in c.params} for name, c in main.commands.items()} == tested
     assert toy_example.__all__ == ["ToyModel", "gt"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/autoguidance.md"])
+def test_tables_show_the_evaluation(name):
+    """What the documents say is what docs/toy-evaluation.json holds, rounded."""
+    rows = json.loads((ROOT / "docs" / "toy-evaluation.json").read_text())["rows"]
+    outliers = {(row["sampling"], row["weight"]): f"{row['outliers']['value']:.2%}" for row in rows}
+    lines = [
+        line.split("|")[1:] for line in (ROOT / name).read_text().splitlines() if line.startswith("| ") and "%" in line
+    ]
+    sampling, shown = "", 0
+    for cells in ([cell.strip() for cell in line] for line in lines):
+        sampling = cells[0] or sampling
+        if sampling in {row["sampling"] for row in rows}:
+            weight = float(cells[1]) if cells[1] else None
+            assert cells[3].split(" ±")[0] + "%" == outliers[sampling, weight]
+            shown += 1
+    assert shown >= 6

@@ -39,10 +39,13 @@ class ToyModel(nn.Module):
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         """log p(x; sigma) up to a constant: x [..., in_dim], sigma a number or [...] -> [...]."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).broadcast_to(x.shape[:-1]).unsqueeze(-1)
-        x = x / (self.sigma_data**2 + sigma**2).sqrt()
-        y = self.layers(torch.cat([x, sigma.log() / 4, torch.ones_like(sigma)], dim=-1))
-        return (y**2).mean(dim=-1) * self.gain / sigma.squeeze(-1) - (x**2).sum(dim=-1) / 2
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
+        c_in = (sigma.square() + self.sigma_data**2).rsqrt()
+        x_in = x * c_in[..., None]
+        c_noise, bias = sigma.log() / 4, torch.ones_like(sigma)
+        y = self.layers(torch.cat([x_in, torch.stack([c_noise, bias], dim=-1)], dim=-1))
+        # A Gaussian of the data's variance, and what the network makes of it.
+        return self.gain * y.square().mean(dim=-1) / sigma - x_in.square().sum(dim=-1) / 2
 
     def logp(self, x: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         return self(x, sigma)

@@ -1,8 +1,8 @@
 """The two-dimensional ground truth of the toy example: two tree-shaped classes as mixtures of Gaussians.
 
 Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", NeurIPS 2024 (arXiv 2406.02507),
-Appendix C. The numbers of the construction (lengths, widths, angles, order of the random draws) are those that
-reproduce the parameters of the published distribution.
+Appendix C. The paper does not give all numbers of the construction (lengths, widths, angles, order of the random
+draws); these were fitted until they reproduced the parameters of the published distribution.
 """
 
 import functools
@@ -132,7 +132,8 @@ def _rows(x: torch.Tensor, sigma: torch.Tensor | float) -> list[tuple[torch.Tens
 def gt(classes: str = "A", device: torch.device | str = "cpu") -> GaussianMixture:
     """Ground truth of class 'A' or 'B', or of both, 'AB', where each has the share of its branches' lengths.
 
-    Component k belongs to branch k // 8; both trees have 1016 components, A's come first.
+    Component k belongs to branch k // 8; both trees have 1016 components, A's come first. The same object is returned
+    every time: do not change it.
 
     Raises:
         UserError: another class.
@@ -151,15 +152,15 @@ def _trees() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
     One generator draws both trees, A first.
     """
-    rnd = np.random.RandomState(SEED)
-    return {name: _tree(rnd, angle) for name, angle in TRUNK_ANGLE.items()}
+    random_state = np.random.RandomState(SEED)
+    return {name: _tree(random_state, angle) for name, angle in TRUNK_ANGLE.items()}
 
 
-def _tree(rnd: np.random.RandomState, trunk_angle: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tree(random_state: np.random.RandomState, trunk_angle: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     phi, mu, Sigma = [], [], []
 
     def vary(value: float) -> float:
-        return value * (1 + VARIATION * rnd.randn())
+        return value * (1 + VARIATION * random_state.randn())
 
     def grow(level: int, start: np.ndarray, angle: float) -> None:
         """Add a branch and what grows out of it, the whole left side before the right one."""

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.util import UserError, atomic_write, one_line
 from training.networks_toy import ToyModel
 from training.toy_data import gt
 from training.toy_sampling import Quality, measure, sample_toy, support_level
@@ -40,12 +40,14 @@ FRAME_SECONDS = 0.1
 def require_matplotlib() -> None:
     """
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or does not work with the user's settings.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.pyplot  # noqa: F401
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    except ValueError as err:  # such as an unknown $MPLBACKEND
+        raise UserError(f"matplotlib does not start: {one_line(err)}") from None
 
 
 def check_format(path: Path) -> None:
@@ -216,6 +218,17 @@ def _draw_trajectories(
 # Training
 
 
+def check_frames(path: Path) -> None:
+    """
+    Raises:
+        UserError: frames cannot be saved under this name.
+    """
+    if path.suffix.lower() not in ("", ".gif"):
+        raise UserError(f"--save={path}: frames are saved as a .gif file, or as PNG files in a folder")
+    if path.is_dir() if path.suffix else path.is_file():
+        raise UserError(f"--save={path}: there is a {'folder' if path.suffix else 'file'} of that name")
+
+
 class TrainingView:
     """Samples of the model in training: in a window where there is a display, and as frames in a file.
 
@@ -228,23 +241,25 @@ class TrainingView:
     def __init__(self, cls: str, device: torch.device, save: Path | None, window: bool):
         self.figure, self.window = new_figure(window, figsize=(6, 6.4), layout="constrained")
         self.save = save
+        self.frames: list[PIL.Image.Image] = []
+        if not self.wanted:
+            return
         self.noise = torch.randn(SHOWN, 2, generator=torch.Generator(device).manual_seed(0), device=device)
         self.axes = self.figure.subplots()
         _draw_samples(self.axes, cls, self.noise.new_zeros(0, 2))
         self.points = self.axes.scatter([], [], s=3, color=POINT_COLOR, linewidths=0)
-        self.frames: list[PIL.Image.Image] = []
         if self.window:
             self.figure.show()
 
     @property
     def wanted(self) -> bool:
         """Whether anybody sees what is drawn."""
-        return self.window or self.save is not None
+        return self._window_is_open() or self.save is not None
 
     def draw(self, iteration: int, loss: float, net: ToyModel) -> None:
         self.points.set_offsets(sample_toy(net, self.noise).cpu().numpy())
         self.axes.set_title(f"iteration {iteration}, loss {loss:.4f}", fontsize=13)
-        if self.window:
+        if self._window_is_open():
             self.figure.canvas.draw_idle()
             self.figure.canvas.flush_events()
         if self.save is None:
@@ -258,10 +273,21 @@ class TrainingView:
                 f.write(frame.getvalue())
 
     def finish(self) -> None:
-        """Write the animation."""
+        """Write the animation, and leave the window to the user until it is closed."""
         if self.save is not None and self.frames:
             first, *rest = self.frames
             with atomic_write(self.save, sync=False) as f:
                 first.save(
                     f, format="gif", save_all=True, append_images=rest, duration=int(FRAME_SECONDS * 1000), loop=0
                 )
+        if self._window_is_open():
+            from matplotlib import pyplot
+
+            pyplot.show()
+
+    def _window_is_open(self) -> bool:
+        if not self.window:
+            return False
+        from matplotlib import pyplot
+
+        return pyplot.fignum_exists(self.figure.number)

@@ -95,7 +95,7 @@ def support_level(distribution: GaussianMixture) -> float:
 def measure(distribution: GaussianMixture, x: torch.Tensor) -> Quality:
     """Quality of samples x [N, 2]."""
     logp = distribution.logp(x)
-    outside = (logp < support_level(distribution)).float()
+    outside = (~(logp >= support_level(distribution))).float()  # NaN is outside, too
     on_branch = torch.cat([_by_branch(distribution.posterior(part)) for part in x.split(BLOCK)])
     share = on_branch.mean(dim=0)
     # The derivative of KL = sum_b share_b log(share_b / expected_b) with respect to share_b, up to a constant. A branch
