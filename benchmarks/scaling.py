@@ -149,7 +149,7 @@ def measure(folder: Path, repeats: int) -> tuple[list[Curve], dict[str, dict[str
             "channels (32x32, batch 4)",
             "base channels",
             list(CHANNELS),
-            "ms per 10^9 operations",
+            "ms per billion operations",
             {"forward": channels},
         ),
         dataset_curve(folder, repeats),
