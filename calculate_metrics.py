@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
+from dnnlib.util import (
+    CommandGroup,
+    UserError,
+    device_option,
+    imported_when_used,
+    offline_option,
+    parsed_by,
+    with_options,
+)
 from training.choices import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
 from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.presets import GENERATION_PRESETS, files_for
@@ -29,15 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
 
 GROUPS = 15  # of images, for error bars
-
-
-def __getattr__(name: str) -> Any:
-    """Imported when it is asked for: torch takes a second, which a command's help need not wait for."""
-    if name not in __all__:
-        raise AttributeError(name)
-    from training import metrics
-
-    return getattr(metrics, name)
+__getattr__ = imported_when_used(dict.fromkeys(__all__, "training.metrics"))
 
 
 def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, parse_int_list, parsed_by, with_options
+from dnnlib.util import CommandLine, UserError, imported_when_used, parse_int_list, parsed_by, with_options
 from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.presets import GENERATION_PRESETS, generation_table
 
@@ -18,15 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["generate_images"]  # for Python callers
 
 MAX_GRID = 10_000
-
-
-def __getattr__(name: str) -> Any:
-    """Imported when it is asked for: torch takes a second, which a command's help need not wait for."""
-    if name not in __all__:
-        raise AttributeError(name)
-    from training import generation
-
-    return getattr(generation, name)
+__getattr__ = imported_when_used({"generate_images": "training.generation"})
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -19,6 +19,7 @@ from dnnlib.util import (
     code_version,
     device_option,
     given_options,
+    imported_when_used,
     offline_option,
     parsed_by,
     with_options,
@@ -42,15 +43,7 @@ PICTURE = Path("toy_example.png")  # where there is neither a display nor --save
 FIRST_SNAPSHOT = 256  # then at every doubling of the iterations, and at the end
 FRAME_INTERVAL = 64  # iterations
 WEIGHT = click.FloatRange(-MAX_GUIDANCE, MAX_GUIDANCE)
-
-
-def __getattr__(name: str) -> Any:
-    """Imported when it is asked for: torch takes a second, which a command's help need not wait for."""
-    if name not in __all__:
-        raise AttributeError(name)
-    from training import networks_toy, toy_data
-
-    return getattr(toy_data if name == "gt" else networks_toy, name)
+__getattr__ = imported_when_used({"ToyModel": "training.networks_toy", "gt": "training.toy_data"})
 
 
 def parse_class(text: str) -> str:

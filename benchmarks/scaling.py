@@ -33,7 +33,7 @@ RESOLUTIONS = (8, 16, 32, 64, 128)
 CHANNELS = (16, 32, 64, 96, 128)
 ENTRIES = (1_000, 10_000, 100_000)
 READS = 1000
-TRAINED = 24 * 1024  # images, per number of processes
+TRAINED = {16: 24 * 1024, 64: 6 * 1024}  # images, by base channels
 
 
 class Curve(NamedTuple):
@@ -111,22 +111,28 @@ def dataset_curve(folder: Path, repeats: int) -> Curve:
     return Curve("entries of a dataset (ZIP)", "entries", list(ENTRIES), "microseconds", costs)
 
 
-def training_speed(folder: Path, processes: int, threads: int) -> float:
+def training_speed(folder: Path, channels: int, processes: int, threads: int) -> float:
     """Images per second of the digits preset: the median of the status intervals after the first."""
-    out = folder / f"processes-{processes}-{threads}"
+    out = folder / f"training-{channels}-{processes}-{threads}"
     data = ROOT / "datasets" / "digits.zip"
     for old in out.glob("*"):
         old.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += ["train_edm2.py", f"--outdir={out.resolve()}", f"--data={data}", "--preset=digits", "--device=cpu"]
-    command += [f"--duration={TRAINED}", "--status=2Ki", "--snapshot=0", "--checkpoint=0"]
+    command += [
+        f"--channels={channels}",
+        f"--duration={TRAINED[channels]}",
+        "--status=1Ki",
+        "--snapshot=0",
+        "--checkpoint=0",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     return statistics.median(line["images_per_second"] for line in lines[1:])
 
 
-def measure(folder: Path, repeats: int) -> tuple[list[Curve], dict[str, float]]:
+def measure(folder: Path, repeats: int) -> tuple[list[Curve], dict[str, dict[str, float]]]:
     batch = [forward_seconds(32, 32, n, repeats) / n * 1e3 for n in BATCHES]
     resolution = [forward_seconds(r, 32, 4, repeats) / 4 / r**2 * 1e6 for r in RESOLUTIONS]
     channels = [forward_seconds(32, c, 4, repeats) / 4 / operations(32, c) * 1e12 for c in CHANNELS]
@@ -143,19 +149,22 @@ def measure(folder: Path, repeats: int) -> tuple[list[Curve], dict[str, float]]:
             "channels (32x32, batch 4)",
             "base channels",
             list(CHANNELS),
-            "ms per 10^9 operations",
+            "ms per billion operations",
             {"forward": channels},
         ),
         dataset_curve(folder, repeats),
     ]
     speeds = {
-        f"{processes} x {threads}": training_speed(folder, processes, threads)
-        for processes, threads in [(1, 1), (1, 2), (2, 1)]
+        f"training of digits, batch 128, {channels} channels": {
+            f"{processes} x {threads}": training_speed(folder, channels, processes, threads)
+            for processes, threads in [(1, 1), (1, 2), (2, 1)]
+        }
+        for channels in TRAINED
     }
     return curves, speeds
 
 
-def draw(path: Path, curves: list[Curve], speeds: dict[str, float]) -> None:
+def draw(path: Path, curves: list[Curve], speeds: dict[str, dict[str, float]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,15 +184,13 @@ def draw(path: Path, curves: list[Curve], speeds: dict[str, float]) -> None:
         place.grid(alpha=0.3)
         place.tick_params(labelsize=11)
         if len(curve.costs) > 1:
-            place.legend(fontsize=12)
-    bars = axes.flat[len(curves)]
-    bars.bar(list(speeds), list(speeds.values()), color="tab:blue", width=0.5)
-    bars.set_title("training of digits, batch 128", fontsize=14)
-    bars.set_xlabel("processes x threads", fontsize=13)
-    bars.set_ylabel("images per second", fontsize=13)
-    bars.tick_params(labelsize=11)
-    for place in axes.flat[len(curves) + 1 :]:
-        place.axis("off")
+            place.legend(fontsize=12, loc="lower left")
+    for place, (title, by_processes) in zip(axes.flat[len(curves) :], speeds.items(), strict=True):
+        place.bar(list(by_processes), list(by_processes.values()), color="tab:blue", width=0.5)
+        place.set_title(title, fontsize=14)
+        place.set_xlabel("processes x threads", fontsize=13)
+        place.set_ylabel("images per second", fontsize=13)
+        place.tick_params(labelsize=11)
     fig.savefig(path, dpi=100, metadata={"Description": f"benchmarks/scaling.py, OpenEDM2 {code_version()}"})
 
 
@@ -198,9 +205,9 @@ def main(folder: Path, repeats: int) -> None:
         print("  " + "".join(f"{size:>12,}" for size in curve.sizes))
         for name, costs in curve.costs.items():
             print("  " + "".join(f"{cost:12.2f}" for cost in costs) + f"  {name}")
-    print("training, images per second by processes x threads")
-    for name, speed in speeds.items():
-        print(f"  {name}: {speed:.0f}")
+    for title, by_processes in speeds.items():
+        print(f"{title}, images per second by processes x threads")
+        print("  " + ", ".join(f"{name}: {speed:.0f}" for name, speed in by_processes.items()))
     draw(folder / "scaling.png", curves, speeds)
     facts = {"machine": machine_facts(), "curves": [curve._asdict() for curve in curves], "training": speeds}
     with atomic_write(folder / "scaling.json", "w") as f:

@@ -3,6 +3,7 @@
 import errno
 import functools
 import hashlib
+import importlib
 import math
 import os
 import re
@@ -21,6 +22,23 @@ import click
 import dnnlib
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def imported_when_used(module_of: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that offers names from others, importing those when a name is asked for.
+
+    For commands, whose help need not wait for the import of torch, which takes a second.
+
+    Args:
+        module_of: module of each name.
+    """
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(name)
+        return getattr(importlib.import_module(module_of[name]), name)
+
+    return get
 
 
 class EasyDict(dict):
