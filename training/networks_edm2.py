@@ -69,6 +69,12 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> to
     return torch.cat([a * (C / math.sqrt(Na) * (1 - t)), b * (C / math.sqrt(Nb) * t)], dim=dim)
 
 
+def _unit_normal(*shape: int) -> torch.Tensor:
+    """torch.randn. On the meta device that would take a second, to import most of torch's compiler."""
+    values = torch.empty(*shape)
+    return values if values.is_meta else values.normal_()
+
+
 class MPFourier(nn.Module):
     """Random Fourier features of unit magnitude (Eq. 75): [N] -> [N, num_channels]."""
 
@@ -77,7 +83,7 @@ class MPFourier(nn.Module):
 
     def __init__(self, num_channels: int, bandwidth: float = 1):
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels) * bandwidth)
+        self.register_buffer("freqs", 2 * math.pi * _unit_normal(num_channels) * bandwidth)
         self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -94,7 +100,7 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+        self.weight = nn.Parameter(_unit_normal(out_channels, in_channels, *kernel))
         self.shared_weight: torch.Tensor | None = None  # set inside `effective_weights`
 
     def effective_weight(self) -> torch.Tensor:
