@@ -5,7 +5,7 @@ Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,10 +69,10 @@ def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> to
     return torch.cat([a * (C / math.sqrt(Na) * (1 - t)), b * (C / math.sqrt(Nb) * t)], dim=dim)
 
 
-def _unit_normal(*shape: int) -> torch.Tensor:
-    """torch.randn. On the meta device that would take a second, to import most of torch's compiler."""
+def _drawn(draw: Callable[..., torch.Tensor], shape: Sequence[int], scale: float = 1) -> torch.Tensor:
+    """draw(*shape) * scale. On the meta device that would take a second, to import most of torch's compiler."""
     values = torch.empty(*shape)
-    return values if values.is_meta else values.normal_()
+    return values if values.is_meta else draw(*shape) * scale
 
 
 class MPFourier(nn.Module):
@@ -83,8 +83,8 @@ class MPFourier(nn.Module):
 
     def __init__(self, num_channels: int, bandwidth: float = 1):
         super().__init__()
-        self.register_buffer("freqs", 2 * math.pi * _unit_normal(num_channels) * bandwidth)
-        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+        self.register_buffer("freqs", _drawn(torch.randn, [num_channels], 2 * math.pi * bandwidth))
+        self.register_buffer("phases", _drawn(torch.rand, [num_channels], 2 * math.pi))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angles = torch.outer(x.float(), self.freqs.float()) + self.phases.float()
@@ -100,7 +100,7 @@ class MPConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()):
         super().__init__()
-        self.weight = nn.Parameter(_unit_normal(out_channels, in_channels, *kernel))
+        self.weight = nn.Parameter(_drawn(torch.randn, [out_channels, in_channels, *kernel]))
         self.shared_weight: torch.Tensor | None = None  # set inside `effective_weights`
 
     def effective_weight(self) -> torch.Tensor:
