@@ -23,8 +23,8 @@ from training.snapshot.files import (
 )
 from training.snapshot.native import write_native_files
 
-BUFFER_ELEMENTS = 1 << 21  # that are in memory at a time, in float32, of all inputs
-MAPPED_ELEMENTS = 1 << 23  # that stay mapped at most: to take them out of memory takes time, too
+BUFFER_ELEMENTS = 1 << 20  # that are in memory at a time, in float32, of all inputs
+MAPPED_ELEMENTS = 1 << 22  # that stay mapped at most: to take them out of memory takes time, too
 
 
 @dataclass(frozen=True)
