@@ -14,7 +14,7 @@ from benchmarks import textbook
 from benchmarks.harness import Job
 from torch_utils.misc import flat_gradients, replace_nonfinite_
 from training.losses import EDM2Loss
-from training.networks_edm2 import Precond, effective_weights, normalize_weights_
+from training.networks_edm2 import MPConv, Precond, effective_weights, normalize_weights_
 from training.phema import PowerFunctionEMA
 
 BATCH = 16
@@ -86,14 +86,15 @@ def plain_parameters() -> Callable[[], np.ndarray]:
     rest = textbook.PlainOptimization(net, LEARNING_RATE, STDS)
     for p in in_order(net):
         p.grad = torch.full_like(p, 1e-3)
+    found = [torch.full_like(conv.weight, 1e-3) for conv in convs]
 
     def run() -> np.ndarray:
-        for conv in convs:
+        for conv, grad in zip(convs, found, strict=True):
             w = textbook.plain_normalize(conv.weight)
             with torch.no_grad():
                 conv.weight.copy_(w)
             w = textbook.plain_normalize(conv.weight) / np.sqrt(conv.weight[0].numel())
-            w.backward(torch.full_like(w, 1e-3))
+            w.backward(grad)
         rest.step(BATCH, BATCH)
         return some(in_order(net))
 
@@ -106,15 +107,16 @@ def our_parameters() -> Callable[[], np.ndarray]:
     gradients.fill_(1e-3)
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
     ema = PowerFunctionEMA(net, STDS)
+    convs = [m for m in net.modules() if isinstance(m, MPConv)]
+    found = [torch.full_like(conv.weight, 1e-3) for conv in convs]
     nonfinite = torch.zeros([], dtype=torch.int64)
 
     def run() -> np.ndarray:
         normalize_weights_(net)
         with effective_weights(net):
-            for m in net.modules():
-                w = getattr(m, "shared_weight", None)
-                if w is not None:
-                    w.grad = torch.full_like(w, 1e-3)
+            for conv, grad in zip(convs, found, strict=True):
+                assert conv.shared_weight is not None
+                conv.shared_weight.grad = grad
         nonfinite.add_(replace_nonfinite_(gradients))
         optimizer.step()
         ema.update(BATCH, BATCH)
