@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 import PIL.Image
 import torch
@@ -58,7 +59,9 @@ def make_files(folder: Path, count: int) -> dict[str, Path]:
 def batches(variant: str, kind: str) -> Callable[[], np.ndarray]:
     """All items once, in random order, in batches; gives the last of them."""
     torch.set_num_threads(1)
-    path = make_files(FOLDER, COUNT)[kind]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be about to make them
+        path = make_files(FOLDER, COUNT)[kind]
     order = np.random.default_rng(1).permutation(COUNT).reshape(-1, BATCH).tolist()
     plain, ours = PlainDataset(path), ImageFolderDataset(path)
 

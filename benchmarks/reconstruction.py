@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+import filelock
 import numpy as np
 import torch
 
@@ -49,7 +50,9 @@ def make_files() -> None:
 
 
 def reconstruction(variant: str, count: int) -> Callable[[], np.ndarray]:
-    make_files()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be about to make them
+        make_files()
     stds = RESULTS[count]
 
     def plainly() -> np.ndarray:
