@@ -1,51 +1,32 @@
-"""Items per second from stored ZIP files: ImageFolderDataset against zipfile with np.load and Pillow.
+"""Batches from stored ZIP files, stacked into tensors, in random order.
 
-The textbook variant reads an item as the published dataset does: through one zipfile object, decoded by np.load or
-Pillow. Both give equal arrays and take turns; a batch is 32 items stacked into one tensor, in random order.
+As a program, it measures the start-up with an archive of a million entries.
 """
 
+import functools
 import io
 import os
-import statistics
 import sys
 import time
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
-import click
+import filelock
 import numpy as np
 import PIL.Image
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.harness import Job
+from benchmarks.textbook import PlainDataset
 from training.archives import DatasetWriter
 from training.conversion import encode_png, image_name
 from training.dataset import ImageFolderDataset, collate
 
 BATCH = 32
-
-
-class Textbook(torch.utils.data.Dataset):
-    def __init__(self, path: Path):
-        self.path = path
-        self.archive: zipfile.ZipFile | None = None
-        with zipfile.ZipFile(path) as archive:
-            self.names = sorted(name for name in archive.namelist() if name.endswith((".png", ".npy")))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.archive is None:
-            self.archive = zipfile.ZipFile(self.path)
-        name = self.names[idx]
-        with self.archive.open(name) as f:
-            if name.endswith(".npy"):
-                image = np.load(f)
-            else:
-                image = np.array(PIL.Image.open(f)).transpose(2, 0, 1)
-        return image.copy(), np.zeros([0], dtype=np.float32)
+COUNT = 4096
+FOLDER = Path("out/benchmark/dataset")
 
 
 def make_files(folder: Path, count: int) -> dict[str, Path]:
@@ -75,59 +56,35 @@ def make_files(folder: Path, count: int) -> dict[str, Path]:
     return paths
 
 
-def items_per_second(dataset: torch.utils.data.Dataset, order: list[int], workers: int) -> dict[str, float]:
-    """Rates of single items, and of batches (in this process, or through a DataLoader with worker processes)."""
-    rates = {}
-    if workers == 0:
-        start = time.perf_counter()
-        for idx in order:
-            dataset[idx]
-        rates["items"] = len(order) / (time.perf_counter() - start)
-    if isinstance(dataset, Textbook):
-        dataset.archive = None  # forked processes must not share its position in the file
-    batches = [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-    )
-    iterator = iter(loader)
-    next(iterator)  # the workers are up
-    start = time.perf_counter()
-    count = sum(len(images) for images, _labels in iterator)
-    rates[f"batches, {workers} workers" if workers else "batches"] = count / (time.perf_counter() - start)
-    return rates
-
-
-@click.command()
-@click.option("--dir", "folder", type=click.Path(path_type=Path), default="out/benchmark/dataset", show_default=True)
-@click.option("--count", help="Items per dataset", type=click.IntRange(min=64), default=4096, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--million", help="Measure only the start-up with an archive of a million entries", is_flag=True)
-def main(folder: Path, count: int, repeats: int, million: bool) -> None:
+def batches(variant: str, kind: str) -> Callable[[], np.ndarray]:
+    """All items once, in random order, in batches; gives the last of them."""
     torch.set_num_threads(1)
-    if million:
-        measure_million(folder, make_files(folder, count)["PNG 64x64x3, plain rows"])
-        return
-    for kind, path in make_files(folder, count).items():
-        variants = {"textbook": Textbook(path), "ours": ImageFolderDataset(path)}
-        order = np.random.default_rng(1).permutation(count).tolist()
-        for idx in order[:20]:
-            assert np.array_equal(variants["textbook"][idx][0], variants["ours"][idx][0])
-        rates: dict[str, dict[str, list[float]]] = {}
-        for _ in range(repeats):
-            for workers in (0, 2):
-                for name, dataset in variants.items():
-                    for what, rate in items_per_second(dataset, order, workers).items():
-                        rates.setdefault(what, {}).setdefault(name, []).append(rate)
-        print(f"{kind}: items per second, median of {repeats} (min-max)")
-        for what, by_name in rates.items():
-            medians = {name: statistics.median(values) for name, values in by_name.items()}
-            spread = {name: f"{medians[name]:9.0f} ({min(v):.0f}-{max(v):.0f})" for name, v in by_name.items()}
-            ratio = medians["ours"] / medians["textbook"]
-            print(f"  {what:20s} textbook {spread['textbook']}  ours {spread['ours']}  ratio {ratio:.1f}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be about to make them
+        path = make_files(FOLDER, COUNT)[kind]
+    order = np.random.default_rng(1).permutation(COUNT).reshape(-1, BATCH).tolist()
+    plain, ours = PlainDataset(path), ImageFolderDataset(path)
+
+    def run() -> np.ndarray:
+        images = torch.empty(0)
+        for indices in order:
+            items = [plain[idx] for idx in indices] if variant == "textbook" else ours.__getitems__(indices)
+            images, _ = collate(items)
+        return images.numpy()
+
+    return run
+
+
+JOBS = [
+    Job(
+        f"reading {kind}, batches of {BATCH}",
+        functools.partial(batches, "textbook", kind),
+        functools.partial(batches, "ours", kind),
+        bar,
+        tolerance=0,
+    )
+    for kind, bar in [("PNG 64x64x3 as Pillow writes it", None), ("PNG 64x64x3, plain rows", 5), ("latents 8x64x64", 6)]
+]
 
 
 class Probe(ImageFolderDataset):
@@ -175,4 +132,4 @@ def measure_million(folder: Path, small: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure_million(FOLDER, make_files(FOLDER, COUNT)["PNG 64x64x3, plain rows"])

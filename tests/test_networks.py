@@ -108,6 +108,16 @@ def test_effective_weights_accumulate_gradients():
         assert error < 1e-4, name
 
 
+def test_both_ways_of_attention_agree(monkeypatch):
+    net = tiny_network(attn_resolutions=[8])
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)
+    plain = net(x, sigma)
+    monkeypatch.setattr("training.networks_edm2.MAX_PLAIN_TOKENS", 0)
+    fused = net(x, sigma)
+    assert not torch.equal(plain, fused)
+    torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_is_close(precision):
     net = tiny_network()

@@ -1,6 +1,7 @@
 """Training runs: exact resumes, any number of processes, nothing silent."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import DIGITS, ROOT, TINY, fails_with, make_dataset, npy, random_images, run_cli, torchrun
 
+from torch_utils.misc import replace_nonfinite_
 from torch_utils.training_stats import Journal
 from train_edm2 import main as train
 from training import training_loop
@@ -282,6 +284,15 @@ def test_non_finite_gradients_are_replaced_and_reported(tmp_path, monkeypatch):
     assert all(torch.isfinite(t).all() for t in state(tmp_path)["net"].values())
     stats = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
     assert [s["nonfinite_gradients"] > 0 for s in stats] == [True, False]
+
+
+def test_finite_gradients_whose_sum_overflows_are_kept():
+    values = torch.full([4], 3e38)
+    assert replace_nonfinite_(values) == 0
+    assert torch.equal(values, torch.full([4], 3e38))
+    values = torch.tensor([1, math.nan, math.inf, -math.inf])
+    assert replace_nonfinite_(values) == 3
+    assert values.tolist() == [1, 0, 0, 0]
 
 
 def test_divergence_stops_the_run(tmp_path, monkeypatch):

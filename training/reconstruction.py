@@ -1,7 +1,8 @@
 """Post-hoc EMA on snapshot files: stored averages -> averages of other widths."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from training.snapshot.files import (
     weights_dtype,
     write_snapshot,
 )
+from training.snapshot.native import write_native_files
+
+BUFFER_ELEMENTS = 1 << 20  # that are in memory at a time, in float32, of all inputs
+MAPPED_ELEMENTS = 1 << 22  # that stay mapped at most: to take them out of memory takes time, too
 
 
 @dataclass(frozen=True)
@@ -118,11 +123,13 @@ def reconstruct_phema(
     for start in tqdm(range(0, len(todo), batch), unit="pass", disable=None, dynamic_ncols=True):
         stds = todo[start : start + batch]
         coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
-        outputs = _combine(inputs, newest, torch.from_numpy(coefs).float(), parameters)
-        for std, tensors in zip(stds, outputs, strict=True):
-            names = [avg.path.name for avg in inputs]
-            metadata = {**newest.file.metadata, "ema_std": std, "nimg": out_nimg, "reconstructed_from": names}
-            write_snapshot(paths[std], net, tensors.__getitem__, weights_dtype(newest.file, net), metadata)
+        names = [avg.path.name for avg in inputs]
+        metadata = {
+            paths[std]: {**newest.file.metadata, "ema_std": std, "nimg": out_nimg, "reconstructed_from": names}
+            for std in stds
+        }
+        get_pieces = _weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters)
+        _write(metadata, net, get_pieces, weights_dtype(newest.file, net))
     return list(paths.values())
 
 
@@ -130,20 +137,61 @@ def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
     return {name: avg.file.shape(name) for name in avg.file.names}
 
 
-def _combine(
+def _weighted_sums(
     inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor, parameters: set[str]
-) -> list[dict[str, torch.Tensor]]:
-    """Weighted sums of the inputs' parameters, one per column of `coefs` [n, m]; buffers are those of `newest`."""
-    outputs: list[dict[str, torch.Tensor]] = [{} for _ in range(coefs.shape[1])]
-    for name in newest.file.names:
-        reference = finite_tensor(newest.file, name)
+) -> Callable[[str], Iterator[torch.Tensor]]:
+    """A function that gives weighted sums of the inputs' tensors of a name, one per column of `coefs` [n, m].
+
+    They come as float32 [m, elements], a part of the tensor at a time, in the order of its elements. Only parameters
+    are summed; buffers are those of `newest`.
+    """
+    files = [avg.file for avg in inputs]
+    values = torch.empty(len(inputs), BUFFER_ELEMENTS // len(inputs) + 1)
+
+    mapped = 0
+
+    def get_pieces(name: str) -> Iterator[torch.Tensor]:
+        nonlocal mapped
         if name not in parameters:
-            for tensors in outputs:
-                tensors[name] = reference
-            continue
-        sums = torch.zeros([coefs.shape[1], reference.numel()])
-        for avg, weights in zip(inputs, coefs, strict=True):
-            sums.addr_(weights, finite_tensor(avg.file, name).flatten().float())
-        for tensors, total in zip(outputs, sums, strict=True):
-            tensors[name] = total.reshape(reference.shape).to(reference.dtype)
-    return outputs
+            yield finite_tensor(newest.file, name).float().reshape(1, -1).expand(coefs.shape[1], -1)
+            return
+        sources = [file.elements(name) for file in files]
+        length = values.shape[1]
+        for start in range(0, len(sources[0]), length):
+            parts = [source[start : start + length] for source in sources]
+            part = values[:, : len(parts[0])]
+            torch._foreach_copy_(list(part), parts)
+            mapped += part.numel()
+            if mapped >= MAPPED_ELEMENTS:
+                for file in files:
+                    file.forget()
+                mapped = 0
+            sums = coefs.t() @ part
+            # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
+            if not math.isfinite(sums.sum()):
+                for file in files:
+                    finite_tensor(file, name)
+            yield sums
+
+    return get_pieces
+
+
+def _write(
+    metadata: Mapping[Path, Mapping],
+    net: torch.nn.Module,
+    get_pieces: Callable[[str], Iterator[torch.Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Write the snapshots of which `metadata` has the JSON blocks: native ones as their values come."""
+    if all(path.suffix == ".safetensors" for path in metadata):
+        write_native_files(metadata, net, get_pieces, dtype)
+        return
+    parameters = {name for name, _ in net.named_parameters()}
+    outputs: list[dict[str, torch.Tensor]] = [{} for _ in metadata]
+    for name, tensor in net.state_dict().items():
+        stored_dtype = dtype if name in parameters else torch.float32
+        values = torch.cat([piece.to(stored_dtype) for piece in get_pieces(name)], dim=1)
+        for tensors, row in zip(outputs, values, strict=True):
+            tensors[name] = row.reshape(tensor.shape)
+    for (path, block), tensors in zip(metadata.items(), outputs, strict=True):
+        write_snapshot(path, net, tensors.__getitem__, dtype, block)

@@ -260,8 +260,7 @@ def _train(
         distributed.all_reduce_sum_(gradients)
         if config.ls != 1:
             gradients /= config.ls
-        nonfinite += (~gradients.isfinite()).sum()
-        torch.nan_to_num(gradients, nan=0, posinf=0, neginf=0, out=gradients)
+        nonfinite += misc.replace_nonfinite_(gradients)
         lr = learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg)
         for group in optimizer.param_groups:
             group["lr"] = lr

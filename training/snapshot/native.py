@@ -1,8 +1,12 @@
 """Native snapshots: safetensors files with a JSON block."""
 
+import functools
 import json
+import math
+import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from dnnlib.util import UserError, atomic_write, one_line
 from training.snapshot.description import METADATA_KEY, checked_metadata
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class NativeFile:
@@ -37,15 +42,18 @@ class NativeFile:
         if metadata is None:
             raise UserError(f"{path}: a safetensors file, but not a snapshot of this project")
         self.metadata = checked_metadata(str(path), metadata)
+        with open(path, "rb") as f:  # the library does not tell where the tensors are
+            (size,) = struct.unpack("<Q", f.read(8))
+            self._layout: dict[str, Any] = json.loads(f.read(size))
+        self._data_start = 8 + size
         self.names = list(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return tuple(self._layout[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype | None:
         """One of `DTYPE_NAMES`; None = another."""
-        stored = self._file.get_slice(name).get_dtype()
-        return next((dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == stored), None)
+        return DTYPES.get(self._layout[name]["dtype"])
 
     def get_tensor(self, name: str) -> torch.Tensor:
         try:
@@ -54,6 +62,23 @@ class NativeFile:
             raise UserError(
                 f"{self.path}: tensor {name} cannot be read ({one_line(err)}): copy the file again"
             ) from None
+
+    def elements(self, name: str) -> torch.Tensor:
+        """A tensor as a vector, not to be changed, whose values are read when they are used; `forget` them then."""
+        dtype, layout = self.dtype(name), self._layout[name]
+        assert dtype is not None  # `build_for` has looked
+        count, offset = math.prod(layout["shape"]), self._data_start + layout["data_offsets"][0]
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
+
+    def forget(self) -> None:
+        """Take what `elements` has read out of this process's memory; it can be read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    @functools.cached_property
+    def _map(self) -> mmap.mmap:
+        with open(self.path, "rb") as f:
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def write_native(
@@ -74,8 +99,27 @@ def write_native(
     Raises:
         OSError: it could not be written.
     """
+    write_native_files({Path(path): metadata}, net, lambda name: [get_tensor(name).detach().reshape(1, -1)], dtype)
+
+
+def write_native_files(
+    metadata: Mapping[Path, Mapping],
+    net: torch.nn.Module,
+    get_pieces: Callable[[str], Iterable[torch.Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Write snapshots of one network together, each complete or not at all, piece by piece.
+
+    Args:
+        metadata: the complete JSON block of each path.
+        net, dtype: as for `write_native`.
+        get_pieces: the values of a name in the order of a tensor's elements, as pieces [files, n] of any sizes.
+
+    Raises:
+        OSError: one could not be written.
+    """
     parameters = {name for name, _ in net.named_parameters()}
-    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps(metadata)}}
+    layout: dict[str, Any] = {}
     position = 0
     state = net.state_dict()
     dtypes = {name: dtype if name in parameters else torch.float32 for name in state}
@@ -83,14 +127,17 @@ def write_native(
     names = sorted(state, key=lambda name: -dtypes[name].itemsize)
     for name in names:
         end = position + state[name].numel() * dtypes[name].itemsize
-        header[name] = dict(
+        layout[name] = dict(
             dtype=DTYPE_NAMES[dtypes[name]], shape=list(state[name].shape), data_offsets=[position, end]
         )
         position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as f:
-        f.write(struct.pack("<Q", len(text)) + text)
+    with ExitStack() as stack:
+        files = [stack.enter_context(atomic_write(path)) for path in metadata]
+        for f, block in zip(files, metadata.values(), strict=True):
+            text = json.dumps({"__metadata__": {METADATA_KEY: json.dumps(block)}, **layout}).encode()
+            text += b" " * (-len(text) % 8)
+            f.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            tensor = get_tensor(name).detach().to("cpu", dtypes[name]).contiguous()
-            f.write(tensor.flatten().view(torch.uint8).numpy().data)
+            for piece in get_pieces(name):
+                for f, values in zip(files, piece.to("cpu", dtypes[name]), strict=True):
+                    f.write(values.contiguous().view(torch.uint8).numpy().data)

@@ -83,6 +83,12 @@ class PublishedFile:
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
 
+    def elements(self, name: str) -> torch.Tensor:
+        return self.get_tensor(name).flatten()
+
+    def forget(self) -> None:
+        """Nothing to do: what `elements` gives is in memory only as long as it is used."""
+
     def _find_network(self, data: Any, which: str) -> PersistentObject:
         if isinstance(data, PersistentObject):
             record = data
