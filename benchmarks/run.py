@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Job, Timing, measure
 from dnnlib.util import atomic_write, code_version
 
-MODULES = ()  # each has a list JOBS
+MODULES = ("sampling",)  # each has a list JOBS
 
 
 def all_jobs() -> list[Job]:

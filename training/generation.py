@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from tqdm import tqdm
 
 from dnnlib.util import EasyDict, UserError, atomic_write
 from torch_utils import distributed, misc
+from training.denoiser import Denoiser
 from training.encoders import Encoder, StandardRGBEncoder
+from training.fast_inference import FastDenoiser
 from training.networks_edm2 import Precond, effective_weights
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network
@@ -50,6 +53,21 @@ def check_guide(net: Precond, gnet: Precond) -> None:
             f"--gnet has {gnet.label_dim} classes, but --net has {net.label_dim}: "
             f"they must agree, or the guide have none"
         )
+
+
+@contextmanager
+def for_sampling(net: Precond, batch_size: int) -> Iterator[Denoiser]:
+    """`net` with all that depends only on its weights computed once; on a CPU, its `FastDenoiser`.
+
+    Args:
+        net: network in evaluation mode, whose weights do not change inside.
+        batch_size: expected number of images per call.
+    """
+    if next(net.parameters()).device.type == "cpu":
+        yield FastDenoiser(net, batch_size)
+    else:
+        with torch.inference_mode(), effective_weights(net):
+            yield net
 
 
 class ImageBatches:
