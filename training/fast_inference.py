@@ -7,13 +7,14 @@ as Winograd's F(4x4, 3x3), and the convolutions' weights are kept in the layout 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from training.denoiser import edm_coefficients
-from training.networks_edm2 import PRECISIONS, Block, MPConv, Precond, normalize, resample
+from training.denoiser import Denoiser, edm_coefficients
+from training.networks_edm2 import PRECISIONS, Block, MPConv, Precond, effective_weights, normalize, resample
 
 SILU_SCALE = 1 / 0.596  # of mp_silu; folded into whatever is linear behind it
 
@@ -337,3 +338,21 @@ class FastDenoiser:
         torch.mul(a, scales[0], out=out[:, :C])
         torch.mul(b, scales[1], out=out[:, C:])
         return out
+
+
+def for_sampling(net: Precond, batch_size: int) -> Denoiser:
+    """The fastest form of a finished network: its `FastDenoiser` on a CPU, itself elsewhere."""
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    return FastDenoiser(net, batch_size) if on_cpu else net
+
+
+@contextmanager
+def inference(*denoisers: Denoiser | None) -> Iterator[None]:
+    """Inside, nothing is recorded for gradients, and the denoisers that are networks compute each effective weight
+    once: they must not change."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for denoiser in denoisers:
+            if isinstance(denoiser, torch.nn.Module):
+                stack.enter_context(effective_weights(denoiser))
+        yield
