@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Job, Timing, measure
 from dnnlib.util import atomic_write, code_version
 
-MODULES = ("training_step", "frechet", "dataset", "reconstruction", "toy")
+MODULES = ("sampling", "training_step", "frechet", "dataset", "reconstruction", "toy")  # each has a list JOBS
 
 
 def all_jobs() -> list[Job]:

@@ -11,10 +11,199 @@ import numpy as np
 import PIL.Image
 import scipy.linalg
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from training.networks_edm2 import Block, MPConv, Precond, mp_cat, mp_silu, mp_sum, resample
 from training.phema import power_function_beta
 from training.toy_data import GaussianMixture
+
+# ---------------------------------------------------------------------------------------------------------
+# EDM2's denoiser, arXiv 2312.02696. Its state dict is that of `training.networks_edm2.Precond`.
+
+
+def normalize(x: torch.Tensor, dim: list[int] | None = None, eps: float = 1e-4) -> torch.Tensor:
+    """Eq. 47, over all dimensions but the first if not told."""
+    dim = list(range(1, x.ndim)) if dim is None else dim
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
+    norm = eps + norm * math.sqrt(norm.numel() / x.numel())
+    return x / norm.to(x.dtype)
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)
+
+
+def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
+    Na, Nb = a.shape[1], b.shape[1]
+    C = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t**2))
+    return torch.cat([C / math.sqrt(Na) * (1 - t) * a, C / math.sqrt(Nb) * t * b], dim=1)
+
+
+def resample(x: torch.Tensor, mode: str) -> torch.Tensor:
+    """With the filter [1, 1]."""
+    if mode == "keep":
+        return x
+    f = torch.full([x.shape[1], 1, 2, 2], 0.25, dtype=x.dtype)
+    if mode == "down":
+        return F.conv2d(x, f, groups=x.shape[1], stride=2)
+    return F.conv_transpose2d(x, f * 4, groups=x.shape[1], stride=2)
+
+
+class MPFourier(nn.Module):
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(num_channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.outer(x, self.freqs) + self.phases).cos() * math.sqrt(2)
+
+
+class MPConv(nn.Module):
+    """Normalises its weight in every forward pass: the effective one always, in training also the stored one."""
+
+    def __init__(self, in_channels: int, out_channels: int, *kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(normalize(self.weight))
+        w = normalize(self.weight)
+        w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
+        return x @ w.t() if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    def __init__(self, cin: int, cout: int, cemb: int, flavor: str, mode: str = "keep", attention: bool = False):
+        super().__init__()
+        self.flavor, self.mode = flavor, mode
+        self.num_heads = cout // 64 if attention else 0
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(cout if flavor == "enc" else cin, cout, 3, 3)
+        self.emb_linear = MPConv(cemb, cout)
+        self.conv_res1 = MPConv(cout, cout, 3, 3)
+        self.conv_skip = MPConv(cin, cout, 1, 1) if cin != cout else None
+        self.attn_qkv = MPConv(cout, cout * 3, 1, 1) if attention else None
+        self.attn_proj = MPConv(cout, cout, 1, 1) if attention else None
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        x = resample(x, self.mode)
+        if self.flavor == "enc":
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x = normalize(x, dim=[1])
+        y = self.conv_res0(mp_silu(x))
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * c[:, :, None, None])
+        y = self.conv_res1(y)
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, t=0.3)
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            y = self.attn_qkv(x)
+            y = y.reshape(y.shape[0], self.num_heads, -1, 3, y.shape[2] * y.shape[3])
+            q, k, v = normalize(y, dim=[2]).unbind(3)
+            w = torch.einsum("nhcq,nhck->nhqk", q, k / math.sqrt(q.shape[2])).softmax(dim=3)
+            y = torch.einsum("nhqk,nhck->nhcq", w, v)
+            x = mp_sum(x, self.attn_proj(y.reshape(*x.shape)), t=0.3)
+        return x.clip(-256, 256)
+
+
+class UNet(nn.Module):
+    def __init__(
+        self,
+        resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int,
+        num_blocks: int = 3,
+        attn_resolutions: tuple[int, ...] = (16, 8),
+    ):
+        super().__init__()
+        self.label_dim = label_dim
+        cblock = [model_channels * m for m in (1, 2, 3, 4)]
+        cemb = max(cblock)
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(cblock[0])
+        self.emb_noise = MPConv(cblock[0], cemb)
+        self.emb_label = MPConv(label_dim, cemb) if label_dim > 0 else None
+        self.enc = nn.ModuleDict()
+        cout = img_channels + 1
+        skips = []
+        for level, channels in enumerate(cblock):
+            res = resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(cout, channels, 3, 3)
+                cout = channels
+            else:
+                self.enc[f"{res}x{res}_down"] = Block(cout, cout, cemb, "enc", "down")
+            skips.append(cout)
+            for i in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = Block(cout, channels, cemb, "enc", attention=attention)
+                cout = channels
+                skips.append(cout)
+        self.dec = nn.ModuleDict()
+        for level, channels in reversed(list(enumerate(cblock))):
+            res = resolution >> level
+            if level == len(cblock) - 1:
+                self.dec[f"{res}x{res}_in0"] = Block(cout, cout, cemb, "dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = Block(cout, cout, cemb, "dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = Block(cout, cout, cemb, "dec", "up")
+            for i in range(num_blocks + 1):
+                cin = cout + skips.pop()
+                attention = res in attn_resolutions
+                self.dec[f"{res}x{res}_block{i}"] = Block(cin, channels, cemb, "dec", attention=attention)
+                cout = channels
+        self.out_conv = MPConv(cout, img_channels, 3, 3)
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        emb = self.emb_noise(self.emb_fourier(c_noise))
+        if self.emb_label is not None and labels is not None:
+            emb = mp_sum(emb, self.emb_label(labels * math.sqrt(self.label_dim)), t=0.5)
+        emb = mp_silu(emb).to(x.dtype)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips = []
+        for name, module in self.enc.items():
+            x = module(x) if "conv" in name else module(x, emb)
+            skips.append(x)
+        for name, module in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop())
+            x = module(x, emb)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+class Precond(nn.Module):
+    """D(x; sigma, labels) of images [N, img_channels, resolution, resolution], in float32 throughout."""
+
+    def __init__(self, resolution: int, img_channels: int, label_dim: int, sigma_data: float = 0.5, **unet_kwargs):
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.unet = UNet(resolution, img_channels, label_dim, **unet_kwargs)
+        self.logvar_fourier = MPFourier(128)
+        self.logvar_linear = MPConv(128, 1)
+
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None, return_logvar: bool = False
+    ):
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
+        c_in = 1 / (self.sigma_data**2 + sigma**2).sqrt()
+        c_noise = sigma.flatten().log() / 4
+        D_x = c_skip * x + c_out * self.unet(c_in * x, c_noise, labels)
+        if not return_logvar:
+            return D_x
+        return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Post-hoc reconstruction
@@ -48,126 +237,7 @@ def reconstruct_pickles(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Networks and training
-
-
-class PlainConv(torch.nn.Module):
-    """Convolution whose weights are normalised in every evaluation; in training, those stored are, too."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.weight = torch.nn.Parameter(weight.detach().clone())
-
-    def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
-        w = self.weight.to(torch.float32)
-        if self.training:
-            with torch.no_grad():
-                self.weight.copy_(plain_normalize(w))
-        w = plain_normalize(w)
-        w = (w * (gain / np.sqrt(w[0].numel()))).to(x.dtype)
-        if w.ndim == 2:
-            return x @ w.t()
-        return torch.nn.functional.conv2d(x, w, padding=w.shape[-1] // 2)
-
-
-def plain_normalize(x: torch.Tensor, dim: Sequence[int] | None = None) -> torch.Tensor:
-    """To unit root mean square over `dim`, all dimensions but the first by default."""
-    dim = list(range(1, x.ndim)) if dim is None else dim
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    norm = 1e-4 + norm * np.sqrt(norm.numel() / x.numel())
-    return x / norm.to(x.dtype)
-
-
-class PlainBlock(torch.nn.Module):
-    """A `Block` with attention by einsum."""
-
-    def __init__(self, block: Block):
-        super().__init__()
-        self.original = [block]  # out of reach for parameters()
-        self.emb_gain = torch.nn.Parameter(block.emb_gain.detach().clone())
-        for name, child in block.named_children():
-            assert isinstance(child, MPConv)
-            setattr(self, name, PlainConv(child.weight))
-
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        block = self.original[0]
-        x = resample(x, f=block.resample_filter, mode=block.resample_mode)
-        if block.flavor == "enc":
-            if block.conv_skip is not None:
-                x = self.conv_skip(x)
-            x = plain_normalize(x, dim=[1])
-        y = self.conv_res0(mp_silu(x))
-        c = self.emb_linear(emb, gain=self.emb_gain) + 1
-        y = mp_silu(y * c.unsqueeze(2).unsqueeze(3).to(y.dtype))
-        y = self.conv_res1(y)
-        if block.flavor == "dec" and block.conv_skip is not None:
-            x = self.conv_skip(x)
-        x = mp_sum(x, y, t=block.res_balance)
-        if block.num_heads:
-            y = self.attn_qkv(x)
-            y = y.reshape(y.shape[0], block.num_heads, -1, 3, y.shape[2] * y.shape[3])
-            q, k, v = plain_normalize(y, dim=[2]).unbind(3)
-            w = torch.einsum("nhcq,nhck->nhqk", q, k / np.sqrt(q.shape[2])).softmax(dim=3)
-            y = torch.einsum("nhqk,nhck->nhcq", w, v)
-            x = mp_sum(x, self.attn_proj(y.reshape(*x.shape)), t=block.attn_balance)
-        if block.clip_act is not None:
-            x = x.clip_(-block.clip_act, block.clip_act)
-        return x
-
-
-class PlainPrecond(torch.nn.Module):
-    """A `Precond` whose layers are the plain ones, with a copy of its weights, in float32 and contiguous NCHW."""
-
-    def __init__(self, net: Precond):
-        super().__init__()
-        self.original = [net]
-        unet = net.unet
-        self.out_gain = torch.nn.Parameter(unet.out_gain.detach().clone())
-        self.emb_noise = PlainConv(unet.emb_noise.weight)
-        self.emb_label = PlainConv(unet.emb_label.weight) if unet.emb_label is not None else None
-        self.enc = torch.nn.ModuleDict({name: self._plain(module) for name, module in unet.enc.items()})
-        self.dec = torch.nn.ModuleDict({name: self._plain(module) for name, module in unet.dec.items()})
-        self.out_conv = PlainConv(unet.out_conv.weight)
-        self.logvar_linear = PlainConv(net.logvar_linear.weight)
-
-    @staticmethod
-    def _plain(module: torch.nn.Module) -> torch.nn.Module:
-        if isinstance(module, MPConv):
-            return PlainConv(module.weight)
-        assert isinstance(module, Block)
-        return PlainBlock(module)
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        return_logvar: bool = False,
-    ):
-        net, unet = self.original[0], self.original[0].unet
-        sigma = sigma.reshape(-1, 1, 1, 1)
-        c_skip = net.sigma_data**2 / (sigma**2 + net.sigma_data**2)
-        c_out = sigma * net.sigma_data / (sigma**2 + net.sigma_data**2).sqrt()
-        c_in = 1 / (net.sigma_data**2 + sigma**2).sqrt()
-        c_noise = sigma.flatten().log() / 4
-
-        emb = self.emb_noise(unet.emb_fourier(c_noise))
-        if self.emb_label is not None and class_labels is not None:
-            emb = mp_sum(emb, self.emb_label(class_labels * np.sqrt(class_labels.shape[1])), t=unet.label_balance)
-        emb = mp_silu(emb)
-        y = torch.cat([c_in * x, torch.ones_like(x[:, :1])], dim=1)
-        skips = []
-        for module in self.enc.values():
-            y = module(y) if isinstance(module, PlainConv) else module(y, emb)
-            skips.append(y)
-        for name, module in self.dec.items():
-            if "block" in name:
-                y = mp_cat(y, skips.pop(), t=unet.concat_balance)
-            y = module(y, emb)
-        D_x = c_skip * x + c_out * self.out_conv(y, gain=self.out_gain)
-        if return_logvar:
-            return D_x, self.logvar_linear(net.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)
-        return D_x
+# Training
 
 
 class PlainOptimization:
@@ -200,13 +270,13 @@ class PlainMixtureScore:
 
     def __init__(self, distribution: GaussianMixture):
         self.phi, self.mu = distribution.phi, distribution.mu
-        self.L, self.Q = torch.linalg.eigh(distribution.Sigma)
+        self.variances, self.axes = torch.linalg.eigh(distribution.Sigma)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        variance = self.L + sigma[:, None, None] ** 2  # [N, K, 2], along the eigenvectors
-        z = torch.einsum("kji,nkj->nki", self.Q, self.mu - x[:, None])
+        variance = self.variances + sigma[:, None, None] ** 2  # [N, K, 2], along the eigenvectors
+        z = torch.einsum("kji,nkj->nki", self.axes, self.mu - x[:, None])
         density = self.phi * (-(z**2 / variance).sum(2) / 2).exp() / (2 * math.pi * variance.prod(2).sqrt())
-        gradient = torch.einsum("nk,kij,nkj->ni", density, self.Q, z / variance)
+        gradient = torch.einsum("nk,kij,nkj->ni", density, self.axes, z / variance)
         return gradient / density.sum(1, keepdim=True)
 
 

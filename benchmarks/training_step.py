@@ -52,11 +52,17 @@ def some(tensors: list[torch.Tensor]) -> np.ndarray:
 
 def in_order(net: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Parameters in an order that both variants share."""
-    return [p for name, p in sorted((name.removeprefix("unet."), p) for name, p in net.named_parameters())]
+    return [p for _, p in sorted(net.named_parameters())]
+
+
+def plain_network() -> textbook.Precond:
+    net = textbook.Precond(32, 3, 10, model_channels=64)
+    net.load_state_dict(network().state_dict())
+    return net.train()
 
 
 def plain_gradients(rounds: int) -> Callable[[], np.ndarray]:
-    net = textbook.PlainPrecond(network()).train()
+    net = plain_network()
 
     def run() -> np.ndarray:
         net.zero_grad(set_to_none=True)
@@ -81,8 +87,8 @@ def our_gradients(rounds: int, precision: str) -> Callable[[], np.ndarray]:
 
 
 def plain_parameters() -> Callable[[], np.ndarray]:
-    net = textbook.PlainPrecond(network()).train()
-    convs = [m for m in net.modules() if isinstance(m, textbook.PlainConv)]
+    net = plain_network()
+    convs = [m for m in net.modules() if isinstance(m, textbook.MPConv)]
     rest = textbook.PlainOptimization(net, LEARNING_RATE, STDS)
     for p in in_order(net):
         p.grad = torch.full_like(p, 1e-3)
@@ -90,10 +96,10 @@ def plain_parameters() -> Callable[[], np.ndarray]:
 
     def run() -> np.ndarray:
         for conv, grad in zip(convs, found, strict=True):
-            w = textbook.plain_normalize(conv.weight)
+            w = textbook.normalize(conv.weight)
             with torch.no_grad():
                 conv.weight.copy_(w)
-            w = textbook.plain_normalize(conv.weight) / np.sqrt(conv.weight[0].numel())
+            w = textbook.normalize(conv.weight) / np.sqrt(conv.weight[0].numel())
             w.backward(grad)
         rest.step(BATCH, BATCH)
         return some(in_order(net))

@@ -512,7 +512,7 @@ def test_what_cannot_be_compared_is_told_before_generating(snapshot_file, digits
     tool("ref", f"--data={large}", f"--dest={tmp_path / 'large.npz'}", "--metrics=fd_pixels", "--workers=0")
     narrow = {"fd_pixels": {"mu": np.zeros(3), "sigma": np.eye(3)}}
     save_stats(tmp_path / "narrow.npz", narrow)
-    monkeypatch.setattr("training.generation.edm_sampler", too_late)
+    monkeypatch.setattr("training.generation.StackedRandomGenerator", too_late)
 
     def gen(ref, *options):
         return tool("gen", f"--net={snapshot_file}", f"--ref={ref}", *options, ok=False)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tqdm import tqdm
 
 from dnnlib.util import EasyDict, UserError, atomic_write
 from torch_utils import distributed, misc
+from training.denoiser import Denoiser
 from training.encoders import Encoder, StandardRGBEncoder
-from training.networks_edm2 import Precond, effective_weights
+from training.fast_inference import for_sampling, inference
+from training.networks_edm2 import Precond
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network
 
@@ -63,13 +66,17 @@ class ImageBatches:
     """This process's share of the batches that `generate_images` makes, generated as they are asked for."""
 
     def __init__(
-        self, batches: list[np.ndarray], seeds: Sequence[int], make: Callable[[EasyDict], None], verbose: bool
+        self,
+        batches: list[np.ndarray],
+        seeds: Sequence[int],
+        prepare: Callable[[], Callable[[EasyDict], None]],
+        verbose: bool,
     ):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         self.num_batches, self.num_images = len(batches), len(seeds)
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.seeds = seeds
-        self.make = make
+        self.prepare = prepare
         self.verbose = verbose
 
     def __len__(self) -> int:
@@ -77,11 +84,12 @@ class ImageBatches:
 
     def __iter__(self) -> Iterator[EasyDict]:
         disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
+        make = self.prepare()
         for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
             r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
             r.indices = indices
             r.seeds = [self.seeds[i] for i in indices]
-            self.make(r)
+            make(r)
             yield r
 
 
@@ -112,7 +120,8 @@ def generate_images(
         max_batch_size, encoder_batch_size: images sampled, and decoded, at a time.
         verbose: show a progress bar on terminals.
         device: where to compute; the networks are moved there.
-        sampler_fn, sampler_kwargs: the sampler and its arguments.
+        sampler_fn, sampler_kwargs: the sampler and its arguments. On a CPU, it gets the networks as
+            `fast_inference.FastDenoiser`s, with the weights that they have when the iteration starts.
 
     Returns:
         An iterable over this process's batches, with a length. Each is an `EasyDict` of images (uint8
@@ -131,7 +140,19 @@ def generate_images(
     net.to(device).eval()
     encoder = encoder if encoder is not None else StandardRGBEncoder()
 
-    def make(r: EasyDict) -> None:
+    # As few batches as possible, of nearly equal size, and a whole number of them per process.
+    world_size = distributed.get_world_size()
+    count = -(-len(seeds) // (max_batch_size * world_size)) * world_size
+    batches = [part for part in np.array_split(np.arange(len(seeds)), max(count, 1)) if len(part) > 0]
+
+    def prepare() -> Callable[[EasyDict], None]:
+        largest = max((len(batch) for batch in batches), default=1)
+        guide = gnet
+        if gnet is not None and sampler_kwargs.get("guidance", 1) != 1:
+            guide = for_sampling(gnet, largest)
+        return partial(make, for_sampling(net, largest), guide)
+
+    def make(main: Denoiser, guide: Denoiser | None, r: EasyDict) -> None:
         rnd = StackedRandomGenerator(device, r.seeds)
         r.noise = rnd.randn([len(r.seeds), net.img_channels, net.img_resolution, net.img_resolution])
         if net.label_dim > 0:
@@ -140,20 +161,16 @@ def generate_images(
             if class_idx is not None:
                 classes = torch.full_like(classes, class_idx)
             r.labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
-        with torch.inference_mode(), effective_weights(net), effective_weights(gnet or torch.nn.Identity()):
+        with inference(main, guide):
             latents = sampler_fn(
-                net=net, noise=r.noise, labels=r.labels, gnet=gnet, randn_like=rnd.randn_like, **sampler_kwargs
+                net=main, noise=r.noise, labels=r.labels, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
             )
             r.images = torch.cat([encoder.decode(part) for part in latents.split(encoder_batch_size)])
         if outdir is not None:
             for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
                 _save(image_path(outdir, seed, subdirs, encoder.output_suffix(net.img_channels)), image)
 
-    # As few batches as possible, of nearly equal size, and a whole number of them per process.
-    world_size = distributed.get_world_size()
-    count = -(-len(seeds) // (max_batch_size * world_size)) * world_size
-    batches = [part for part in np.array_split(np.arange(len(seeds)), max(count, 1)) if len(part) > 0]
-    return ImageBatches(batches, seeds, make, verbose)
+    return ImageBatches(batches, seeds, prepare, verbose)
 
 
 def _save(path: Path, image: np.ndarray) -> None:

@@ -11,7 +11,8 @@ from dnnlib.util import UserError
 from torch_utils.misc import drawable, image_grid, save_image
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder
-from training.networks_edm2 import Precond, effective_weights
+from training.fast_inference import for_sampling, inference
+from training.networks_edm2 import Precond
 from training.samplers import StackedRandomGenerator, edm_sampler
 
 SMALL_RESOLUTION = 64  # below it 10 x 10 images, else 8 x 4
@@ -50,9 +51,10 @@ class Previews:
     def draw(self, net: Precond, path: Path) -> None:
         """Sample the grid with `net` and write it."""
         noise = self._rnd().randn([len(self.rnd_seeds), *self.latent_shape])
-        with torch.inference_mode(), effective_weights(net):
+        denoiser = for_sampling(net, min(len(noise), BATCH))
+        with inference(denoiser):
             parts = [
-                edm_sampler(net, part_noise, part_labels, num_steps=STEPS)
+                edm_sampler(denoiser, part_noise, part_labels, num_steps=STEPS)
                 for part_noise, part_labels in zip(noise.split(BATCH), self.labels.split(BATCH), strict=True)
             ]
         self._save(torch.cat(parts), path)
