@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import textbook
 from benchmarks.harness import Job
-from torch_utils.misc import flat_gradients, replace_nonfinite_
+from torch_utils.misc import flat_gradients, replace_nonfinite_, set_up_device
 from training.losses import EDM2Loss
 from training.networks_edm2 import MPConv, Precond, effective_weights, normalize_weights_
 from training.phema import PowerFunctionEMA
@@ -73,6 +73,7 @@ def plain_gradients(rounds: int) -> Callable[[], np.ndarray]:
 
 
 def our_gradients(rounds: int, precision: str) -> Callable[[], np.ndarray]:
+    set_up_device(torch.device("cpu"))
     net = network(precision)
     gradients = flat_gradients(net.parameters())
 
@@ -108,6 +109,7 @@ def plain_parameters() -> Callable[[], np.ndarray]:
 
 
 def our_parameters() -> Callable[[], np.ndarray]:
+    set_up_device(torch.device("cpu"))
     net = network()
     gradients = flat_gradients(net.parameters())
     gradients.fill_(1e-3)

@@ -147,6 +147,8 @@ def effective_weights(net: nn.Module) -> Iterator[None]:
     for conv in convs:
         with torch.no_grad():
             w = conv.effective_weight()
+            if w.ndim == 4 and w.device.type == "cpu":  # activations take over the layout
+                w = w.contiguous(memory_format=torch.channels_last)
         conv.shared_weight = w.requires_grad_(conv.weight.requires_grad and torch.is_grad_enabled())
     try:
         yield
