@@ -235,6 +235,22 @@ def note_missing_attention(config: TrainConfig) -> None:
 @click.option(
     "--bench", help="Let cuDNN choose its fastest kernels", metavar="BOOL", type=bool, default=True, show_default=True
 )
+@click.option(
+    "--compile",
+    help="Let torch.compile make the network's kernels",
+    metavar="BOOL",
+    type=bool,
+    default=False,
+    show_default=True,
+)
+@click.option(
+    "--checkpoint-activations",
+    help="Compute activations twice instead of keeping them: less memory, more time",
+    metavar="BOOL",
+    type=bool,
+    default=False,
+    show_default=True,
+)
 @device_option
 @click.option(
     "--workers",

@@ -67,7 +67,7 @@ def _serve(set_up: SetUp, pipe: Connection) -> None:
 def _variant(set_up: SetUp) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(set_up, there), daemon=True)
+    process = context.Process(target=_serve, args=(set_up, there))
     process.start()
     there.close()  # so that the end of the process is seen
     try:

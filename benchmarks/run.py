@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Job, Timing, measure
 from dnnlib.util import atomic_write, code_version
 
-MODULES = ("sampling", "training_step", "frechet", "dataset", "reconstruction", "toy")  # each has a list JOBS
+# Each has a list JOBS.
+MODULES = ("sampling", "training_step", "frechet", "dataset", "conversion", "reconstruction", "toy")
 
 
 def all_jobs() -> list[Job]:

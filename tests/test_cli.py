@@ -115,7 +115,8 @@ def test_all_training_options(tmp_path):
         "--dropout=0.1", "--P_mean=-0.8", "--P_std=1.6", "--lr=0.02", "--decay=100", "--batch-gpu=16", "--fp16=1", "--ls=2",
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1",
-        "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2",
+        "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
+        "--checkpoint-activations=1",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
@@ -125,7 +126,8 @@ def test_all_training_options(tmp_path):
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
-        cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2,
+        cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
+        checkpoint_activations=True,
     )  # fmt: skip
     assert {key: getattr(config, key) for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4

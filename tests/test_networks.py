@@ -186,3 +186,36 @@ def test_published_sizes(preset, millions):
     # The published counts include the Fourier features.
     count = sum(t.numel() for t in net.state_dict().values())
     assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def gradients_and_kept_bytes(net: Precond) -> tuple[list[torch.Tensor], int]:
+    """Gradients of a small batch, and the memory of what was kept for the backward pass."""
+    torch.manual_seed(1)
+    x, sigma, labels = torch.randn(4, 3, 16, 16), torch.rand(4) + 0.1, torch.eye(4)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    net.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = net(x, sigma, labels).square().sum()
+    loss.backward()
+    return [p.grad for p in net.parameters() if p.grad is not None], sum(kept.values())
+
+
+def test_checkpointed_activations_give_the_same_gradients_in_less_memory():
+    torch.manual_seed(0)
+    net = Precond(16, 3, 4, "fp32", model_channels=16, channel_mult=[1, 2], num_blocks=2, dropout=0.1)
+    for p in net.parameters():
+        if p.ndim == 0:
+            p.data.fill_(0.5)
+    expected, kept = gradients_and_kept_bytes(net)
+    net.unet.checkpoint_activations = True
+    result, kept_now = gradients_and_kept_bytes(net)
+    assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+    assert kept_now < kept / 3

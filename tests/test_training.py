@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,3 +317,23 @@ def test_training_on_a_gpu(tmp_path, precision):
     stats = [json.loads(line) for line in (path / "stats.jsonl").read_text().splitlines()]
     assert stats[-1]["loss"] < stats[0]["loss"]
     assert stats[-1]["gpu_mem_gb"] > 0
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
+def test_compiled_and_checkpointed_training_is_the_same_training(finished, tmp_path):
+    # Weights are no measure: Adam takes steps of full size along gradients that are only rounding errors at first.
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "stats.jsonl").read_text().splitlines()]
+        for run in (finished, run_dir(tmp_path, "--compile=1", "--checkpoint-activations=1"))
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler\nfound")
+
+    monkeypatch.setattr("torch.compile", no_compiler)
+    args = [f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--compile=1"]
+    fails_with(run_cli(train, *args), "--compile=1", "no C++ compiler found", "leave it out")

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.util import UserError, atomic_write, one_line
 from torch_utils import distributed
 
 MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
@@ -43,6 +43,18 @@ def set_up_device(device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def check_compiler(device: torch.device) -> None:
+    """
+    Raises:
+        UserError: `torch.compile` does not work here.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as err:  # whatever a compiler can fail with
+        reason = one_line(err)[:100]
+        raise UserError(f"--compile=1: torch.compile does not work here ({reason}): leave it out") from None
 
 
 def keep_freed_memory() -> None:

@@ -18,6 +18,8 @@ MAY_CHANGE = {
     "device",
     "precision",
     "bench",
+    "compile",
+    "checkpoint_activations",
     "workers",
     "cache",
     "status",
@@ -70,6 +72,8 @@ class TrainConfig:
     metrics: tuple[str, ...] = ()
     metrics_ref: str = ""
     metrics_num: int = 50000
+    compile: bool = False
+    checkpoint_activations: bool = False
 
     def network_kwargs(self) -> dict[str, Any]:
         """Arguments of `Precond` beside the image shape."""

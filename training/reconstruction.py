@@ -1,8 +1,12 @@
 """Post-hoc EMA on snapshot files: stored averages -> averages of other widths."""
 
 import math
+import queue
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +27,7 @@ from training.snapshot.files import (
 )
 from training.snapshot.native import write_native_files
 
-BUFFER_ELEMENTS = 1 << 20  # that are in memory at a time, in float32, of all inputs
-MAPPED_ELEMENTS = 1 << 22  # that stay mapped at most: to take them out of memory takes time, too
+PART = 1 << 16  # elements of each input that a thread works on at a time
 
 
 @dataclass(frozen=True)
@@ -128,8 +131,9 @@ def reconstruct_phema(
             paths[std]: {**newest.file.metadata, "ema_std": std, "nimg": out_nimg, "reconstructed_from": names}
             for std in stds
         }
-        get_pieces = _weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters)
-        _write(metadata, net, get_pieces, weights_dtype(newest.file, net))
+        dtype = weights_dtype(newest.file, net)
+        with _weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters, dtype) as get_pieces:
+            _write(metadata, net, get_pieces, dtype)
     return list(paths.values())
 
 
@@ -137,43 +141,60 @@ def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
     return {name: avg.file.shape(name) for name in avg.file.names}
 
 
+@contextmanager
 def _weighted_sums(
-    inputs: Sequence[StoredAverage], newest: StoredAverage, coefs: torch.Tensor, parameters: set[str]
-) -> Callable[[str], Iterator[torch.Tensor]]:
+    inputs: Sequence[StoredAverage],
+    newest: StoredAverage,
+    coefs: torch.Tensor,
+    parameters: set[str],
+    dtype: torch.dtype,
+) -> Iterator[Callable[[str], Iterator[torch.Tensor]]]:
     """A function that gives weighted sums of the inputs' tensors of a name, one per column of `coefs` [n, m].
 
-    They come as float32 [m, elements], a part of the tensor at a time, in the order of its elements. Only parameters
-    are summed; buffers are those of `newest`.
+    They come as [m, elements] in `dtype`, a part of the tensor at a time, in the order of its elements. Only parameters
+    are summed; buffers are those of `newest`, in float32.
     """
     files = [avg.file for avg in inputs]
-    values = torch.empty(len(inputs), BUFFER_ELEMENTS // len(inputs) + 1)
+    num_threads = torch.get_num_threads()
+    buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    for _ in range(num_threads):
+        buffers.put(torch.empty(len(files), PART))
 
-    mapped = 0
+    def part_of(name: str, readers: Sequence[Callable], start: int, stop: int) -> torch.Tensor:
+        buffer = buffers.get()
+        try:
+            values = buffer[:, : stop - start]
+            for read, row in zip(readers, values, strict=True):
+                read(start, row)
+            sums = coefs.t() @ values
+        finally:
+            buffers.put(buffer)
+        # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
+        if not math.isfinite(sums.sum()):
+            for file in files:
+                finite_tensor(file, name)
+        return sums.to(dtype)
 
     def get_pieces(name: str) -> Iterator[torch.Tensor]:
-        nonlocal mapped
+        count = math.prod(newest.file.shape(name))
         if name not in parameters:
             yield finite_tensor(newest.file, name).float().reshape(1, -1).expand(coefs.shape[1], -1)
             return
-        sources = [file.elements(name) for file in files]
-        length = values.shape[1]
-        for start in range(0, len(sources[0]), length):
-            parts = [source[start : start + length] for source in sources]
-            part = values[:, : len(parts[0])]
-            torch._foreach_copy_(list(part), parts)
-            mapped += part.numel()
-            if mapped >= MAPPED_ELEMENTS:
-                for file in files:
-                    file.forget()
-                mapped = 0
-            sums = coefs.t() @ part
-            # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
-            if not math.isfinite(sums.sum()):
-                for file in files:
-                    finite_tensor(file, name)
-            yield sums
+        readers = [file.reader(name) for file in files]
+        under_way: deque[Future[torch.Tensor]] = deque()
+        for start in range(0, count, PART):
+            under_way.append(pool.submit(part_of, name, readers, start, min(start + PART, count)))
+            if len(under_way) > 2 * num_threads:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
-    return get_pieces
+    # One thread per part, and not several as torch would: they would wait for each other after every operation.
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield get_pieces
+        finally:
+            torch.set_num_threads(num_threads)  # which threads that start later take over
 
 
 def _write(
@@ -186,11 +207,9 @@ def _write(
     if all(path.suffix == ".safetensors" for path in metadata):
         write_native_files(metadata, net, get_pieces, dtype)
         return
-    parameters = {name for name, _ in net.named_parameters()}
     outputs: list[dict[str, torch.Tensor]] = [{} for _ in metadata]
     for name, tensor in net.state_dict().items():
-        stored_dtype = dtype if name in parameters else torch.float32
-        values = torch.cat([piece.to(stored_dtype) for piece in get_pieces(name)], dim=1)
+        values = torch.cat(list(get_pieces(name)), dim=1)
         for tensors, row in zip(outputs, values, strict=True):
             tensors[name] = row.reshape(tensor.shape)
     for (path, block), tensors in zip(metadata.items(), outputs, strict=True):

@@ -106,6 +106,10 @@ def _train(
     net = build_network(config, final_channels(dataset)).to(device)
     net.precision = misc.resolve_precision(config.precision, device)
     ema = PowerFunctionEMA(net, config.ema_std)
+    net.unet.checkpoint_activations = config.checkpoint_activations
+    if config.compile:
+        misc.check_compiler(device)
+        net.unet.compile(dynamic=False)
     loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
     gradients = misc.flat_gradients(net.parameters())
     fused = device.type != "mps"

@@ -1,10 +1,11 @@
 """Native snapshots: safetensors files with a JSON block."""
 
 import functools
+import io
 import json
-import math
-import mmap
 import struct
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,6 +48,7 @@ class NativeFile:
             self._layout: dict[str, Any] = json.loads(f.read(size))
         self._data_start = 8 + size
         self.names = list(self._file.keys())
+        self._lock = threading.Lock()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._layout[name]["shape"])
@@ -63,22 +65,33 @@ class NativeFile:
                 f"{self.path}: tensor {name} cannot be read ({one_line(err)}): copy the file again"
             ) from None
 
-    def elements(self, name: str) -> torch.Tensor:
-        """A tensor as a vector, not to be changed, whose values are read when they are used; `forget` them then."""
+    def reader(self, name: str) -> Callable[[int, torch.Tensor], None]:
+        """A function (start, out) that fills a vector with a tensor's elements from `start` on, in its own type.
+
+        Threads may share it. It raises `UserError` where the file ends early.
+        """
         dtype, layout = self.dtype(name), self._layout[name]
         assert dtype is not None  # `build_for` has looked
-        count, offset = math.prod(layout["shape"]), self._data_start + layout["data_offsets"][0]
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset)
+        offset = self._data_start + layout["data_offsets"][0]
 
-    def forget(self) -> None:
-        """Take what `elements` has read out of this process's memory; it can be read again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        def read(start: int, out: torch.Tensor) -> None:
+            values = out if out.dtype == dtype else torch.empty(len(out), dtype=dtype)
+            data = values.view(torch.uint8).numpy().data
+            with self._lock:
+                self._handle.seek(offset + start * dtype.itemsize)
+                count = self._handle.readinto(data)
+            if count < len(data):
+                raise UserError(f"{self.path}: tensor {name} cannot be read (the file ends early): copy it again")
+            if values is not out:
+                out.copy_(values)
+
+        return read
 
     @functools.cached_property
-    def _map(self) -> mmap.mmap:
-        with open(self.path, "rb") as f:
-            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    def _handle(self) -> io.FileIO:
+        handle = io.FileIO(self.path)
+        weakref.finalize(self, handle.close)
+        return handle
 
 
 def write_native(

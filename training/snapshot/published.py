@@ -83,11 +83,14 @@ class PublishedFile:
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
 
-    def elements(self, name: str) -> torch.Tensor:
-        return self.get_tensor(name).flatten()
+    def reader(self, name: str) -> Callable[[int, torch.Tensor], None]:
+        """A function (start, out) that fills a vector with a tensor's elements from `start` on, in its own type."""
+        values = self.get_tensor(name).flatten()
 
-    def forget(self) -> None:
-        """Nothing to do: what `elements` gives is in memory only as long as it is used."""
+        def read(start: int, out: torch.Tensor) -> None:
+            out.copy_(values[start : start + len(out)])
+
+        return read
 
     def _find_network(self, data: Any, which: str) -> PersistentObject:
         if isinstance(data, PersistentObject):
