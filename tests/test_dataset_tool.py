@@ -810,12 +810,15 @@ def test_full_disk_from_the_first_image_on(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_full_disk(tmp_path):
-    source = make_dataset(tmp_path / "src", {f"{i}.png": encoded(image(64, 64, seed=i)) for i in range(40)})
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); import dataset_tool; dataset_tool.main(['convert', '--source={source}', '--dest={tmp_path / 'out.zip'}', '--workers=1'])"
+# Small images stay in the file's buffer, so that closing it fails once more.
+@pytest.mark.parametrize(("size", "limit"), [(64, 100000), (8, 10000)])
+def test_full_disk(size, limit, tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i}.png": encoded(image(size, size, seed=i)) for i in range(40)})
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import dataset_tool; dataset_tool.main(['convert', '--source={source}', '--dest={tmp_path / 'out.zip'}', '--workers=1'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"Error: File too large: {tmp_path / 'out.zip.partial'}\n"
+    assert not (tmp_path / "out.zip.partial.lock").exists()
     dataset = convert(tmp_path, source, options=["--resume", "--workers=1"])
     assert len(dataset) == 40
 
