@@ -22,6 +22,7 @@ import torch
 from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli, torchrun
 
 from dataset_tool import main as dataset_tool
+from train_edm2 import main as train
 from training.archives import DatasetWriter
 from training.conversion import encode_png
 from training.dataset import ImageFolderDataset
@@ -932,6 +933,21 @@ def test_resumed_encoding(vae, pixels, tmp_path, monkeypatch):
     run_tool(*args, "--resume")
     assert calls == [2] * 3 + [2] * 3
     assert len(ImageFolderDataset(tmp_path / "l.zip")) == 10
+
+
+def test_compressed_datasets_are_noted(vae, tmp_path):
+    packed = make_dataset(tmp_path / "packed.zip", random_images(2, size=16), compression=zipfile.ZIP_DEFLATED)
+    plain = make_dataset(tmp_path / "plain.zip", random_images(2, size=16))
+    options = ["--preset=digits", "--cond=0", "--dry-run", f"--outdir={tmp_path / 'run'}"]
+    for source, notes in ((packed, 1), (plain, 0)):
+        for args in (
+            [dataset_tool, "encode", f"--source={source}", f"--dest={tmp_path / source.stem}", f"--model-url={vae}"],
+            [train, f"--data={source}", *options],
+        ):
+            result = run_cli(*args)
+            assert result.exit_code == 0, result.output
+            assert result.output.count(f"={source} is compressed: slow to read; make it anew") == notes
+        assert ("compressed" in check(source)) == bool(notes)
 
 
 def test_bad_latents(vae, pixels, tmp_path):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dnnlib.util import UserError, atomic_write
 from torch_utils.misc import drawable
-from training.dataset import ImageFolderDataset, evenly_spaced
+from training.dataset import COMPRESSED, ImageFolderDataset, evenly_spaced
 from training.encoders import FINAL_STD, StandardRGBEncoder, encoder_for, final_channels
 
 GRID_IMAGES, TILE = 64, 96  # of the contact sheet
@@ -72,6 +72,8 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         duplicate_examples=duplicates[:SHOWN],
         unreadable=len(problems),
     )
+    if dataset.compressed:
+        facts["compressed"] = COMPRESSED
     facts.update(_labels(dataset, readable))
     if len(problems) > SHOWN:
         problems[SHOWN:] = [f"and {len(problems) - SHOWN} more unreadable images"]
