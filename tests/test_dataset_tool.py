@@ -950,6 +950,47 @@ def test_compressed_datasets_are_noted(vae, tmp_path):
         assert ("compressed" in check(source)) == bool(notes)
 
 
+@pytest.mark.parametrize(("command", "method"), [("encode", "encode_pixels"), ("decode", "decode_to_floats")])
+def test_numbers_that_overflow(command, method, vae, pixels, tmp_path, monkeypatch):
+    source = pixels
+    if command == "decode":
+        source = tmp_path / "latents.zip"
+        run_tool("encode", f"--source={pixels}", f"--dest={source}", f"--model-url={vae}")
+    original, calls = getattr(StabilityVAEEncoder, method), []
+
+    def overflowing(self, x):
+        result = original(self, x).clone()
+        calls.append(len(x))
+        if len(calls) == 2:
+            result[1, 2, 0, 0] = torch.inf if command == "encode" else torch.nan
+        return result
+
+    monkeypatch.setattr(StabilityVAEEncoder, method, overflowing)
+    name = ImageFolderDataset(source).name(4)  # the second of the second three
+    for precision, advice in [("fp16", "give --precision=fp32 or bf16"), ("fp32", "is it the right --model-url")]:
+        calls.clear()
+        args = [f"--source={source}", f"--model-url={vae}", "--batch=3", f"--precision={precision}"]
+        result = run_cli(dataset_tool, command, *args, f"--dest={tmp_path / precision}.zip")
+        fails_with(result, f"{source}: {name}: the VAE makes NaN or infinity of it", advice)
+        assert not (tmp_path / f"{precision}.zip").exists()
+
+
+def test_full_disk_under_torchrun(vae, tmp_path):
+    source = make_dataset(tmp_path / "pixels", random_images(10, size=64))  # latents of 2 KiB, past a file's buffer
+    args = ["encode", f"--source={source}", f"--dest={tmp_path / 'l.zip'}", f"--model-url={vae}", "--batch=1"]
+    script = tmp_path / "limited.py"
+    script.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); import dataset_tool; dataset_tool.main({args!r})\n"
+    )
+    done = torchrun(2, script)
+    assert done.returncode == 1
+    assert f"Error: File too large: {tmp_path / 'l.zip.partial'}\n" in done.stderr
+    # torchrun has a traceback of its own.
+    assert "conversion.py" not in done.stderr and "Connection closed" not in done.stderr
+    assert not (tmp_path / "l.zip.partial.lock").exists()
+
+
 def test_bad_latents(vae, pixels, tmp_path):
     args = [f"--dest={tmp_path / 'x.zip'}", f"--model-url={vae}"]
     fails_with(

@@ -141,11 +141,14 @@ class StabilityVAEEncoder(Encoder):
         return whiten(mean + std * randn_like(mean), self.raw_mean, self.raw_std)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return to_pixels(self.decode_to_floats(x))
+
+    def decode_to_floats(self, x: torch.Tensor) -> torch.Tensor:
+        """Final latents -> pixels as the VAE makes them, around [0, 1]."""
         vae = self.vae(x.device)
         with torch.inference_mode():
             raw = unwhiten(x.float(), self.raw_mean, self.raw_std)
-            pixels = torch.cat([vae.decode(part).sample for part in raw.split(self.batch_size)])
-            return (pixels.clamp(0, 1) * 255).to(torch.uint8)
+            return torch.cat([vae.decode(part).sample for part in raw.split(self.batch_size)])
 
 
 class RawLatentEncoder(Encoder):
@@ -171,6 +174,11 @@ class RawLatentEncoder(Encoder):
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         return unwhiten(x.float(), self.raw_mean, self.raw_std)
+
+
+def to_pixels(x: torch.Tensor) -> torch.Tensor:
+    """[0, 1], and what goes beyond, -> uint8 pixels."""
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def whiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float]) -> torch.Tensor:
