@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,6 +22,7 @@ import psutil
 import pytest
 import torch
 from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli, torchrun
+from safetensors.torch import load_file
 
 from dataset_tool import main as dataset_tool
 from train_edm2 import main as train
@@ -991,6 +994,57 @@ def test_full_disk_under_torchrun(vae, tmp_path):
     assert not (tmp_path / "l.zip.partial.lock").exists()
 
 
+def test_vae_that_is_not_to_be_had(vae, pixels, tmp_path, monkeypatch):
+    (tmp_path / "lone.safetensors").write_bytes((vae / "diffusion_pytorch_model.safetensors").read_bytes())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    missing = "could not be loaded: no such file or folder"
+    cases = [
+        # Tests have no network: HF_HUB_OFFLINE=1, of which the project knows nothing, stands for that.
+        ("owner/repo", [], 1, "hf://owner/repo/config.json: not fetched from the hub (", "--offline"),
+        (
+            "owner/repo",
+            ["--offline"],
+            2,
+            "(OPENEDM2_OFFLINE=1)",
+            "/repo/config.json hf://owner/repo/diffusion_pytorch_",
+        ),
+        (str(tmp_path / "nowhere/vae"), ["--offline"], 2, missing),
+        ("./missing.safetensors", ["--offline"], 2, missing),
+        ("some/missing.safetensors", [], 2, missing),
+        ("~/vae", [], 2, missing),
+        ("missing", [], 2, missing),
+        ("empty", [], 2, "no file named config.json"),
+        ("lone.safetensors", ["--offline"], 2, "no config.json beside it", "put its own beside it"),
+    ]
+    for name, options, exit_code, *fragments in cases:
+        args = ["encode", f"--source={pixels}", "--dest=x.zip", f"--model-url={name}", *options]
+        fails_with(run_cli(dataset_tool, *args), f"the VAE {name} could not", *fragments, exit_code=exit_code)
+        monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # --offline sets it
+
+
+def test_vae_of_the_hub(vae, tmp_path, monkeypatch, caplog):
+    """It is found in the hub's cache, and loading it says nothing."""
+    repo = tmp_path / "models--owner--repo"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    shutil.copytree(vae, repo / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    file = vae / "diffusion_pytorch_model.safetensors"
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        names = ["owner/repo", str(vae), str(file)]
+        models = [StabilityVAEEncoder(vae_name=name).vae(torch.device("cpu")) for name in names]
+    finally:
+        logger.removeHandler(caplog.handler)
+    expected = load_file(file)
+    for model in models:
+        torch.testing.assert_close(dict(model.state_dict()), expected)
+    assert caplog.messages == []
+
+
 def test_bad_latents(vae, pixels, tmp_path):
     args = [f"--dest={tmp_path / 'x.zip'}", f"--model-url={vae}"]
     fails_with(
@@ -1000,10 +1054,6 @@ def test_bad_latents(vae, pixels, tmp_path):
     fails_with(run_cli(dataset_tool, "encode", f"--source={latents}", *args), "8 channels of float32, not RGB images")
     odd = make_dataset(tmp_path / "odd.zip", random_images(1, size=9))
     fails_with(run_cli(dataset_tool, "encode", f"--source={odd}", *args), "divisible by 8, not 9")
-    bad = [f"--source={pixels}", f"--dest={tmp_path / 'y.zip'}", f"--model-url={tmp_path / 'nowhere'}", "--offline"]
-    fails_with(
-        run_cli(dataset_tool, "encode", *bad), "nowhere could not be loaded", "python -m training.snapshot prefetch"
-    )
     bad = make_dataset(tmp_path / "nan.zip", {"a.npy": npy(np.full([8, 2, 2], np.nan, np.float32))})
     fails_with(run_cli(dataset_tool, "decode", f"--source={bad}", *args), "the latents hold NaN")
 
