@@ -131,6 +131,17 @@ def test_palettes_and_cmyk():
     assert decode_image(f.getvalue()).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "gif"])
+def test_large_images_are_no_warning(kind, monkeypatch):
+    data = encoded(image(20, 30), kind)
+    expected = decode_image(data)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 400)  # warnings are errors here
+    np.testing.assert_array_equal(decode_image(data), expected)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(PIL.Image.DecompressionBombError):
+        decode_image(data)
+
+
 def test_gray_stays_gray():
     np.testing.assert_array_equal(decode_image(encoded(GRAY), channels=1), GRAY[:, :, None])
 
@@ -243,6 +254,17 @@ def test_cifar(folder, key, tmp_path):
         convert(tmp_path, tmp_path / "cifar.tar.gz", dest="v.zip", ok=False, options=options),
         "no validation data in it: choose --split=train or test or all",
     )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "reason"), [(2, "it asks for '_codecs.encode'"), (0, "not a pickle of protocol 2")]
+)
+def test_repacked_cifar(protocol, reason, tmp_path):
+    batch = pickle.dumps({"data": np.zeros([2, 3072], np.uint8), "labels": [0, 1]}, protocol=protocol)
+    source = make_tar(tmp_path / "cifar.tar", {"cifar-10-batches-py/data_batch_1": batch})
+    result = convert(tmp_path, source, ok=False)
+    fails_with(result, f"--source={source}: not as CIFAR is published", f"data_batch_1: {reason}", "fetch it again")
+    assert "network" not in result.stderr
 
 
 def idx_file(array: np.ndarray) -> bytes:
@@ -1082,6 +1104,20 @@ def test_check(tmp_path):
         assert grid.size == (800, 912)
 
 
+def test_check_notes_resolutions_that_presets_do_not_take(tmp_path):
+    facts = check(make_dataset(tmp_path / "30.zip", random_images(2, size=30)))
+    assert facts["resolution_note"].startswith("30 is not divisible by 8")
+    assert "resolution_note" not in check(DIGITS)
+
+
+def test_check_grid_below_a_file(tmp_path, monkeypatch):
+    (tmp_path / "lab.csv").write_text("")
+    monkeypatch.setattr(ImageFolderDataset, "__getitem__", lambda *_args: 1 / 0)  # told before the images are read
+    for name in ("lab.csv/x.png", "lab.csv/y/x.png"):
+        result = run_cli(dataset_tool, "check", DIGITS, f"--grid={tmp_path / name}")
+        fails_with(result, f"--grid={tmp_path / name}: {tmp_path / 'lab.csv'} is no folder")
+
+
 def test_check_finds_what_is_wrong(tmp_path):
     files = random_images(4)
     files["00000/img00000004.png"] = files["00000/img00000001.png"]
@@ -1121,6 +1157,18 @@ def test_check_latents(tmp_path):
     assert facts["encoder"] == "StabilityVAEEncoder" and facts["channels_seen_by_the_model"] == 4
     assert facts["sigma_data"] == pytest.approx(0.5, rel=0.03)
     assert (facts["suggested_P_mean"], facts["suggested_P_std"]) == (pytest.approx(-0.4, abs=0.03), 1.0)
+    assert "channels_note" not in facts
+    for change, note in [
+        (lambda x: x + 0.8 * std[1], "mean 0.40 and standard deviation 0.49"),
+        (lambda x: mean[1] + 0.2 * (x - mean[1]), "mean -0.00 and standard deviation 0.10"),
+    ]:
+        changed = {name: np.load(io.BytesIO(data)) for name, data in files.items()}
+        for array in changed.values():
+            array[1] = change(array[1])
+        path = make_dataset(tmp_path / f"{note[-4:]}.zip", {name: npy(array) for name, array in changed.items()})
+        facts = check(path)
+        assert facts["channels_note"].startswith(f"channel 1 of the latents has {note}")
+        assert "sigma_data_note" not in facts  # in all channels together it is small
     files["x.npy"] = npy(np.full([8, 8, 8], np.inf, np.float32))
     facts = check(make_dataset(tmp_path / "bad", files), exit_code=1)
     assert "NaN or infinity" in facts["problems"][0]
