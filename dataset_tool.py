@@ -152,7 +152,7 @@ LATENT_OPTIONS = [
 
 def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: str, device: str, **opts: Any) -> None:
     from torch_utils import distributed, misc
-    from training.dataset import ImageFolderDataset
+    from training.dataset import COMPRESSED, ImageFolderDataset
     from training.encoders import StabilityVAEEncoder
     from training.networks_edm2 import PRECISIONS
 
@@ -163,6 +163,8 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
         dataset = ImageFolderDataset(source)
         encoder = StabilityVAEEncoder(vae_name=model_url, batch_size=opts["batch"])
         encoder.prepare(target)
+    if dataset.compressed:
+        distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
     distributed.print0(f"{dest}: {count} items")
     distributed.shutdown()

@@ -323,12 +323,15 @@ def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
           --outdir=training-runs/img512-s --data=datasets/img512-sd.zip --preset=edm2-img512-s --batch-gpu=32
     """
     from torch_utils import distributed
+    from training.dataset import COMPRESSED
     from training.training_loop import training_loop
 
     distributed.init()
     with distributed.fail_together():
         config, dataset = make_config(opts)
     note_missing_attention(config)
+    if dataset.compressed:
+        distributed.print0(f"Note: --data={config.data} is compressed: {COMPRESSED}")
     if dry_run:
         print_config(config, outdir, dataset)
         distributed.print0("Dry run; exiting.")

@@ -57,6 +57,11 @@ def test_compressed_zip_works(tmp_path):
     path = make_dataset(tmp_path / "data.zip", random_images(3), compression=zipfile.ZIP_DEFLATED)
     stored = make_dataset(tmp_path / "stored.zip", random_images(3))
     np.testing.assert_array_equal(ImageFolderDataset(path)[2][0], ImageFolderDataset(stored)[2][0])
+    assert ImageFolderDataset(path).compressed and not ImageFolderDataset(stored).compressed
+    assert not ImageFolderDataset(make_dataset(tmp_path / "folder", random_images(3))).compressed
+    with zipfile.ZipFile(stored, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset.json", '{"labels": null}')
+    assert not ImageFolderDataset(stored).compressed  # only the images count
 
 
 def test_unsupported_compression(tmp_path):

@@ -3,8 +3,10 @@
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -20,8 +22,10 @@ import psutil
 import pytest
 import torch
 from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli, torchrun
+from safetensors.torch import load_file
 
 from dataset_tool import main as dataset_tool
+from train_edm2 import main as train
 from training.archives import DatasetWriter
 from training.conversion import encode_png
 from training.dataset import ImageFolderDataset
@@ -125,6 +129,17 @@ def test_palettes_and_cmyk():
     f = io.BytesIO()
     PIL.Image.fromarray(image(16, 16)).convert("CMYK").save(f, format="jpeg", quality=100)
     assert decode_image(f.getvalue()).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "gif"])
+def test_large_images_are_no_warning(kind, monkeypatch):
+    data = encoded(image(20, 30), kind)
+    expected = decode_image(data)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 400)  # warnings are errors here
+    np.testing.assert_array_equal(decode_image(data), expected)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(PIL.Image.DecompressionBombError):
+        decode_image(data)
 
 
 def test_gray_stays_gray():
@@ -239,6 +254,17 @@ def test_cifar(folder, key, tmp_path):
         convert(tmp_path, tmp_path / "cifar.tar.gz", dest="v.zip", ok=False, options=options),
         "no validation data in it: choose --split=train or test or all",
     )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "reason"), [(2, "it asks for '_codecs.encode'"), (0, "not a pickle of protocol 2")]
+)
+def test_repacked_cifar(protocol, reason, tmp_path):
+    batch = pickle.dumps({"data": np.zeros([2, 3072], np.uint8), "labels": [0, 1]}, protocol=protocol)
+    source = make_tar(tmp_path / "cifar.tar", {"cifar-10-batches-py/data_batch_1": batch})
+    result = convert(tmp_path, source, ok=False)
+    fails_with(result, f"--source={source}: not as CIFAR is published", f"data_batch_1: {reason}", "fetch it again")
+    assert "network" not in result.stderr
 
 
 def idx_file(array: np.ndarray) -> bytes:
@@ -810,12 +836,15 @@ def test_full_disk_from_the_first_image_on(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_full_disk(tmp_path):
-    source = make_dataset(tmp_path / "src", {f"{i}.png": encoded(image(64, 64, seed=i)) for i in range(40)})
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000)); import dataset_tool; dataset_tool.main(['convert', '--source={source}', '--dest={tmp_path / 'out.zip'}', '--workers=1'])"
+# Small images stay in the file's buffer, so that closing it fails once more.
+@pytest.mark.parametrize(("size", "limit"), [(64, 100000), (8, 10000)])
+def test_full_disk(size, limit, tmp_path):
+    source = make_dataset(tmp_path / "src", {f"{i}.png": encoded(image(size, size, seed=i)) for i in range(40)})
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import dataset_tool; dataset_tool.main(['convert', '--source={source}', '--dest={tmp_path / 'out.zip'}', '--workers=1'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"Error: File too large: {tmp_path / 'out.zip.partial'}\n"
+    assert not (tmp_path / "out.zip.partial.lock").exists()
     dataset = convert(tmp_path, source, options=["--resume", "--workers=1"])
     assert len(dataset) == 40
 
@@ -931,6 +960,113 @@ def test_resumed_encoding(vae, pixels, tmp_path, monkeypatch):
     assert len(ImageFolderDataset(tmp_path / "l.zip")) == 10
 
 
+def test_compressed_datasets_are_noted(vae, tmp_path):
+    packed = make_dataset(tmp_path / "packed.zip", random_images(2, size=16), compression=zipfile.ZIP_DEFLATED)
+    plain = make_dataset(tmp_path / "plain.zip", random_images(2, size=16))
+    options = ["--preset=digits", "--cond=0", "--dry-run", f"--outdir={tmp_path / 'run'}"]
+    for source, notes in ((packed, 1), (plain, 0)):
+        for args in (
+            [dataset_tool, "encode", f"--source={source}", f"--dest={tmp_path / source.stem}", f"--model-url={vae}"],
+            [train, f"--data={source}", *options],
+        ):
+            result = run_cli(*args)
+            assert result.exit_code == 0, result.output
+            assert result.output.count(f"={source} is compressed: slow to read; make it anew") == notes
+        assert ("compressed" in check(source)) == bool(notes)
+
+
+@pytest.mark.parametrize(("command", "method"), [("encode", "encode_pixels"), ("decode", "decode_to_floats")])
+def test_numbers_that_overflow(command, method, vae, pixels, tmp_path, monkeypatch):
+    source = pixels
+    if command == "decode":
+        source = tmp_path / "latents.zip"
+        run_tool("encode", f"--source={pixels}", f"--dest={source}", f"--model-url={vae}")
+    original, calls = getattr(StabilityVAEEncoder, method), []
+
+    def overflowing(self, x):
+        result = original(self, x).clone()
+        calls.append(len(x))
+        if len(calls) == 2:
+            result[1, 2, 0, 0] = torch.inf if command == "encode" else torch.nan
+        return result
+
+    monkeypatch.setattr(StabilityVAEEncoder, method, overflowing)
+    name = ImageFolderDataset(source).name(4)  # the second of the second three
+    for precision, advice in [("fp16", "give --precision=fp32 or bf16"), ("fp32", "is it the right --model-url")]:
+        calls.clear()
+        args = [f"--source={source}", f"--model-url={vae}", "--batch=3", f"--precision={precision}"]
+        result = run_cli(dataset_tool, command, *args, f"--dest={tmp_path / precision}.zip")
+        fails_with(result, f"{source}: {name}: the VAE makes NaN or infinity of it", advice)
+        assert not (tmp_path / f"{precision}.zip").exists()
+
+
+def test_full_disk_under_torchrun(vae, tmp_path):
+    source = make_dataset(tmp_path / "pixels", random_images(10, size=64))  # latents of 2 KiB, past a file's buffer
+    args = ["encode", f"--source={source}", f"--dest={tmp_path / 'l.zip'}", f"--model-url={vae}", "--batch=1"]
+    script = tmp_path / "limited.py"
+    script.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000)); import dataset_tool; dataset_tool.main({args!r})\n"
+    )
+    done = torchrun(2, script)
+    assert done.returncode == 1
+    assert f"Error: File too large: {tmp_path / 'l.zip.partial'}\n" in done.stderr
+    # torchrun has a traceback of its own.
+    assert "conversion.py" not in done.stderr and "Connection closed" not in done.stderr
+    assert not (tmp_path / "l.zip.partial.lock").exists()
+
+
+def test_vae_that_is_not_to_be_had(vae, pixels, tmp_path, monkeypatch):
+    (tmp_path / "lone.safetensors").write_bytes((vae / "diffusion_pytorch_model.safetensors").read_bytes())
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    missing = "could not be loaded: no such file or folder"
+    cases = [
+        # Tests have no network: HF_HUB_OFFLINE=1, of which the project knows nothing, stands for that.
+        ("owner/repo", [], 1, "hf://owner/repo/config.json: not fetched from the hub (", "--offline"),
+        (
+            "owner/repo",
+            ["--offline"],
+            2,
+            "(OPENEDM2_OFFLINE=1)",
+            "/repo/config.json hf://owner/repo/diffusion_pytorch_",
+        ),
+        (str(tmp_path / "nowhere/vae"), ["--offline"], 2, missing),
+        ("./missing.safetensors", ["--offline"], 2, missing),
+        ("some/missing.safetensors", [], 2, missing),
+        ("~/vae", [], 2, missing),
+        ("missing", [], 2, missing),
+        ("empty", [], 2, "no file named config.json"),
+        ("lone.safetensors", ["--offline"], 2, "no config.json beside it", "put its own beside it"),
+    ]
+    for name, options, exit_code, *fragments in cases:
+        args = ["encode", f"--source={pixels}", "--dest=x.zip", f"--model-url={name}", *options]
+        fails_with(run_cli(dataset_tool, *args), f"the VAE {name} could not", *fragments, exit_code=exit_code)
+        monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # --offline sets it
+
+
+def test_vae_of_the_hub(vae, tmp_path, monkeypatch, caplog):
+    """It is found in the hub's cache, and loading it says nothing."""
+    repo = tmp_path / "models--owner--repo"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    shutil.copytree(vae, repo / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    file = vae / "diffusion_pytorch_model.safetensors"
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        names = ["owner/repo", str(vae), str(file)]
+        models = [StabilityVAEEncoder(vae_name=name).vae(torch.device("cpu")) for name in names]
+    finally:
+        logger.removeHandler(caplog.handler)
+    expected = load_file(file)
+    for model in models:
+        torch.testing.assert_close(dict(model.state_dict()), expected)
+    assert caplog.messages == []
+
+
 def test_bad_latents(vae, pixels, tmp_path):
     args = [f"--dest={tmp_path / 'x.zip'}", f"--model-url={vae}"]
     fails_with(
@@ -940,10 +1076,6 @@ def test_bad_latents(vae, pixels, tmp_path):
     fails_with(run_cli(dataset_tool, "encode", f"--source={latents}", *args), "8 channels of float32, not RGB images")
     odd = make_dataset(tmp_path / "odd.zip", random_images(1, size=9))
     fails_with(run_cli(dataset_tool, "encode", f"--source={odd}", *args), "divisible by 8, not 9")
-    bad = [f"--source={pixels}", f"--dest={tmp_path / 'y.zip'}", f"--model-url={tmp_path / 'nowhere'}", "--offline"]
-    fails_with(
-        run_cli(dataset_tool, "encode", *bad), "nowhere could not be loaded", "python -m training.snapshot prefetch"
-    )
     bad = make_dataset(tmp_path / "nan.zip", {"a.npy": npy(np.full([8, 2, 2], np.nan, np.float32))})
     fails_with(run_cli(dataset_tool, "decode", f"--source={bad}", *args), "the latents hold NaN")
 
@@ -970,6 +1102,20 @@ def test_check(tmp_path):
     assert facts["sigma_data"] == pytest.approx((images / 127.5 - 1).std(), rel=0.02)
     with PIL.Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (800, 912)
+
+
+def test_check_notes_resolutions_that_presets_do_not_take(tmp_path):
+    facts = check(make_dataset(tmp_path / "30.zip", random_images(2, size=30)))
+    assert facts["resolution_note"].startswith("30 is not divisible by 8")
+    assert "resolution_note" not in check(DIGITS)
+
+
+def test_check_grid_below_a_file(tmp_path, monkeypatch):
+    (tmp_path / "lab.csv").write_text("")
+    monkeypatch.setattr(ImageFolderDataset, "__getitem__", lambda *_args: 1 / 0)  # told before the images are read
+    for name in ("lab.csv/x.png", "lab.csv/y/x.png"):
+        result = run_cli(dataset_tool, "check", DIGITS, f"--grid={tmp_path / name}")
+        fails_with(result, f"--grid={tmp_path / name}: {tmp_path / 'lab.csv'} is no folder")
 
 
 def test_check_finds_what_is_wrong(tmp_path):
@@ -1011,6 +1157,18 @@ def test_check_latents(tmp_path):
     assert facts["encoder"] == "StabilityVAEEncoder" and facts["channels_seen_by_the_model"] == 4
     assert facts["sigma_data"] == pytest.approx(0.5, rel=0.03)
     assert (facts["suggested_P_mean"], facts["suggested_P_std"]) == (pytest.approx(-0.4, abs=0.03), 1.0)
+    assert "channels_note" not in facts
+    for change, note in [
+        (lambda x: x + 0.8 * std[1], "mean 0.40 and standard deviation 0.49"),
+        (lambda x: mean[1] + 0.2 * (x - mean[1]), "mean -0.00 and standard deviation 0.10"),
+    ]:
+        changed = {name: np.load(io.BytesIO(data)) for name, data in files.items()}
+        for array in changed.values():
+            array[1] = change(array[1])
+        path = make_dataset(tmp_path / f"{note[-4:]}.zip", {name: npy(array) for name, array in changed.items()})
+        facts = check(path)
+        assert facts["channels_note"].startswith(f"channel 1 of the latents has {note}")
+        assert "sigma_data_note" not in facts  # in all channels together it is small
     files["x.npy"] = npy(np.full([8, 8, 8], np.inf, np.float32))
     facts = check(make_dataset(tmp_path / "bad", files), exit_code=1)
     assert "NaN or infinity" in facts["problems"][0]

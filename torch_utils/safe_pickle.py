@@ -132,7 +132,7 @@ def loads(data: memoryview | bytes, source: str = "pickle") -> Any:
     """As `load`, for the contents of a file; `source` names it in errors."""
     data = memoryview(data)
     if len(data) < 2 or data[0] != pickle.PROTO[0] or not 2 <= data[1] <= 5:
-        raise UserError(f"{source}: not a pickle of protocol 2 to 5, as published networks are")
+        raise UserError(f"{source}: not a pickle of protocol 2 to 5, as published files are")
     file = _File(source)
     with _refusals_name(source):
         return _Machine(data, file, functools.partial(_published_name, file)).run()
@@ -176,7 +176,7 @@ class _File:
     def work(self, items: int) -> None:
         self.steps += items
         if self.steps > MAX_STEPS:
-            raise _RefusedError(f"it takes more than {MAX_STEPS} steps, which no published network needs")
+            raise _RefusedError(f"it takes more than {MAX_STEPS} steps, which no published file needs")
 
 
 class _Mark:
@@ -393,7 +393,7 @@ _INSTRUCTIONS = _instructions()
 def _published_name(file: _File, name: str) -> _Name:
     call = _PUBLISHED_NAMES.get(name.replace("numpy._core.", "numpy.core.", 1))
     if call is None:
-        raise _RefusedError(f"it asks for {name[:MAX_NAME]!r}, which no published network needs")
+        raise _RefusedError(f"it asks for {name[:MAX_NAME]!r}, which no published file needs")
     return _Name(name, functools.partial(call, file) if call is _storage else call)
 
 

@@ -1,5 +1,6 @@
 """Writing datasets: a ZIP file or folder that gets its name when it is complete, and goes on where it stopped."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -104,11 +105,13 @@ class DatasetWriter:
 
     def close(self) -> None:
         """Stop; what is there stays to go on from."""
-        self._files.close()
-        if self._useless or not self.names:
-            shutil.rmtree(self.partial) if self.partial.is_dir() else self.partial.unlink()
-            self._options_file.unlink()
-        self._unlock()
+        try:
+            self._files.close()
+            if self._useless or not self.names:
+                shutil.rmtree(self.partial) if self.partial.is_dir() else self.partial.unlink()
+                self._options_file.unlink()
+        finally:
+            self._unlock()
 
     def finish(self) -> None:
         """Give the complete dataset its name."""
@@ -204,7 +207,9 @@ class _ZipFiles:
         return self._crcs[name]
 
     def close(self) -> None:
-        self._f.close()
+        # What is still buffered may not fit on the disk: an entry less to go on from. The error that led here is told.
+        with contextlib.suppress(OSError):
+            self._f.close()
 
     def finish(self) -> None:
         with naming_errors(self.path):

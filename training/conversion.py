@@ -30,7 +30,7 @@ from dnnlib.util import RunError, UserError, one_line
 from torch_utils import distributed
 from training.archives import DatasetWriter
 from training.dataset import MAX_LABEL, ImageFolderDataset, evenly_spaced
-from training.encoders import StabilityVAEEncoder, whiten
+from training.encoders import StabilityVAEEncoder, to_pixels, whiten
 from training.image_sources import Label, Source, SourceImage
 from training.image_transforms import decode_image, make_transform
 
@@ -298,16 +298,18 @@ def encode_images(
         dtype: what the VAE computes in.
 
     Raises:
-        UserError: the images are not RGB, or `dest` exists.
+        UserError: the images are not RGB, the VAE gives NaN or infinity, or `dest` exists.
     """
     if dataset.dtype != np.uint8 or dataset.num_channels != 3:
         raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not RGB images")
     if dataset.resolution % 8 != 0:
         raise UserError(f"{dataset.path}: the VAE needs a size divisible by 8, not {dataset.resolution}")
 
-    def encode(images: torch.Tensor) -> torch.Tensor:
+    def encode(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return encoder.encode_pixels(images.to(device)).float()
+            latents = encoder.encode_pixels(images.to(device)).float()
+        _check_finite(latents, names, dtype)
+        return latents
 
     def name_of(index: int) -> str:
         return image_name(index, "img-mean-std-{}.npy")
@@ -333,10 +335,12 @@ def decode_latents(
     if dataset.dtype != np.float32 or dataset.num_channels not in (4, 8):
         raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not VAE latents")
 
-    def decode(latents: torch.Tensor) -> torch.Tensor:
+    def decode(latents: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         raw = latents[:, :4].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return encoder.decode(whiten(raw, encoder.raw_mean, encoder.raw_std))
+            pixels = encoder.decode_to_floats(whiten(raw, encoder.raw_mean, encoder.raw_std))
+        _check_finite(pixels, names, dtype)
+        return to_pixels(pixels)
 
     def png(image: np.ndarray) -> bytes:
         return encode_png(image.transpose(1, 2, 0))
@@ -346,10 +350,21 @@ def decode_latents(
     )
 
 
+def _check_finite(values: torch.Tensor, names: Sequence[str], dtype: torch.dtype) -> None:
+    """
+    Raises:
+        UserError: what became of an image holds NaN or infinity; names it.
+    """
+    good = values.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(good):
+        todo = "give --precision=fp32 or bf16" if dtype == torch.float16 else "is it the right --model-url, and whole?"
+        raise UserError(f"{names[good.index(False)]}: the VAE makes NaN or infinity of it: {todo}")
+
+
 def _map_dataset(
     dataset: ImageFolderDataset,
     dest: Path,
-    function: Callable[[torch.Tensor], torch.Tensor],
+    function: Callable[[torch.Tensor, Sequence[str]], torch.Tensor],
     name_of: Callable[[int], str],
     file_of: Callable[[np.ndarray], bytes],
     kind: str,
@@ -358,7 +373,7 @@ def _map_dataset(
     resume: bool,
     options: list[Any],
 ) -> int:
-    """Write `function` of all images, in order, with their labels; the number of images."""
+    """Write `function` of all images (and their names), in order, with their labels; the number of images."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     count = len(dataset) if max_images is None else min(max_images, len(dataset))
     writer: DatasetWriter | None = None
@@ -378,27 +393,29 @@ def _map_dataset(
                 # Each process takes one batch of the round; the last of them may be short or empty.
                 begin = min(start + rank * batch, count)
                 indices = range(begin, min(begin + batch, count))
-                parts = [torch.zeros(0)]
+                part = torch.zeros(0)
                 with distributed.fail_together():
                     if len(indices) > 0:
                         images = torch.from_numpy(np.stack([dataset[i][0] for i in indices]))
-                        parts = [function(images).cpu()]
-                for part in distributed.gather_to_first(parts[0]):
-                    for image in part.numpy():
+                        names = [f"{dataset.path}: {dataset.name(i)}" for i in indices]
+                        part = function(images, names).cpu()
+                parts = [part.numpy() for part in distributed.gather_to_first(part)]
+                with distributed.fail_together():
+                    for image in itertools.chain.from_iterable(parts):
                         assert writer is not None
                         writer.write(name_of(there), file_of(image))
                         there += 1
                         progress.update()
-        if writer is not None:
-            labels = [dataset.get_stored_label(i) for i in range(count)] if dataset.has_labels else None
-            pairs = None if labels is None else [[name_of(i), label] for i, label in enumerate(labels)]
-            writer.write("dataset.json", json.dumps({"labels": pairs}).encode())
-            writer.finish()
+        with distributed.fail_together():
+            if writer is not None:
+                labels = [dataset.get_stored_label(i) for i in range(count)] if dataset.has_labels else None
+                pairs = None if labels is None else [[name_of(i), label] for i, label in enumerate(labels)]
+                writer.write("dataset.json", json.dumps({"labels": pairs}).encode())
+                writer.finish()
     except BaseException:
         if writer is not None:
             writer.close()
         raise
-    distributed.barrier()
     return count
 
 

@@ -36,6 +36,7 @@ PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; palettes become 
 HEADER_BYTES = 256  # enough for the headers of PNG and .npy
 MAX_LABEL = 10**6
 FINGERPRINT_SAMPLES = 1024
+COMPRESSED = "slow to read; make it anew without compression (zip -0)"  # of a dataset, in notes
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -244,6 +245,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     @property
     def has_labels(self) -> bool:
         return self._labels is not None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether images lie compressed in the ZIP file, so that reading them unpacks them each time."""
+        if isinstance(self._source, _Folder):
+            return False
+        return bool((self._source.methods[self._files] != zipfile.ZIP_STORED).any())
 
     def __len__(self) -> int:
         return len(self._files) * (2 if self._xflip else 1)

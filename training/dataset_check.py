@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from tqdm import tqdm
 
 from dnnlib.util import UserError, atomic_write
 from torch_utils.misc import drawable
-from training.dataset import ImageFolderDataset, evenly_spaced
+from training.dataset import COMPRESSED, ImageFolderDataset, evenly_spaced
 from training.encoders import FINAL_STD, StandardRGBEncoder, encoder_for, final_channels
 
 GRID_IMAGES, TILE = 64, 96  # of the contact sheet
+LEVELS_DIVISOR = 8  # of the resolution: the networks of the presets halve it three times
 SHOWN = 20  # names and classes that are listed one by one
 
 
@@ -29,8 +31,12 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         grid: where to save a contact sheet; None = nowhere.
 
     Raises:
-        UserError: there is no such dataset.
+        UserError: there is no such dataset, or no place for the contact sheet.
     """
+    if grid is not None:
+        there = next(folder for folder in grid.absolute().parents if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise UserError(f"--grid={grid}: {there} is no folder that can be written to: choose another place")
     if not Path(path).exists():
         raise UserError(f"{path}: no such dataset")
     try:
@@ -72,6 +78,13 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         duplicate_examples=duplicates[:SHOWN],
         unreadable=len(problems),
     )
+    if dataset.compressed:
+        facts["compressed"] = COMPRESSED
+    if dataset.resolution % LEVELS_DIVISOR != 0:
+        facts["resolution_note"] = (
+            f"{dataset.resolution} is not divisible by {LEVELS_DIVISOR}, as networks of four levels (all presets but "
+            "digits) need: convert with another --resolution, or train fewer levels (--channel-mult)"
+        )
     facts.update(_labels(dataset, readable))
     if len(problems) > SHOWN:
         problems[SHOWN:] = [f"and {len(problems) - SHOWN} more unreadable images"]
@@ -124,12 +137,13 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     def randn_like(x: torch.Tensor) -> torch.Tensor:
         return torch.randn(x.shape, generator=generator)
 
-    total, total_square, count = 0.0, 0.0, 0
+    moments = torch.zeros(2, final_channels(dataset), dtype=torch.float64)  # mean and mean square per channel
     for idx in chosen:
         raw = torch.from_numpy(dataset[idx][0])[None]
         x = encoder.encode_latents(raw, randn_like).double()
-        total, total_square, count = total + x.sum().item(), total_square + x.square().sum().item(), count + x.numel()
-    sigma_data = math.sqrt(max(total_square / count - (total / count) ** 2, 0))
+        moments += torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))]) / len(chosen)
+    mean, mean_square = moments
+    sigma_data = math.sqrt(max((mean_square.mean() - mean.mean() ** 2).item(), 0))
     pixels = isinstance(encoder, StandardRGBEncoder)
     shift = math.log(sigma_data / FINAL_STD) if sigma_data > 0 else 0.0
     if pixels:
@@ -146,7 +160,24 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     )
     if not 0.5 < sigma_data / FINAL_STD < 2:
         facts["sigma_data_note"] = f"far from the {FINAL_STD} that the network assumes: check how the data was made"
+    if not pixels:
+        facts.update(_whitening(mean.numpy(), (mean_square - mean**2).clamp(min=0).sqrt().numpy()))
     return {**facts, "suggested_P_mean": round(P_mean, 2), "suggested_P_std": P_std, "suggestion_because": reason}
+
+
+def _whitening(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
+    """A note on the channel of latents furthest from what the network assumes, which sigma_data, of all, can hide."""
+    factor = np.abs(np.log2(np.maximum(std, 1e-9) / FINAL_STD))
+    # Beyond 1: the standard deviation is off by more than a factor of two, or the mean by more than half of FINAL_STD.
+    deviation = np.maximum(factor, np.abs(mean) / (FINAL_STD / 2))
+    worst = int(deviation.argmax())
+    if deviation[worst] <= 1:
+        return {}
+    note = (
+        f"channel {worst} of the latents has mean {mean[worst]:.2f} and standard deviation {std[worst]:.2f} where the "
+        f"model sees them, not 0 and {FINAL_STD}: check how the data was made"
+    )
+    return dict(channels_note=note)
 
 
 def save_contact_sheet(path: Path, dataset: ImageFolderDataset, indices: list[int]) -> None:

@@ -1,17 +1,20 @@
 """Encoders between stored data (pixels or raw latents) and what the diffusion model sees."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from dnnlib.util import OFFLINE_VARIABLE, UserError, offline, one_line
+from dnnlib.util import OFFLINE_VARIABLE, RunError, UserError, offline, one_line, open_url
 from training.dataset import ImageFolderDataset, evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
+VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # in a folder or repository
+HUB_NAME = r"\w[\w.-]*/[\w.-]+"  # owner/repo
 FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of the published models
 
 
@@ -27,6 +30,7 @@ class Encoder:
 
         Raises:
             UserError: it is not to be had.
+            RunError: it could not be fetched now.
         """
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,30 +108,10 @@ class StabilityVAEEncoder(Encoder):
 
         Raises:
             UserError: diffusers is not installed, or the VAE cannot be loaded.
+            RunError: it could not be fetched now.
         """
         if self._vae is None:
-            try:
-                from diffusers import AutoencoderKL
-            except ImportError:
-                raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
-            try:
-                if self.vae_name.endswith(".safetensors"):
-                    folder = os.path.dirname(self.vae_name) or "."
-                    described = os.path.isfile(os.path.join(folder, "config.json"))
-                    config = folder if described else PUBLISHED_VAE
-                    vae = AutoencoderKL.from_single_file(self.vae_name, config=config, local_files_only=offline())
-                else:
-                    vae = AutoencoderKL.from_pretrained(self.vae_name, use_safetensors=True, local_files_only=offline())
-            except (OSError, ValueError) as err:
-                reason = one_line(str(err).strip().splitlines()[0])
-                if offline() and not os.path.exists(self.vae_name):
-                    reason = (
-                        f"no network is wanted ({OFFLINE_VARIABLE}=1), and it is not in the cache of huggingface_hub; "
-                        "fetch it where there is one: python -m training.snapshot prefetch "
-                        f"hf://{self.vae_name}/config.json hf://{self.vae_name}/diffusion_pytorch_model.safetensors"
-                    )
-                raise UserError(f"the VAE {self.vae_name} could not be loaded: {reason}") from None
-            self._vae = vae.eval().requires_grad_(False)
+            self._vae = _load_vae(self.vae_name).eval().requires_grad_(False)
         return self._vae.to(device)
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,11 +125,71 @@ class StabilityVAEEncoder(Encoder):
         return whiten(mean + std * randn_like(mean), self.raw_mean, self.raw_std)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return to_pixels(self.decode_to_floats(x))
+
+    def decode_to_floats(self, x: torch.Tensor) -> torch.Tensor:
+        """Final latents -> pixels as the VAE makes them, around [0, 1]."""
         vae = self.vae(x.device)
         with torch.inference_mode():
             raw = unwhiten(x.float(), self.raw_mean, self.raw_std)
-            pixels = torch.cat([vae.decode(part).sample for part in raw.split(self.batch_size)])
-            return (pixels.clamp(0, 1) * 255).to(torch.uint8)
+            return torch.cat([vae.decode(part).sample for part in raw.split(self.batch_size)])
+
+
+def _load_vae(name: str) -> Any:
+    """The VAE of a file, a folder or the hub, see `StabilityVAEEncoder`."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
+    failed = f"the VAE {name} could not be loaded"
+    is_file = name.endswith(".safetensors")
+    if not os.path.exists(name) and (is_file or re.fullmatch(HUB_NAME, name) is None):
+        raise UserError(f"{failed}: no such file or folder (a name on the hub would be owner/repo)")
+    try:
+        if not is_file:
+            folder = name if os.path.exists(name) else _hub_folder(name, VAE_FILES)
+        else:
+            folder = os.path.dirname(name) or "."
+            if not os.path.isfile(os.path.join(folder, "config.json")):
+                folder = _hub_folder(PUBLISHED_VAE, ["config.json"])
+    except (UserError, RunError) as err:
+        reason = err
+        if is_file:
+            reason = f"no config.json beside it, and that of {PUBLISHED_VAE} is not to be had: put its own beside it"
+        raise type(err)(f"{failed}: {reason}") from None
+    # Without its default low_cpu_mem_usage, which wants another package and says so in five lines.
+    options = dict(low_cpu_mem_usage=False, local_files_only=True)
+    try:
+        if is_file:
+            return AutoencoderKL.from_single_file(name, config=folder, **options)
+        return AutoencoderKL.from_pretrained(folder, use_safetensors=True, **options)
+    except (OSError, ValueError) as err:
+        raise UserError(f"{failed}: {one_line(str(err).strip().splitlines()[0])}") from None
+
+
+def _hub_folder(repo: str, files: Sequence[str]) -> str:
+    """Where in the cache of huggingface_hub these files are, once they are fetched.
+
+    Raises:
+        UserError: they are not to be had.
+        RunError: they could not be fetched now.
+    """
+    urls = [f"hf://{repo}/{file}" for file in files]
+    advice = (
+        f"fetch it where there is a network by python -m training.snapshot prefetch {' '.join(urls)}, "
+        "and bring the cache of huggingface_hub (HF_HOME) for --offline"
+    )
+    try:
+        paths = [open_url(url, return_filename=True) for url in urls]
+    except RunError as err:
+        raise RunError(f"{err}; {advice}") from None
+    except UserError:
+        if not offline():
+            raise
+        raise UserError(
+            f"no network is wanted ({OFFLINE_VARIABLE}=1), and it is not in the cache of huggingface_hub; {advice}"
+        ) from None
+    return os.path.dirname(paths[0])
 
 
 class RawLatentEncoder(Encoder):
@@ -171,6 +215,11 @@ class RawLatentEncoder(Encoder):
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         return unwhiten(x.float(), self.raw_mean, self.raw_std)
+
+
+def to_pixels(x: torch.Tensor) -> torch.Tensor:
+    """[0, 1], and what goes beyond, -> uint8 pixels."""
+    return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 
 def whiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float]) -> torch.Tensor:

@@ -371,7 +371,12 @@ def _cifar(path: Path, names: Sequence[str], note: str) -> Source:
         with tarfile.open(path) as archive:
             members = {posixpath.normpath(member.name): member for member in archive.getmembers()}
             for name in names:
-                batch = safe_pickle.loads(_read(archive, members[name]), f"{path}: {name}")
+                try:
+                    batch = safe_pickle.loads(_read(archive, members[name]), name)
+                except UserError as err:
+                    raise UserError(
+                        f"--source={path}: not as CIFAR is published ({err}): fetch it again from its home page"
+                    ) from None
                 name = PurePosixPath(name).name
                 try:
                     pixels = batch["data"].load().reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)

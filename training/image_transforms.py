@@ -1,6 +1,7 @@
 """Encoded images -> pixels of the size that training wants."""
 
 import io
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -22,18 +23,21 @@ def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
     Raises:
         ValueError, OSError and others of Pillow: the data is damaged, or no image.
     """
-    image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else PIL.Image.open(io.BytesIO(data))
-    with image:
-        image = PIL.ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating point pixels, whose range is unknown")
-        if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = PIL.Image.new("RGBA", image.size, "white")
-            image = PIL.Image.alpha_composite(white, image)
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    with warnings.catch_warnings():
+        # Large images are welcome; those beyond twice its limit Pillow refuses.
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else PIL.Image.open(io.BytesIO(data))
+        with image:
+            image = PIL.ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            elif image.mode == "F":
+                raise ValueError("floating point pixels, whose range is unknown")
+            if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = PIL.Image.new("RGBA", image.size, "white")
+                image = PIL.Image.alpha_composite(white, image)
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     if pixels.size == 0:
         raise ValueError("it has no pixels")
     return pixels[:, :, None] if channels == 1 else pixels
