@@ -489,7 +489,14 @@ def test_bad_references(digits_ref, dinov2_folder, tmp_path):
     (tmp_path / "cut.npz").write_bytes(data)
     fails_with(tool(*common, f"--ref={tmp_path / 'cut.npz'}", "--metrics=fid", ok=False), "cut.npz: cannot be read")
     (tmp_path / "odd.pkl").write_bytes(b"odd")
-    fails_with(tool(*common, f"--ref={tmp_path / 'odd.pkl'}", "--metrics=fid", ok=False), "odd.pkl")
+    (tmp_path / "network.pkl").write_bytes(pickle.dumps({"ema": 1}))
+    (tmp_path / "empty.pkl").touch()
+    (tmp_path / "image.png").write_bytes(next(iter(random_images(1).values())))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    nothing = "holds no statistics of features: files of calculate_metrics.py ref, published pickles, and .npz"
+    other = dict.fromkeys(["odd.pkl", "network.pkl", "image.png", "other.npz"], nothing)
+    for name, fragment in {**other, "empty.pkl": "the file is empty"}.items():
+        fails_with(tool(*common, f"--ref={tmp_path / name}", "--metrics=fid", ok=False), f"{name}: {fragment}")
 
 
 @pytest.mark.parametrize("detector", [{}, [], "pixels", 1])
