@@ -553,6 +553,8 @@ def test_impossible_destinations_are_told_before_the_pass(tmp_path, monkeypatch)
         (["--num=1"], "--num"),
         (["--detector-weights=vgg=x"], "'vgg=x' is not NAME=PATH with a NAME of inception, dinov2, pixels"),
         (["--detector-weights=pixels=x"], "the detector pixels has no weights"),
+        (["--detector-weights=inception=x"], "--detector-weights=inception: no metric of --metrics uses it"),
+        (["--resize=pil"], "--resize=pil: no metric of --metrics uses DINOv2"),
     ],
 )
 def test_bad_options(options, fragment, digits_ref):

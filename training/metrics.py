@@ -54,15 +54,20 @@ def load_detectors(
         resize: how images are resized for DINOv2, 'torch' or 'pil'.
 
     Raises:
-        UserError, RunError: as `load_detector`.
+        UserError: weights or a resize mode that no metric uses; see `load_detector`, too.
+        RunError: as `load_detector`.
     """
-    entries = dict.fromkeys(METRICS[name].entry for name in metrics)
-    detectors = {}
-    for entry in entries:
-        name = ENTRIES[entry]
-        mode = resize if name == "dinov2" else "torch"
-        detectors[entry] = load_detector(name, device, (weights or {}).get(name), mode)
-    return detectors
+    weights = weights or {}
+    names = {METRICS[metric].entry: ENTRIES[METRICS[metric].entry] for metric in metrics}
+    for name in weights:
+        if name not in names.values():
+            raise UserError(f"--detector-weights={name}: no metric of --metrics uses it: leave it out")
+    if resize != "torch" and "dinov2" not in names.values():
+        raise UserError(f"--resize={resize}: no metric of --metrics uses DINOv2: leave it out")
+    return {
+        entry: load_detector(name, device, weights.get(name), resize if name == "dinov2" else "torch")
+        for entry, name in names.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
