@@ -261,7 +261,7 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
     from torch_utils import distributed
     from training.evaluation import last_stats
     from training.feature_stats import check_destination, save_stats
-    from training.metrics import calculate_stats_for_files, load_detectors, open_images
+    from training.metrics import calculate_stats_for_files, load_detectors, open_images, small_sample_note
 
     distributed.init()
     with distributed.fail_together():
@@ -275,6 +275,8 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
             stats.facts = {"data": data}
             save_stats(dest, stats)
     distributed.print0(f"{dest}: {', '.join(metrics)} of {stats.num_images} images")
+    for note in filter(None, (small_sample_note(metric, ref=stats) for metric in metrics)):
+        distributed.print0(f"Note: {note}")
     distributed.shutdown()
 
 

@@ -149,12 +149,11 @@ def test_wrong_states(case, zipped, inception_state, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>", b"PK\x03\x04", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("data", [b"", b"<html>", b"PK\x03\x04", b"\x80\x02}q\x00.", b"junk" * 25])
 def test_no_states(data, tmp_path):
     (tmp_path / "w.pth").write_bytes(data)
-    with pytest.raises(UserError, match="w.pth: ") as err:
+    with pytest.raises(UserError, match="w.pth: no weights saved by torch.save, or damaged: copy or fetch it again$"):
         load_detector("inception", "cpu", tmp_path / "w.pth")
-    assert "\n" not in str(err.value)
 
 
 @pytest.mark.parametrize("part", [0.5, 0.999])

@@ -1,7 +1,9 @@
 """Distances and scores of features: golden values, closed forms, brute force, and error bars that hold."""
 
+import io
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def test_singular_covariances(ranks):
     trace_of_root = np.linalg.svd(x1.T @ x2, compute_uv=False).sum() if min(x1.shape[1], x2.shape[1]) else 0
     traces = np.trace(sigma1) + np.trace(sigma2)
     mu = np.zeros(30)
-    assert frechet_distance(mu, sigma1, mu, sigma2) == pytest.approx(traces - 2 * trace_of_root, abs=1e-7 * traces)
+    assert frechet_distance(mu, sigma1, mu, sigma2) == pytest.approx(traces - 2 * trace_of_root, abs=1e-12 * traces)
 
 
 def test_scale_and_order():
@@ -90,13 +92,37 @@ def test_error_of_the_frechet_distance(shift):
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(found), rel=0.15)
 
 
-def test_error_by_its_definition():
+@pytest.mark.parametrize("rank", [None, 2])
+def test_error_by_its_definition(rank):
     rng = np.random.default_rng(4)
-    x, mu, sigma = rng.standard_normal([23, 4]) + 5, np.zeros(4), np.eye(4)
+    x, mu, sigma = rng.standard_normal([23, 4]) + 5, np.zeros(4), covariance(rng, 4, rank)
     without = [np.delete(x, np.s_[i::5], axis=0) for i in range(5)]
     d = np.array([frechet_distance(y.mean(axis=0), np.cov(y, rowvar=False), mu, sigma) for y in without])
     expected = math.sqrt(4 / 5 * np.square(d - d.mean()).sum())
     assert frechet_error(sums_of(x, groups=5), mu, sigma) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_error_takes_one_root_of_the_reference(rank, monkeypatch):
+    roots, original = [], distances._root
+    monkeypatch.setattr(distances, "_root", lambda sigma: roots.append(sigma) or original(sigma))
+    rng = np.random.default_rng(11)
+    sigma = covariance(rng, 8, rank)
+    frechet_error(sums_of(rng.standard_normal([40, 8]), groups=10), np.zeros(8), sigma)
+    (root_of,) = roots
+    np.testing.assert_array_equal(root_of, sigma)
+
+
+@pytest.mark.parametrize(("terminal", "delay", "shown"), [(True, 1e-9, True), (True, 60, False), (False, 1e-9, False)])
+def test_error_shows_its_progress(terminal, delay, shown, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(distances, "PROGRESS_DELAY", delay)
+    original = distances._distance
+    monkeypatch.setattr(distances, "_distance", lambda *args: time.sleep(0.03) or original(*args))
+    frechet_error(sums_of(np.random.default_rng(12).standard_normal([40, 8]), groups=10), np.zeros(8), np.eye(8))
+    assert ("Error bar" in screen.getvalue()) == shown and (shown or not screen.getvalue())
 
 
 @pytest.mark.parametrize(("images", "groups"), [(10, 1), (2, 2), (1, 3), (4, 5)])

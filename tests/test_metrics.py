@@ -76,7 +76,7 @@ def test_features_are_in_the_order_of_the_images():
 
 def test_each_metric_is_its_distance(monkeypatch):
     monkeypatch.setattr(kernel_distance, "__defaults__", (10, 50, 0))
-    stats, ref = stats_of(random_batches(), PIXELS, groups=5), stats_of(random_batches(4, seed=1), PIXELS)
+    stats, ref = stats_of(random_batches(4), PIXELS, groups=5), stats_of(random_batches(5, seed=1), PIXELS)
     a, b = stats.fd_pixels, ref.fd_pixels
     kid = kernel_distance(a.features, b.features)
     assert calculate_metrics_from_stats(stats, ref, PIXELS) == {
@@ -100,7 +100,8 @@ def test_all_metrics_in_one_pass(inception_file, dinov2_folder, monkeypatch):
 
     stats = stats_of(images(), list(METRICS), detectors=detectors)
     assert passes == 1 and set(detectors) == {"fid", "fd_dinov2", "fd_pixels"}
-    results = calculate_metrics_from_stats(stats, stats, list(METRICS))
+    with pytest.warns(UserWarning, match="mostly tells how few they are"):
+        results = calculate_metrics_from_stats(stats, stats, list(METRICS))
     assert results["fid"] == pytest.approx(0, abs=1e-5) and results["recall_dinov2"] == 1
     assert (results["is"], results["is_std"]) == inception_score(stats.fid.logits)
     assert len(results) == 3 + 3 * 2 + 2 + 3 * 4
@@ -114,9 +115,29 @@ def test_script_offers_the_published_functions(capsys):
     values = calculate_metrics.calculate_metrics_from_stats(r.stats, ref, ["fd_pixels"], verbose=True)
     assert values["fd_pixels"] == pytest.approx(192)
     assert re.fullmatch(r"fd_pixels: +192\n", capsys.readouterr().out)
-    few = stats_of(random_batches(1, 10))
-    calculate_metrics_from_stats(few, few, ["fd_pixels"], verbose=True)
-    assert "Note: fd_pixels of 10 images in 192 dimensions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_few_images_are_warned_of(verbose):
+    def warning_of(stats, ref) -> str:
+        with pytest.warns(UserWarning, match="fd_pixels") as caught:
+            calculate_metrics_from_stats(stats, ref, ["fd_pixels", "prdc_pixels"], verbose=verbose)
+        (warning,) = caught
+        assert warning.filename == __file__
+        return str(warning.message)
+
+    def sized(count: int) -> EasyDict:
+        return stats_of(random_batches(1, count), ["fd_pixels", "prdc_pixels"])
+
+    few, fewer, many = sized(192), sized(40), sized(193)
+    tells = "in 192 dimensions mostly tells how few they are: take far more"
+    assert warning_of(few, many) == f"fd_pixels of 192 images {tells}"
+    assert warning_of(many, fewer) == f"fd_pixels against a reference of 40 images {tells}"
+    assert warning_of(few, fewer) == f"fd_pixels of 192 images against a reference of 40 images {tells}"
+    # What is not known is not warned of: warnings are errors here.
+    unknown = {"fd_pixels": fewer.fd_pixels}
+    for stats, ref in [(many, many), (many, unknown), (unknown, many), (unknown, unknown)]:
+        calculate_metrics_from_stats(stats, ref, ["fd_pixels"], verbose=verbose)
 
 
 def test_subset_of_files():
@@ -230,6 +251,17 @@ def test_repeated_calc(digits_ref):
     fails_with(tool("calc", *options, "--num=1797", "--repeat=2", ok=False), "--repeat=2 needs more than --num=1797")
 
 
+def test_small_references_are_told(tmp_path):
+    images = make_dataset(tmp_path / "images", random_images(40))
+    ref = tmp_path / "ref.npz"
+    tells = "Note: fd_pixels against a reference of 40 images in 192 dimensions mostly tells how few they are"
+    made = tool("ref", f"--data={images}", f"--dest={ref}", "--metrics=fd_pixels,prdc_pixels", "--workers=0")
+    assert made.output.count("Note") == made.output.count(tells) == 1
+    common = ["calc", f"--images={DIGITS}", "--num=200", "--metrics=fd_pixels,prdc_pixels", "--workers=0"]
+    result = tool(*common, f"--ref={ref}")
+    assert result.output.count("Note") == result.output.count(tells) == 1 and "Warning" not in result.output
+
+
 def test_each_run_is_kept_at_once(digits_ref, tmp_path, monkeypatch):
     original, runs = Evaluation.__call__, []
 
@@ -259,7 +291,7 @@ def test_gen(snapshot_file, digits_ref, tmp_path):
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").rglob("*.png")}
     assert saved == {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
     note = "fd_pixels of 20 images in 192 dimensions mostly tells how few they are: take far more"
-    assert record["note"] == note and f"Note: {note}" in result.output
+    assert record["note"] == note and result.output.count(f"Note: {note}") == 1 and "Warning" not in result.output
     calc = tool("calc", f"--images={tmp_path / 'images'}", *measuring, "--workers=0")
     assert values_of(calc.output) == values_of(result.output)
 
@@ -349,6 +381,7 @@ def test_references_of_other_tools(inception_file, tmp_path):
         assert values_of(result.output)["fid"] == pytest.approx(2048, rel=1e-4)
     how = {record["metric"]: record["ref_statistics"] for record in records_of(result.output)}
     assert how == {"fid": "stored", "prdc": "computed from its images"}
+    assert "fid of 12 images in 2048" in result.output  # and nothing of the reference, whose number is not known
     # The inception score takes no reference.
     result = tool(*common, "--metrics=is", f"--ref={tmp_path / 'adm.npz'}")
     assert "ref" not in records_of(result.output)[0]
@@ -489,7 +522,14 @@ def test_bad_references(digits_ref, dinov2_folder, tmp_path):
     (tmp_path / "cut.npz").write_bytes(data)
     fails_with(tool(*common, f"--ref={tmp_path / 'cut.npz'}", "--metrics=fid", ok=False), "cut.npz: cannot be read")
     (tmp_path / "odd.pkl").write_bytes(b"odd")
-    fails_with(tool(*common, f"--ref={tmp_path / 'odd.pkl'}", "--metrics=fid", ok=False), "odd.pkl")
+    (tmp_path / "network.pkl").write_bytes(pickle.dumps({"ema": 1}))
+    (tmp_path / "empty.pkl").touch()
+    (tmp_path / "image.png").write_bytes(next(iter(random_images(1).values())))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    nothing = "holds no statistics of features: files of calculate_metrics.py ref, published pickles, and .npz"
+    other = dict.fromkeys(["odd.pkl", "network.pkl", "image.png", "other.npz"], nothing)
+    for name, fragment in {**other, "empty.pkl": "the file is empty"}.items():
+        fails_with(tool(*common, f"--ref={tmp_path / name}", "--metrics=fid", ok=False), f"{name}: {fragment}")
 
 
 @pytest.mark.parametrize("detector", [{}, [], "pixels", 1])
@@ -546,6 +586,8 @@ def test_impossible_destinations_are_told_before_the_pass(tmp_path, monkeypatch)
         (["--num=1"], "--num"),
         (["--detector-weights=vgg=x"], "'vgg=x' is not NAME=PATH with a NAME of inception, dinov2, pixels"),
         (["--detector-weights=pixels=x"], "the detector pixels has no weights"),
+        (["--detector-weights=inception=x"], "--detector-weights=inception: no metric of --metrics uses it"),
+        (["--resize=pil"], "--resize=pil: no metric of --metrics uses DINOv2"),
     ],
 )
 def test_bad_options(options, fragment, digits_ref):

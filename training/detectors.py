@@ -486,10 +486,10 @@ def _read_state(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, tor
     try:
         # The older of torch's two formats cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise ValueError("it holds other things than named tensors")
-    except Exception as err:  # torch.load has many ways to say that a file is damaged or holds code
-        raise UserError(f"{path}: no weights saved by torch.save ({one_line(err)[:150]})") from None
+    except Exception:  # torch.load has many ways to say that a file is damaged or holds code, few of them readable
+        raise UserError(f"{path}: no weights saved by torch.save, or damaged: copy or fetch it again") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: no weights saved by torch.save (it holds other things than named tensors)")
     shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
     wrong = [
         f"{name} is {list(state[name].shape)} instead of {shape}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dnnlib.util import UserError
 
@@ -13,6 +14,7 @@ ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB
 SUBSET_SIZE = 1000  # of the kernel distance
 SPLITS = 10  # of the inception score
 K_PRECISION, K_DENSITY = 3, 5  # which neighbours
+PROGRESS_DELAY = 2  # seconds after which it is shown
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -22,8 +24,8 @@ K_PRECISION, K_DENSITY = 3, 5  # which neighbours
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Squared Frechet distance between two Gaussians (Dowson & Landau 1982), which FID is (Heusel et al. 2017).
 
-    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S1 = L L^T, the eigenvalues of S1 S2 are those of the
-    symmetric L^T S2 L, so that the last trace is the sum of their roots and no root of a matrix is needed.
+    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S2 = L L^T, the eigenvalues of S1 S2 are those of the
+    symmetric L^T S1 L, so that the last trace is the sum of their roots and no root of a matrix is needed.
 
     The error is about 1e-14 of tr(S1) + tr(S2) for covariances of full rank, and less than 1e-8 of it for others, where
     eigenvalues that are zero come out as rounding errors before their roots are taken.
@@ -41,10 +43,11 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
             f"statistics of different features cannot be compared: means {list(mu1.shape)} and {list(mu2.shape)}, "
             f"covariances {list(sigma1.shape)} and {list(sigma2.shape)}"
         )
-    factor, other = _factor_of_one(sigma1, sigma2)
-    eigenvalues = torch.linalg.eigvalsh(factor.mT @ other @ factor)
-    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
-    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root)
+    root1, root2 = _root(sigma1), _root(sigma2)
+    # Of the thinner root, fewer eigenvalues are zero.
+    if root1.shape[1] < root2.shape[1]:
+        return _distance(mu2, sigma2, mu1, sigma1, root1)
+    return _distance(mu1, sigma1, mu2, sigma2, root2)
 
 
 def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: Array) -> float:
@@ -56,6 +59,8 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
     the distance is biased upwards by an amount that depends on the number of different images. The jackknife loses
     only 1 / G of them, and what that adds is the same for all groups. The bias of the distance itself is not part of
     the error. With G groups the error is known to about 1 / sqrt(2 (G - 1)): 10 to 20 of them are enough.
+
+    On terminals, a progress bar appears if it takes longer than a few seconds, as that of thousands of features does.
 
     Args:
         groups: of each group, equal in size up to rounding and drawn alike (image i in group i mod G): the number of
@@ -75,25 +80,44 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
     sums = [_double(x) for _, x, _ in groups]
     products = [_double(xx) for _, _, xx in groups]
     sum_of_all, product_of_all = sum(sums[1:], sums[0]), sum(products[1:], products[0])
+    mu, sigma = _double(mu), _double(sigma)
+    root = _root(sigma)  # always that of the reference, which is the same for all groups
     distances = []
-    for count, x, xx in zip(counts, sums, products, strict=True):
+    progress = tqdm(
+        zip(counts, sums, products, strict=True),
+        desc="Error bar",
+        total=len(groups),
+        delay=PROGRESS_DELAY,
+        leave=False,
+        disable=None,
+        dynamic_ncols=True,
+    )
+    for count, x, xx in progress:
         n = total - count
         mean = (sum_of_all - x) / n
         covariance = (product_of_all - xx - n * torch.outer(mean, mean)) / (n - 1)
-        distances.append(frechet_distance(mean, covariance, mu, sigma))
+        distances.append(_distance(mean, covariance, mu, sigma, root))
     return float(np.std(distances) * math.sqrt(len(groups) - 1))
 
 
-def _factor_of_one(sigma1: torch.Tensor, sigma2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A of one covariance A A^T, and the other covariance."""
-    for sigma, other in [(sigma1, sigma2), (sigma2, sigma1)]:
-        factor, failure = torch.linalg.cholesky_ex(sigma)
-        if not failure:
-            return factor, other
-    # Both are singular. What is zero but for rounding is left out, or the root would make much of it.
-    values, vectors = torch.linalg.eigh(sigma1)
+def _distance(
+    mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor, root2: torch.Tensor
+) -> float:
+    """`frechet_distance`, the root of sigma2 being known."""
+    eigenvalues = torch.linalg.eigvalsh(root2.mT @ sigma1 @ root2)
+    trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
+    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root)
+
+
+def _root(sigma: torch.Tensor) -> torch.Tensor:
+    """A of a covariance A A^T; of a singular one it has as many columns as the rank."""
+    root, failure = torch.linalg.cholesky_ex(sigma)
+    if not failure:
+        return root
+    # What is zero but for rounding is left out, or the root would make much of it.
+    values, vectors = torch.linalg.eigh(sigma)
     kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors[:, kept] * values[kept].sqrt(), sigma2
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ from training.encoders import Encoder
 from training.generation import generate_images, image_resolution
 from training.metrics import (
     METRICS,
-    calculate_metrics_from_stats,
     calculate_stats_for_files,
     calculate_stats_for_iterable,
     check_numbers,
     check_reference,
     load_detectors,
     load_stats,
+    metric_values,
     mismatches,
     refuse,
     small_sample_note,
@@ -87,6 +87,8 @@ class Evaluation:
         if lacking:
             detectors = {METRICS[metric].entry: self.detectors[METRICS[metric].entry] for metric in lacking}
             computed = last_stats(calculate_stats_for_files(path, metrics=lacking, detectors=detectors))
+            if self.stored:
+                del computed["num_images"]  # stored statistics may be of more images than the file holds
             for entry in detectors:
                 computed[entry] = EasyDict({**computed[entry], **self.stats.get(entry, {})})
             self.stats.update(computed)
@@ -121,10 +123,10 @@ class Evaluation:
         return records
 
     def _record(self, metric: str, stats: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
-        results = calculate_metrics_from_stats(stats, self.stats, [metric], force=self.force)
+        results = metric_values(stats, self.stats, [metric], self.force)
         entry = METRICS[metric].entry
         record = {"metric": metric, "results": results, "num_images": stats["num_images"]}
-        note = small_sample_note(metric, stats)
+        note = small_sample_note(metric, stats, self.stats)
         if note:
             record["note"] = note
         record |= {**provenance, "resolution": stats["resolution"], **stats[entry]["detector"]}

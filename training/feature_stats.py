@@ -14,6 +14,7 @@ the images are from, when this was made.
 
 import io
 import json
+import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -105,10 +106,15 @@ def load_stats(path_or_url: str | Path) -> EasyDict:
         stats = _read_npz(path)
     elif start[8:9] == b"{":
         stats = _read_safetensors(path)
-    else:
+    elif start[:1] in (pickle.PROTO, b""):
         stats = published_stats(safe_pickle.load(path), str(path))
+    else:
+        stats = EasyDict()
     if not ENTRIES.keys() & stats.keys():
-        raise UserError(f"{path}: holds no statistics (mu and sigma)")
+        raise UserError(
+            f"{path}: holds no statistics of features: files of calculate_metrics.py ref, published pickles, and .npz "
+            f"files of mu and sigma are read"
+        )
     return stats
 
 

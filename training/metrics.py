@@ -1,5 +1,6 @@
 """Metrics of images by the features that a detector finds in them: FID and its relatives."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +55,20 @@ def load_detectors(
         resize: how images are resized for DINOv2, 'torch' or 'pil'.
 
     Raises:
-        UserError, RunError: as `load_detector`.
+        UserError: weights or a resize mode that no metric uses; see `load_detector`, too.
+        RunError: as `load_detector`.
     """
-    entries = dict.fromkeys(METRICS[name].entry for name in metrics)
-    detectors = {}
-    for entry in entries:
-        name = ENTRIES[entry]
-        mode = resize if name == "dinov2" else "torch"
-        detectors[entry] = load_detector(name, device, (weights or {}).get(name), mode)
-    return detectors
+    weights = weights or {}
+    names = {METRICS[metric].entry: ENTRIES[METRICS[metric].entry] for metric in metrics}
+    for name in weights:
+        if name not in names.values():
+            raise UserError(f"--detector-weights={name}: no metric of --metrics uses it: leave it out")
+    if resize != "torch" and "dinov2" not in names.values():
+        raise UserError(f"--resize={resize}: no metric of --metrics uses DINOv2: leave it out")
+    return {
+        entry: load_detector(name, device, weights.get(name), resize if name == "dinov2" else "torch")
+        for entry, name in names.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -329,6 +335,8 @@ def calculate_metrics_from_stats(
 ) -> dict[str, float]:
     """Metrics of images whose statistics are `stats`, against the reference `ref`. On the first process.
 
+    Warns if there are too few images for a Frechet distance, or too few in the reference.
+
     Args:
         verbose: print each value.
         force: compare even with references that were made otherwise.
@@ -340,6 +348,19 @@ def calculate_metrics_from_stats(
     Raises:
         UserError: statistics lack what a metric needs, or were made with another detector or at another resolution.
     """
+    results = metric_values(stats, ref, metrics, force)
+    if verbose:
+        for name, value in results.items():
+            print(f"{name + ':':24s}{value:g}")
+    for note in filter(None, (small_sample_note(metric, stats, ref) for metric in metrics)):
+        warnings.warn(note, stacklevel=2)
+    return results
+
+
+def metric_values(
+    stats: Mapping[str, Any], ref: Mapping[str, Any], metrics: Sequence[str], force: bool = False
+) -> dict[str, float]:
+    """`calculate_metrics_from_stats` without its warnings, for those who tell them in another way."""
     check_metrics(metrics)
     for metric in metrics:
         check_reference(metric, ref)
@@ -351,20 +372,21 @@ def calculate_metrics_from_stats(
     results: dict[str, float] = {}
     for metric in metrics:
         results.update(KINDS[METRICS[metric].kind].calculate(metric, stats[METRICS[metric].entry], ref))
-    if verbose:
-        for name, value in results.items():
-            print(f"{name + ':':24s}{value:g}")
-        for note in filter(None, (small_sample_note(metric, stats) for metric in metrics)):
-            print(f"Note: {note}")
     return results
 
 
-def small_sample_note(metric: str, stats: Mapping[str, Any]) -> str:
-    """What to know about a Frechet distance of fewer images than features; '' for others."""
-    if METRICS[metric].kind != "frechet" or stats["num_images"] > len(stats[METRICS[metric].entry]["mu"]):
+def small_sample_note(metric: str, stats: Mapping[str, Any] | None = None, ref: Mapping[str, Any] | None = None) -> str:
+    """What to know about a Frechet distance where the images, or those of the reference, are fewer than features; ''
+    where they are not, or their number is not known."""
+    if METRICS[metric].kind != "frechet":
         return ""
-    D = len(stats[METRICS[metric].entry]["mu"])
-    return f"{metric} of {stats['num_images']} images in {D} dimensions mostly tells how few they are: take far more"
+    D, few = 0, []
+    for given, what in [(stats, "of"), (ref, "against a reference of")]:
+        if given is not None and given.get("num_images") is not None:
+            D = len(given[METRICS[metric].entry]["mu"])
+            if given["num_images"] <= D:
+                few.append(f" {what} {given['num_images']} images")
+    return f"{metric}{''.join(few)} in {D} dimensions mostly tells how few they are: take far more" if few else ""
 
 
 def check_reference(metric: str, ref: Mapping[str, Any], feature_dim: int | None = None) -> None:
