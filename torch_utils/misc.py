@@ -88,8 +88,30 @@ def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     params = [p for p in parameters if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
     for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad = part.view_as(p)
+        p.grad = part.as_strided(p.shape, p.stride())  # in the memory format of the parameter
     return flat
+
+
+def use_channels_last(net: torch.nn.Module) -> None:
+    """Store the weights of convolutions as their activations are stored, so that none has to be converted."""
+    for p in net.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Parameters and their gradients with the channels last, and so contiguous after `use_channels_last`.
+
+    Of other tensors, fused Adam makes copies.
+    """
+    views = []
+    for p in parameters:
+        if p.grad is not None:
+            order = (0, 2, 3, 1) if p.ndim == 4 else tuple(range(p.ndim))
+            view = p.detach().permute(order)
+            view.grad = p.grad.permute(order)
+            views.append(view)
+    return views
 
 
 def replace_nonfinite_(values: torch.Tensor) -> torch.Tensor:

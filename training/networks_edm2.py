@@ -113,7 +113,7 @@ class MPConv(nn.Module):
 
     def effective_weight(self) -> torch.Tensor:
         fan_in = self.weight[0].numel()
-        return normalize(self.weight) / math.sqrt(fan_in)
+        return self.weight * (_inverse_magnitude(self.weight) / math.sqrt(fan_in))
 
     def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
         w = self.effective_weight() if self.shared_weight is None else self.shared_weight
@@ -148,8 +148,6 @@ def effective_weights(net: nn.Module) -> Iterator[None]:
     for conv in convs:
         with torch.no_grad():
             w = conv.effective_weight()
-            if w.ndim == 4 and w.device.type == "cpu":  # activations take over the layout
-                w = w.contiguous(memory_format=torch.channels_last)
         conv.shared_weight = w.requires_grad_(conv.weight.requires_grad and torch.is_grad_enabled())
     try:
         yield
@@ -170,12 +168,12 @@ def _pass_on_gradient(weight: torch.Tensor, grad: torch.Tensor) -> None:
     """
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    w, grad, total = weight.flatten(1), grad.flatten(1), weight.grad.view(len(weight), -1)
-    norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    inverse = (norm + EPS * math.sqrt(w.shape[1])).reciprocal()
-    dot = torch.bmm(w[:, None], grad[:, :, None]).squeeze(2)
+    dims = list(range(1, weight.ndim))
+    norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    inverse = (norm + EPS * math.sqrt(weight[0].numel())).reciprocal()
+    dot = (weight * grad).sum(dims, keepdim=True)
     along = dot * inverse.square() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-    total.addcmul_(grad, inverse).addcmul_(w, along, value=-1)
+    weight.grad.addcmul_(grad, inverse).addcmul_(weight, along, value=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------

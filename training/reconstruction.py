@@ -27,7 +27,7 @@ from training.snapshot.files import (
 )
 from training.snapshot.native import write_native_files
 
-PART = 1 << 16  # elements of each input that a thread works on at a time
+PART, GROUP = 1 << 17, 8  # elements of each input, and inputs, that a thread has in memory at a time
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,18 @@ def _weighted_sums(
     num_threads = torch.get_num_threads()
     buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
     for _ in range(num_threads):
-        buffers.put(torch.empty(len(files), PART))
+        buffers.put(torch.empty(GROUP, PART))
 
     def part_of(name: str, readers: Sequence[Callable], start: int, stop: int) -> torch.Tensor:
         buffer = buffers.get()
+        sums = torch.zeros(coefs.shape[1], stop - start)
         try:
-            values = buffer[:, : stop - start]
-            for read, row in zip(readers, values, strict=True):
-                read(start, row)
-            sums = coefs.t() @ values
+            for first in range(0, len(readers), GROUP):
+                group = readers[first : first + GROUP]
+                values = buffer[: len(group), : stop - start]
+                for read, row in zip(group, values, strict=True):
+                    read(start, row)
+                sums.addmm_(coefs[first : first + GROUP].t(), values)
         finally:
             buffers.put(buffer)
         # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
@@ -184,7 +187,7 @@ def _weighted_sums(
         under_way: deque[Future[torch.Tensor]] = deque()
         for start in range(0, count, PART):
             under_way.append(pool.submit(part_of, name, readers, start, min(start + PART, count)))
-            if len(under_way) > 2 * num_threads:
+            if len(under_way) > num_threads:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()

@@ -105,6 +105,8 @@ def _train(
     encoder = encoder_for(dataset)
     net = build_network(config, final_channels(dataset)).to(device)
     net.precision = misc.resolve_precision(config.precision, device)
+    if device.type != "mps":
+        misc.use_channels_last(net)
     ema = PowerFunctionEMA(net, config.ema_std)
     net.unet.checkpoint_activations = config.checkpoint_activations
     if config.compile:
@@ -113,7 +115,8 @@ def _train(
     loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
     gradients = misc.flat_gradients(net.parameters())
     fused = device.type != "mps"
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
+    views = misc.channels_last_views(net.parameters())
+    optimizer = torch.optim.Adam(views, lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
     stats = Collector(device)
     nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
     nimg, seconds = 0, 0.0
