@@ -18,6 +18,7 @@ from toy_example import CFG_NET, GNET, NET, ToyModel, gt, main
 from training.encoders import StandardRGBEncoder
 from training.snapshot import load_network, read_metadata, save_network
 from training.toy_data import GaussianMixture
+from training.toy_figure import CLOSEUP, TRAJECTORIES, draw_paper_figure
 from training.toy_sampling import measure, sample_toy, support_level
 from training.toy_training import ToyConfig, ToyTrainer
 
@@ -268,6 +269,30 @@ def test_plot(tmp_path, monkeypatch, suffix):
             assert image.text["Description"].startswith("python toy_example.py plot --cls=A --seed=1 ")
     elif suffix == "svg":
         assert b"--cfg-guidance=3" in data
+
+
+@pytest.mark.parametrize("cls", ["A", "B", "AB"])
+def test_closeup(monkeypatch, cls):
+    """The lower panels look where the class is, and paths start there."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr("training.toy_figure.SAMPLES", 1000)
+    monkeypatch.setattr("training.toy_figure.GRID", 40)
+    (x0, x1), (y0, y1) = box = CLOSEUP[cls]
+    x, y = gt(cls).sample(10_000, generator=torch.Generator().manual_seed(0)).T
+    assert ((x > x0) & (x < x1) & (y > y0) & (y < y1)).float().mean() > 0.05
+    net, gnet, cfg_net = (load_network(path).net for path in (NET, GNET, CFG_NET))
+    figure = Figure()
+    draw_paper_figure(figure, cls, net, gnet, 2, cfg_net, 2, seed=0)
+    upper, lower = figure.axes[:4], figure.axes[4:]
+    for axes in upper:
+        corners = np.array(axes.lines[0].get_data())
+        assert (corners.min(axis=1) == (x0, y0)).all() and (corners.max(axis=1) == (x1, y1)).all()
+    assert [(axes.get_xlim(), axes.get_ylim()) for axes in lower] == [box] * 4
+    paths = lower[-1].lines
+    assert len(paths) == 2 * (TRAJECTORIES + 1)  # without and with guidance; the last of each are the ends
+    starts = np.array([path.get_xydata() for path in paths[:TRAJECTORIES]])[:, 0]
+    assert (starts > (x0, y0)).all() and (starts < (x1, y1)).all()
 
 
 def test_plot_without_a_display(tmp_path, monkeypatch):
