@@ -228,8 +228,10 @@ def train(
         try:
             require_matplotlib()
             view = TrainingView(cls, target, save, window=viz)
-        except UserError as err:  # without --save, the window is only an extra
+        except UserError as err:  # the window is only an extra
             print(f"Note: no window: {err}")
+            if save is not None:
+                view = TrainingView(cls, target, save, window=False)
     with tqdm(total=iterations, unit="it", dynamic_ncols=True) as progress:
         for iteration, loss, ema in train_toy(config, target):
             if iteration % FRAME_INTERVAL == 0 or iteration == iterations:

@@ -51,8 +51,9 @@ def require_matplotlib() -> None:
         import matplotlib.pyplot  # noqa: F401
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
-    except ValueError as err:  # such as an unknown $MPLBACKEND
-        raise UserError(f"matplotlib does not start: {one_line(err)}") from None
+    except ValueError as err:  # $MPLBACKEND is unknown; the message goes on with all that are known
+        reason = one_line(err).partition("; supported values")[0]
+        raise UserError(f"matplotlib does not start: {reason} (unset MPLBACKEND)") from None
 
 
 def check_format(path: Path) -> None:
@@ -65,11 +66,19 @@ def check_format(path: Path) -> None:
 
 
 def new_figure(window: bool, **kwargs: Any) -> "tuple[Figure, bool]":
-    """A figure, and whether it is one that a window can show: if `window` asks for it and there is a display."""
+    """A figure, and whether it is one that a window can show: if `window` asks for it and there is a display.
+
+    Raises:
+        UserError: a window is asked for, and what matplotlib is set to use for windows is not installed.
+    """
     if window:
         from matplotlib import pyplot
 
-        figure = pyplot.figure(**kwargs)
+        try:
+            figure = pyplot.figure(**kwargs)
+        except (ImportError, RuntimeError) as err:
+            reason = one_line(err)
+            raise UserError(f"matplotlib cannot show figures: {reason} (unset MPLBACKEND, or set it to agg)") from None
         if getattr(figure.canvas, "required_interactive_framework", None) is not None:
             return figure, True
         pyplot.close(figure)
