@@ -212,9 +212,9 @@ def train(
     if save is not None:
         require_matplotlib()
         check_frames(save)
+    target = misc.select_device(device)
     if outdir is not None:
         outdir.mkdir(parents=True, exist_ok=True)
-    target = misc.select_device(device)
     config = ToyConfig(cls=cls, num_layers=layers, hidden_dim=dim, iterations=iterations, seed=seed)
     metadata = {
         "config": dataclasses.asdict(config),

@@ -376,6 +376,14 @@ def test_bad_options(args, fragments):
     fails_with(run_cli(main, *args), *fragments)
 
 
+def test_device_that_is_not_there(tmp_path, monkeypatch):
+    """An error leaves no folder behind."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run_cli(main, "train", f"--outdir={tmp_path / 'out'}", "--device=cuda")
+    fails_with(result, "--device=cuda is not available on this machine")
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_of_another_kind(tmp_path):
     path = tmp_path / "images.safetensors"
     save_network(path, tiny_network(), StandardRGBEncoder(), {})
