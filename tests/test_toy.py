@@ -362,6 +362,8 @@ def test_samples_that_overflow(tmp_path):
         (["plot", f"--net={NET}", "--cfg-guidance=2"], ["classifier-free guidance beside autoguidance: give --gnet"]),
         (["plot", "--guidance=101"], ["--guidance", "range -100.0<=x<=100.0"]),
         (["plot", "--save=toy.jpeg2"], ["--save=toy.jpeg2", ".png, .pdf, .svg"]),
+        (["plot", f"--gnet={NET}"], [f"--gnet={NET} is the same model as --net={NET}: give a worse one, or no --gnet"]),
+        (["evaluate", f"--net={NET}", f"--gnet={NET}"], ["is the same model as --net"]),
         (["plot", "--cls=C"], ["--cls", "unknown class 'C'"]),
         (["plot", f"--net={NET}", "--guidance=2"], ["--guidance=2 needs a guiding model: give --gnet"]),
         (["plot", "--cls=B"], ["--cls=B, but", "has learned A"]),
