@@ -479,3 +479,19 @@ def test_tables_show_the_evaluation(name):
             assert cells[3].split(" ±")[0] + "%" == outliers[sampling, weight]
             shown += 1
     assert shown >= 6
+
+
+def test_table_shows_the_sweep():
+    """What docs/autoguidance.md says of digits is what docs/autoguidance-digits.json holds, rounded."""
+    facts = json.loads((ROOT / "docs" / "autoguidance-digits.json").read_text())
+    expected = [
+        f"| {row['weight']:g} | {100 * row['class_agreement']:.1f} ± {100 * row['class_agreement_error']:.1f} %"
+        f" | {row['nn_distance_ratio']:.3f} | {row['diversity']:.0f} |"
+        for row in facts["rows"]
+    ]
+    real = facts["real"]
+    expected.append(f"| real digits | {100 * real['class_agreement']:.1f} % | 1 | {real['diversity']:.0f} |")
+    text = (ROOT / "docs" / "autoguidance.md").read_text()
+    heading, _rule, *table = text[text.index("| w | class as asked for") :].splitlines()
+    assert heading.count("|") == 5 and table[: len(expected) + 1] == [*expected, ""]
+    assert f"{facts['samples']} samples each" in text and f"All samples are of {facts['steps']} steps" in text
