@@ -71,7 +71,8 @@ class Models:
     """The models of `plot` and `evaluate`: what the options name, or those in models/toy.
 
     Raises:
-        UserError: a file is missing, damaged, or of another kind or class, or `guidance` has no guide.
+        UserError: a file is missing, damaged, or of another kind or class, `guidance` has no guide, or the guide is
+            the model itself.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Models:
         self.names = {"net": Path(net).name, "gnet": gnet and Path(gnet).name, "cfg_net": Path(cfg_net).name}
         self.net, metadata = load_toy_model("--net", net, device)
         self.gnet = load_toy_model("--gnet", gnet, device)[0] if gnet is not None else None
+        if self.gnet is not None and _are_equal(self.net, self.gnet):
+            raise UserError(f"--gnet={gnet} is the same model as --net={net}: give a worse one, or no --gnet")
         self.cfg_net, cfg_metadata = load_toy_model("--cfg-net", cfg_net, device)
         learned = _learned_class(metadata)
         if cls is not None and learned in TOY_CLASSES and cls != learned:
@@ -102,6 +105,11 @@ class Models:
 
 def _learned_class(metadata: dict[str, Any]) -> str | None:
     return (metadata.get("config") or {}).get("cls")
+
+
+def _are_equal(a: ToyModel, b: ToyModel) -> bool:
+    parameters = zip(a.parameters(), b.parameters(), strict=True)
+    return a.init_kwargs == b.init_kwargs and all((p == q).all() for p, q in parameters)
 
 
 def load_toy_model(option: str, path: str, device: torch.device) -> tuple[ToyModel, dict[str, Any]]:
@@ -212,9 +220,9 @@ def train(
     if save is not None:
         require_matplotlib()
         check_frames(save)
+    target = misc.select_device(device)
     if outdir is not None:
         outdir.mkdir(parents=True, exist_ok=True)
-    target = misc.select_device(device)
     config = ToyConfig(cls=cls, num_layers=layers, hidden_dim=dim, iterations=iterations, seed=seed)
     metadata = {
         "config": dataclasses.asdict(config),
@@ -228,8 +236,10 @@ def train(
         try:
             require_matplotlib()
             view = TrainingView(cls, target, save, window=viz)
-        except UserError as err:  # without --save, the window is only an extra
+        except UserError as err:  # the window is only an extra
             print(f"Note: no window: {err}")
+            if save is not None:
+                view = TrainingView(cls, target, save, window=False)
     with tqdm(total=iterations, unit="it", dynamic_ncols=True) as progress:
         for iteration, loss, ema in train_toy(config, target):
             if iteration % FRAME_INTERVAL == 0 or iteration == iterations:

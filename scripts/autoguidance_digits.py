@@ -67,7 +67,13 @@ def draw(path: Path, rows: list[dict[str, Any]], real: dict[str, float], shown: 
 
 
 @click.command()
-@click.option("--outdir", type=click.Path(path_type=Path), default=ROOT / "out" / "autoguidance", show_default=False)
+@click.option(
+    "--outdir",
+    help="Where to save the models, the picture and the figures  [default: out/autoguidance]",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ROOT / "out" / "autoguidance",
+)
 def main(outdir: Path) -> None:
     out = outdir.resolve()
     train(out / "main", "--duration=64Ki")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from toy_example import CFG_NET, GNET, NET, ToyModel, gt, main
 from training.encoders import StandardRGBEncoder
 from training.snapshot import load_network, read_metadata, save_network
 from training.toy_data import GaussianMixture
+from training.toy_figure import CLOSEUP, TRAJECTORIES, draw_paper_figure
 from training.toy_sampling import measure, sample_toy, support_level
 from training.toy_training import ToyConfig, ToyTrainer
 
@@ -270,6 +272,30 @@ def test_plot(tmp_path, monkeypatch, suffix):
         assert b"--cfg-guidance=3" in data
 
 
+@pytest.mark.parametrize("cls", ["A", "B", "AB"])
+def test_closeup(monkeypatch, cls):
+    """The lower panels look where the class is, and paths start there."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr("training.toy_figure.SAMPLES", 1000)
+    monkeypatch.setattr("training.toy_figure.GRID", 40)
+    (x0, x1), (y0, y1) = box = CLOSEUP[cls]
+    x, y = gt(cls).sample(10_000, generator=torch.Generator().manual_seed(0)).T
+    assert ((x > x0) & (x < x1) & (y > y0) & (y < y1)).float().mean() > 0.05
+    net, gnet, cfg_net = (load_network(path).net for path in (NET, GNET, CFG_NET))
+    figure = Figure()
+    draw_paper_figure(figure, cls, net, gnet, 2, cfg_net, 2, seed=0)
+    upper, lower = figure.axes[:4], figure.axes[4:]
+    for axes in upper:
+        corners = np.array(axes.lines[0].get_data())
+        assert (corners.min(axis=1) == (x0, y0)).all() and (corners.max(axis=1) == (x1, y1)).all()
+    assert [(axes.get_xlim(), axes.get_ylim()) for axes in lower] == [box] * 4
+    paths = lower[-1].lines
+    assert len(paths) == 2 * (TRAJECTORIES + 1)  # without and with guidance; the last of each are the ends
+    starts = np.array([path.get_xydata() for path in paths[:TRAJECTORIES]])[:, 0]
+    assert (starts > (x0, y0)).all() and (starts < (x1, y1)).all()
+
+
 def test_plot_without_a_display(tmp_path, monkeypatch):
     """Published pickles work; without a guide there are fewer panels; no display, no window."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -336,6 +362,8 @@ def test_samples_that_overflow(tmp_path):
         (["plot", f"--net={NET}", "--cfg-guidance=2"], ["classifier-free guidance beside autoguidance: give --gnet"]),
         (["plot", "--guidance=101"], ["--guidance", "range -100.0<=x<=100.0"]),
         (["plot", "--save=toy.jpeg2"], ["--save=toy.jpeg2", ".png, .pdf, .svg"]),
+        (["plot", f"--gnet={NET}"], [f"--gnet={NET} is the same model as --net={NET}: give a worse one, or no --gnet"]),
+        (["evaluate", f"--net={NET}", f"--gnet={NET}"], ["is the same model as --net"]),
         (["plot", "--cls=C"], ["--cls", "unknown class 'C'"]),
         (["plot", f"--net={NET}", "--guidance=2"], ["--guidance=2 needs a guiding model: give --gnet"]),
         (["plot", "--cls=B"], ["--cls=B, but", "has learned A"]),
@@ -348,6 +376,14 @@ def test_samples_that_overflow(tmp_path):
 )  # fmt: skip
 def test_bad_options(args, fragments):
     fails_with(run_cli(main, *args), *fragments)
+
+
+def test_device_that_is_not_there(tmp_path, monkeypatch):
+    """An error leaves no folder behind."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run_cli(main, "train", f"--outdir={tmp_path / 'out'}", "--device=cuda")
+    fails_with(result, "--device=cuda is not available on this machine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_of_another_kind(tmp_path):
@@ -377,8 +413,27 @@ def test_backend_that_matplotlib_does_not_know(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and "Error: matplotlib does not start" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2, done.stderr
+    # Not followed by all that it knows.
+    line = r"Error: matplotlib does not start: .*'nonsense' is not a valid value for backend \(unset MPLBACKEND\)\n"
+    assert re.fullmatch(line, done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_backend_that_is_not_installed(tmp_path, monkeypatch, error):
+    """`plot` ends, as the user asked for a window; `train` goes on and saves its frames."""
+    from matplotlib import pyplot
+
+    def fail(**_kwargs):
+        raise error("it requires Tornado.")
+
+    monkeypatch.setattr(pyplot, "figure", fail)
+    problem = "matplotlib cannot show figures: it requires Tornado. (unset MPLBACKEND, or set it to agg)"
+    fails_with(run_cli(main, "plot"), problem)
+    result = run_cli(main, "train", "--iterations=1", "--dim=1", f"--save={tmp_path / 'frames'}")
+    assert result.exit_code == 0 and f"Note: no window: {problem}" in result.output
+    assert [path.name for path in tmp_path.glob("frames/*")] == ["iter0001.png"]
 
 
 def test_window(monkeypatch):
@@ -424,3 +479,19 @@ def test_tables_show_the_evaluation(name):
             assert cells[3].split(" ±")[0] + "%" == outliers[sampling, weight]
             shown += 1
     assert shown >= 6
+
+
+def test_table_shows_the_sweep():
+    """What docs/autoguidance.md says of digits is what docs/autoguidance-digits.json holds, rounded."""
+    facts = json.loads((ROOT / "docs" / "autoguidance-digits.json").read_text())
+    expected = [
+        f"| {row['weight']:g} | {100 * row['class_agreement']:.1f} ± {100 * row['class_agreement_error']:.1f} %"
+        f" | {row['nn_distance_ratio']:.3f} | {row['diversity']:.0f} |"
+        for row in facts["rows"]
+    ]
+    real = facts["real"]
+    expected.append(f"| real digits | {100 * real['class_agreement']:.1f} % | 1 | {real['diversity']:.0f} |")
+    text = (ROOT / "docs" / "autoguidance.md").read_text()
+    heading, _rule, *table = text[text.index("| w | class as asked for") :].splitlines()
+    assert heading.count("|") == 5 and table[: len(expected) + 1] == [*expected, ""]
+    assert f"{facts['samples']} samples each" in text and f"All samples are of {facts['steps']} steps" in text

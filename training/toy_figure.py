@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".pdf", ".svg")
 VIEW = (-1.65, 1.65)  # both coordinates of the upper panels
-CLOSEUP = ((0.3, 1.1), (0.55, 1.35))  # x and y of the lower panels
+Box = tuple[tuple[float, float], tuple[float, float]]  # limits of x and of y
+CLOSEUP: dict[str, Box] = {  # of the lower panels: forks of the class's tree
+    "A": ((0.3, 1.1), (0.55, 1.35)),
+    "B": ((-0.2, 0.6), (-1.4, -0.6)),
+    "AB": ((0.3, 1.1), (0.55, 1.35)),
+}
 SIGMA_MID = 0.03  # noise level of the densities in the lower panels
 GRID = 320  # points along each side of a density
 SAMPLES = 8192  # measured for each upper panel
@@ -46,8 +51,9 @@ def require_matplotlib() -> None:
         import matplotlib.pyplot  # noqa: F401
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
-    except ValueError as err:  # such as an unknown $MPLBACKEND
-        raise UserError(f"matplotlib does not start: {one_line(err)}") from None
+    except ValueError as err:  # $MPLBACKEND is unknown; the message goes on with all that are known
+        reason = one_line(err).partition("; supported values")[0]
+        raise UserError(f"matplotlib does not start: {reason} (unset MPLBACKEND)") from None
 
 
 def check_format(path: Path) -> None:
@@ -60,11 +66,19 @@ def check_format(path: Path) -> None:
 
 
 def new_figure(window: bool, **kwargs: Any) -> "tuple[Figure, bool]":
-    """A figure, and whether it is one that a window can show: if `window` asks for it and there is a display."""
+    """A figure, and whether it is one that a window can show: if `window` asks for it and there is a display.
+
+    Raises:
+        UserError: a window is asked for, and what matplotlib is set to use for windows is not installed.
+    """
     if window:
         from matplotlib import pyplot
 
-        figure = pyplot.figure(**kwargs)
+        try:
+            figure = pyplot.figure(**kwargs)
+        except (ImportError, RuntimeError) as err:
+            reason = one_line(err)
+            raise UserError(f"matplotlib cannot show figures: {reason} (unset MPLBACKEND, or set it to agg)") from None
         if getattr(figure.canvas, "required_interactive_framework", None) is not None:
             return figure, True
         pyplot.close(figure)
@@ -102,26 +116,26 @@ def draw_paper_figure(
         cfg_net: guide of classifier-free guidance, which knows no class.
     """
     device = next(net.parameters()).device
-    distribution = gt(cls, device)
+    distribution, box = gt(cls, device), CLOSEUP[cls]
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator(device).manual_seed(seed), device=device)
     generator = torch.Generator(device).manual_seed(seed)
     samples = {
         "Ground truth": distribution.sample(SAMPLES, generator=generator),
         "No guidance": sample_toy(net, noise),
     }
-    lower: list[Callable[[Axes], None]] = [lambda axes: _draw_density(axes, net, "Density of the model, $p_1$")]
+    lower: list[Callable[[Axes], None]] = [lambda axes: _draw_density(axes, box, net, "Density of the model, $p_1$")]
     if gnet is not None:
         samples[f"Classifier-free guidance, $w = {cfg_guidance:g}$"] = sample_toy(net, noise, cfg_net, cfg_guidance)
         samples[f"Autoguidance, $w = {guidance:g}$"] = sample_toy(net, noise, gnet, guidance)
-        lower.append(lambda axes: _draw_density(axes, gnet, "Density of its guide, $p_0$"))
-        lower.append(lambda axes: _draw_ratio(axes, net, gnet))
-    lower.append(lambda axes: _draw_trajectories(axes, cls, net, gnet, guidance, generator))
+        lower.append(lambda axes: _draw_density(axes, box, gnet, "Density of its guide, $p_0$"))
+        lower.append(lambda axes: _draw_ratio(axes, box, net, gnet))
+    lower.append(lambda axes: _draw_trajectories(axes, cls, box, net, gnet, guidance, generator))
 
     panels = figure.subplots(2, len(samples))
     for letter, axes, (title, x) in zip("abcd", panels[0], samples.items(), strict=False):
         _draw_samples(axes, cls, x)
         axes.set_title(f"({letter}) {title}\n{_numbers(measure(distribution, x))}", fontsize=13)
-        (x0, x1), (y0, y1) = CLOSEUP
+        (x0, x1), (y0, y1) = box
         axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
     for letter, axes, draw in zip("efgh"[4 - len(samples) :] if gnet else "cd", panels[1], lower, strict=True):
         draw(axes)
@@ -164,44 +178,50 @@ def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
     _frame(axes, VIEW, VIEW)
 
 
-def _draw_density(axes: "Axes", model: ToyModel, title: str) -> None:
+def _draw_density(axes: "Axes", box: Box, model: ToyModel, title: str) -> None:
     """The implied density at `SIGMA_MID`; a model gives it up to a factor."""
-    grid = _grid(*CLOSEUP, GRID, next(model.parameters()).device)
+    grid = _grid(*box, GRID, next(model.parameters()).device)
     logp = model.logp(grid, SIGMA_MID)
     density = (logp - logp.max()).exp().detach().cpu().numpy()
-    extent = (*CLOSEUP[0], *CLOSEUP[1])
+    extent = (*box[0], *box[1])
     axes.imshow(density, origin="lower", extent=extent, cmap="Oranges", interpolation="bilinear")
     axes.set_title(title)
-    _frame(axes, *CLOSEUP)
+    _frame(axes, *box)
 
 
-def _draw_ratio(axes: "Axes", net: ToyModel, gnet: ToyModel) -> None:
+def _draw_ratio(axes: "Axes", box: Box, net: ToyModel, gnet: ToyModel) -> None:
     """log p_1 / p_0 at `SIGMA_MID`, and where its gradient points."""
     device = next(net.parameters()).device
-    grid = _grid(*CLOSEUP, GRID, device)
+    grid = _grid(*box, GRID, device)
     ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu().numpy()
-    extent = (*CLOSEUP[0], *CLOSEUP[1])
+    extent = (*box[0], *box[1])
     low = float(ratio.max()) - RATIO_NATS
     axes.imshow(ratio, origin="lower", extent=extent, cmap="Oranges", vmin=low, interpolation="bilinear")
-    coarse = _grid(*CLOSEUP, ARROWS, device)
+    coarse = _grid(*box, ARROWS, device)
     gradient = net.score(coarse, SIGMA_MID) - gnet.score(coarse, SIGMA_MID)
     length = gradient.norm(dim=-1, keepdim=True)
     arrows = (gradient / length * length.clamp(max=length.quantile(0.8).item())).cpu().numpy()
     places = coarse.cpu().numpy()
     axes.quiver(places[..., 0], places[..., 1], arrows[..., 0], arrows[..., 1], color=POINT_COLOR, width=0.004)
     axes.set_title(r"Their ratio, $\log\, p_1 / p_0$")
-    _frame(axes, *CLOSEUP)
+    _frame(axes, *box)
 
 
 def _draw_trajectories(
-    axes: "Axes", cls: str, net: ToyModel, gnet: ToyModel | None, guidance: float, generator: torch.Generator
+    axes: "Axes",
+    cls: str,
+    box: Box,
+    net: ToyModel,
+    gnet: ToyModel | None,
+    guidance: float,
+    generator: torch.Generator,
 ) -> None:
     """Paths without and with guidance, from the same points of p(x; `PATH_SIGMA`)."""
     x = gt(cls, generator.device).sample(SAMPLES, PATH_SIGMA, generator)
-    (x0, x1), (y0, y1) = CLOSEUP
+    (x0, x1), (y0, y1) = box
     inside = (x[:, 0] > x0) & (x[:, 0] < x1) & (x[:, 1] > y0) & (x[:, 1] < y1)
     noise = x[inside][:TRAJECTORIES] / PATH_SIGMA
-    _fill_support(axes, cls, *CLOSEUP, CLASS_COLOR)
+    _fill_support(axes, cls, *box, CLASS_COLOR)
     variants = [("without guidance", "gray", None), ("with autoguidance", GUIDED_COLOR, gnet)]
     for label, color, guide in variants if gnet is not None else variants[:1]:
         path: list[torch.Tensor] = []
@@ -211,7 +231,7 @@ def _draw_trajectories(
         axes.plot(x[-1], y[-1], ".", color=color, markersize=6, label=label)
     axes.legend(loc="upper right", fontsize=10, framealpha=0.9)
     axes.set_title("Sampling trajectories")
-    _frame(axes, *CLOSEUP)
+    _frame(axes, *box)
 
 
 # ---------------------------------------------------------------------------------------------------------
