@@ -61,13 +61,13 @@ def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -
 
 def mp_silu(x: torch.Tensor) -> torch.Tensor:
     """SiLU divided by its standard deviation under a unit normal (Eq. 81)."""
-    return F.silu(x) * (1 / 0.596)
+    return F.silu(x).mul_(1 / 0.596)
 
 
 def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
     """Blend of two uncorrelated unit-magnitude tensors, `t` being the share of `b` (Eq. 88)."""
     norm = math.sqrt((1 - t) ** 2 + t**2)
-    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
+    return torch.lerp(a, b, t).mul_(1 / norm)  # in place: quicker than in a tensor of its own
 
 
 def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> torch.Tensor:
@@ -111,12 +111,16 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(_drawn(torch.randn, [out_channels, in_channels, *kernel]))
         self.shared_weight: torch.Tensor | None = None  # set inside `effective_weights`
 
-    def effective_weight(self) -> torch.Tensor:
-        fan_in = self.weight[0].numel()
-        return self.weight * (_inverse_magnitude(self.weight) / math.sqrt(fan_in))
+    def weight_norm(self) -> torch.Tensor:
+        """|w| of each row of the weight, [out, 1, ...]."""
+        return torch.linalg.vector_norm(self.weight, dim=list(range(1, self.weight.ndim)), keepdim=True)
+
+    def effective_weight(self, norm: torch.Tensor) -> torch.Tensor:
+        """normalize(weight) / sqrt(fan_in) from the norm |w|: w / (|w| + eps sqrt(fan_in))."""
+        return self.weight / (norm + EPS * math.sqrt(self.weight[0].numel()))
 
     def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
-        w = self.effective_weight() if self.shared_weight is None else self.shared_weight
+        w = self.effective_weight(self.weight_norm()) if self.shared_weight is None else self.shared_weight
         if isinstance(gain, torch.Tensor) or gain != 1:
             w = w * gain
         w = w.to(x.dtype)
@@ -145,33 +149,38 @@ def effective_weights(net: nn.Module) -> Iterator[None]:
     are complete only after the block.
     """
     convs = _mp_convs(net)
+    norms = []
     for conv in convs:
         with torch.no_grad():
-            w = conv.effective_weight()
+            norm = conv.weight_norm()
+            w = conv.effective_weight(norm)
+        norms.append(norm)
         conv.shared_weight = w.requires_grad_(conv.weight.requires_grad and torch.is_grad_enabled())
     try:
         yield
-        for conv in convs:
+        for conv, norm in zip(convs, norms, strict=True):
             if conv.shared_weight is not None and conv.shared_weight.grad is not None:
-                _pass_on_gradient(conv.weight, conv.shared_weight.grad)
+                _pass_on_gradient(conv.weight, norm, conv.shared_weight.grad)
     finally:
         for conv in convs:
             conv.shared_weight = None
 
 
 @torch.no_grad()
-def _pass_on_gradient(weight: torch.Tensor, grad: torch.Tensor) -> None:
+def _pass_on_gradient(weight: torch.Tensor, norm: torch.Tensor, grad: torch.Tensor) -> None:
     """Add to `weight.grad` what the gradient of the effective weight makes of it.
 
     Row by row, the effective weight is e = w / m with m = |w| + eps sqrt(fan_in), so the gradient is
     grad / m - w (w . grad) / (|w| m^2). Written out, it takes a quarter of the memory traffic of autograd's.
+
+    Args:
+        norm: |w|, [out, 1, ...].
+        grad: gradient of the effective weight.
     """
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    dims = list(range(1, weight.ndim))
-    norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
     inverse = (norm + EPS * math.sqrt(weight[0].numel())).reciprocal()
-    dot = (weight * grad).sum(dims, keepdim=True)
+    dot = (weight * grad).sum(list(range(1, weight.ndim)), keepdim=True)
     along = dot * inverse.square() / norm.clamp(min=torch.finfo(norm.dtype).tiny)
     weight.grad.addcmul_(grad, inverse).addcmul_(weight, along, value=-1)
 
