@@ -28,7 +28,7 @@ def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else PIL.Image.open(io.BytesIO(data))
         with image:
-            image = PIL.ImageOps.exif_transpose(image)
+            PIL.ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):
                 image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             elif image.mode == "F":
@@ -37,7 +37,8 @@ def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
                 image = image.convert("RGBA")
                 white = PIL.Image.new("RGBA", image.size, "white")
                 image = PIL.Image.alpha_composite(white, image)
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            mode = "L" if channels == 1 else "RGB"
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     if pixels.size == 0:
         raise ValueError("it has no pixels")
     return pixels[:, :, None] if channels == 1 else pixels
