@@ -13,7 +13,11 @@ from benchmarks.run import all_jobs
 
 SLACK = 0.85
 # Bars that were not reached on the machine of docs/performance.md: the ratios that were, which are held instead.
-MISSED: dict[str, float] = {}
+MISSED = {
+    "sampling forward, fp32, 64 channels, batch 1": 1.5,
+    "reading latents 8x64x64, batches of 32": 5.1,
+    "reconstruction, 1 of 32 snapshots": 3.2,
+}
 
 
 def test_names_are_listed():

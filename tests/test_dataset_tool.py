@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 from conftest import DIGITS, GOLDEN, ROOT, fails_with, make_dataset, npy, png, random_images, run_cli, torchrun
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dataset_tool import main as dataset_tool
 from train_edm2 import main as train
@@ -1044,6 +1044,23 @@ def test_vae_that_is_not_to_be_had(vae, pixels, tmp_path, monkeypatch):
         args = ["encode", f"--source={pixels}", "--dest=x.zip", f"--model-url={name}", *options]
         fails_with(run_cli(dataset_tool, *args), f"the VAE {name} could not", *fragments, exit_code=exit_code)
         monkeypatch.setenv("OPENEDM2_OFFLINE", "0")  # --offline sets it
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("encoder.conv_in.bias"), "it lacks 1 weights, such as encoder.conv_in.bias"),
+        (lambda weights: weights.update({"encoder.conv_in.bias": torch.zeros(9)}), "size mismatch for encoder.conv_in"),
+    ],
+)
+def test_vae_with_weights_of_another_model(vae, pixels, tmp_path, change, message):
+    other = tmp_path / "vae"
+    shutil.copytree(vae, other)
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    change(weights)
+    save_file(weights, other / "diffusion_pytorch_model.safetensors")
+    args = ["encode", f"--source={pixels}", f"--dest={tmp_path / 'x.zip'}", f"--model-url={other}"]
+    fails_with(run_cli(dataset_tool, *args), f"the VAE {other} could not be loaded", message)
 
 
 def test_vae_of_the_hub(vae, tmp_path, monkeypatch, caplog):

@@ -162,9 +162,14 @@ def _load_vae(name: str) -> Any:
     try:
         if is_file:
             return AutoencoderKL.from_single_file(name, config=folder, **options)
-        return AutoencoderKL.from_pretrained(folder, use_safetensors=True, **options)
-    except (OSError, ValueError) as err:
-        raise UserError(f"{failed}: {one_line(str(err).strip().splitlines()[0])}") from None
+        loaded: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except Exception as err:  # diffusers has errors of its own, and torch's where shapes differ
+        raise UserError(f"{failed}: {one_line(str(err).strip())[:200]}") from None
+    vae, found = loaded
+    if found["missing_keys"]:  # which diffusers fills with random numbers
+        first = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UserError(f"{failed}: it lacks {len(found['missing_keys'])} weights, such as {first}: copy it again")
+    return vae
 
 
 def _hub_folder(repo: str, files: Sequence[str]) -> str:
