@@ -185,7 +185,9 @@ def test_hostile_files(case, tmp_path):
     for read in (load_network, safe_pickle.load, load_stats):
         with pytest.raises(UserError, match="hostile.pkl") as err:
             read(path)
-        assert message in str(err.value)
+        # What is no pickle may be another format of statistics, and load_stats names those that it reads.
+        expected = "holds no statistics" if (read, message) == (load_stats, "not a pickle") else message
+        assert expected in str(err.value)
         assert "\n" not in str(err.value) and len(str(err.value)) < 500
     assert not Trap.sprung
     fails_with(run_cli(snapshot_tool, "inspect", path), "hostile.pkl", message)

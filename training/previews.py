@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.util import RunError, UserError
 from torch_utils.misc import drawable, image_grid, save_image
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder
@@ -65,7 +65,7 @@ class Previews:
     def _save(self, latents: torch.Tensor, path: Path) -> None:
         try:
             images = self.encoder.decode(latents)
-        except UserError as err:
+        except (UserError, RunError) as err:
             self.log(f"Note: {path.name} shows latents, not pixels: {err}")
             images = latents
         save_image(path, image_grid(drawable(images), self.columns))
