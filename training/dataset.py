@@ -342,15 +342,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return image
 
     def _check(self, base: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if dtype == self._dtype and shape == self._shape:
+            return
         name, first = self._name(base), self._name(0)
         if dtype != self._dtype:
             raise UserError(
                 f"{self.path}: {name} holds {dtype}, but {first} {self._dtype}: do not mix pixels and latents"
             )
-        if shape != self._shape:
-            raise UserError(
-                f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike"
-            )
+        raise UserError(
+            f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike"
+        )
 
     def _read(self, base: int, size: int | None = None) -> bytes | memoryview:
         idx = int(self._files[base])
@@ -360,13 +361,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
 
     def _decode(self, base: int) -> np.ndarray:
-        data, name = self._read(base), self._name(base)
+        data = self._read(base)
         if self._npy_start and data[: len(self._npy_start)] == self._npy_start:
             image = np.frombuffer(data, self._dtype, offset=len(self._npy_start))
             # Looking at the numbers costs as much as copying them: once is enough.
             if image.size == math.prod(self._shape) and (self._seen[base] or np.isfinite(image).all()):
                 self._seen[base] = True
                 return image.reshape(self._shape)
+        name = self._name(base)
         try:
             return _decode_npy(data) if name.lower().endswith(".npy") else _decode_image(data)
         except PIL.UnidentifiedImageError:
