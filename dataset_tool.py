@@ -210,7 +210,7 @@ def check(data: str, grid: Path | None, as_json: bool) -> None:
         print(json.dumps({**facts, "problems": problems}))
     else:
         for key, value in facts.items():
-            print(f"{key + ':':24s}{value if isinstance(value, str) else json.dumps(value)}")
+            print(f"{key + ':':28s}{value if isinstance(value, str) else json.dumps(value)}")
         for problem in problems:
             print(f"PROBLEM: {problem}")
     if problems:
