@@ -112,6 +112,16 @@ def test_resumed_run_equals_uninterrupted_one(finished, tmp_path):
             assert_same_state(load_network(first).net.state_dict(), load_network(second).net.state_dict())
 
 
+def test_moments_are_stored_in_the_shapes_of_the_weights(finished):
+    """Whatever the order of dimensions in memory, so that states go from one device to another."""
+    found = state(finished)
+    net = load_network(finished / "network-snapshot-0000001-0.050.safetensors").net
+    shapes = [p.shape for p in net.parameters()]
+    assert any(shape[-1:] == (3,) for shape in shapes)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert [moments[name].shape for moments in found["optimizer"]["state"].values()] == shapes
+
+
 def test_damaged_state_falls_back_to_the_one_before(finished, tmp_path):
     part = run_dir(tmp_path / "b", "--duration=512")
     (part / "training-state-0000001.pt").write_bytes(b"PK truncated")

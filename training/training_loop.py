@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _train(
     def restore(state: dict[str, Any]) -> None:
         nonlocal nimg, seconds
         net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(_permuted(state["optimizer"], (0, 2, 3, 1)))
         for group in optimizer.param_groups:
             group["fused"] = fused  # a matter of the device, which may have changed
         ema.load_state_dict(state["ema"])
@@ -228,7 +229,7 @@ def _train(
                 path,
                 {
                     "net": net.state_dict(),
-                    "optimizer": optimizer.state_dict(),
+                    "optimizer": _permuted(optimizer.state_dict(), (0, 3, 1, 2)),
                     "ema": ema.state_dict(),
                     "stats": moments,
                     "nonfinite": int(nonfinite),
@@ -279,6 +280,15 @@ def _train(
     journal.log(
         f"Done: {nimg} images in {outdir}" if done else f"Suspended at {nimg} images; repeat the command to go on"
     )
+
+
+def _permuted(state: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """Adam's state with the dimensions of its moments permuted: files hold them as the weights are, [out, in, ...]."""
+    moments = {
+        idx: {name: x.permute(*order).contiguous() if x.ndim == 4 else x for name, x in values.items()}
+        for idx, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def snapshot_name(nimg: int, suffix: str) -> str:
