@@ -88,8 +88,7 @@ def our_gradients(rounds: int, precision: str) -> Callable[[], np.ndarray]:
 
     def run() -> np.ndarray:
         gradients.zero_()
-        normalize_weights_(net)
-        with effective_weights(net):
+        with effective_weights(net, normalize_first=True):
             compute_gradients(net, rounds)
         return some([p.grad for p in in_order(net) if p.grad is not None])
 
@@ -129,8 +128,7 @@ def our_parameters() -> Callable[[], np.ndarray]:
     nonfinite = torch.zeros([], dtype=torch.int64)
 
     def run() -> np.ndarray:
-        normalize_weights_(net)
-        with effective_weights(net):
+        with effective_weights(net, normalize_first=True):
             for conv, grad in zip(convs, found, strict=True):
                 assert conv.shared_weight is not None
                 conv.shared_weight.grad = grad

@@ -73,6 +73,18 @@ def test_forced_normalization_makes_unit_weights():
             torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
 
 
+def test_weights_normalized_on_the_way():
+    net, plain = tiny_network(), tiny_network()
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)
+    normalize_weights_(plain)
+    with effective_weights(plain):
+        expected = plain(x, sigma)
+    with effective_weights(net, normalize_first=True):
+        torch.testing.assert_close(net(x, sigma), expected)
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_weight_scale_does_not_matter():
     net, scaled = tiny_network(), tiny_network()
     for m in scaled.modules():

@@ -192,8 +192,7 @@ def test_training_trajectory(check):
         lrs.append(learning_rate_schedule(nimg, batch, **m["lr"]))
         optimizer.param_groups[0]["lr"] = lrs[-1]
         optimizer.zero_grad()
-        edm2.normalize_weights_(net)
-        with edm2.effective_weights(net):
+        with edm2.effective_weights(net, normalize_first=True):
             for part in torch.arange(nimg, nimg + batch).chunk(rounds):
                 sigma = loss_fn.noise_levels(g["rnd_normal"][part].flatten())
                 loss = loss_fn(net, g["images"][part], labels[part], sigma=sigma, noise=g["noise"][part])

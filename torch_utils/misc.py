@@ -12,6 +12,7 @@ import torch
 from dnnlib.util import UserError, atomic_write, one_line
 from torch_utils import distributed
 
+HUGE_PAGE = 2 << 20
 MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
 GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
 
@@ -58,19 +59,31 @@ def check_compiler(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse large blocks instead of returning them to the system at once.
+    """Let the C library reuse large blocks instead of returning them to the system at once, and use huge pages.
 
-    Otherwise each new activation costs a page fault per 4 KiB. Only glibc has these settings; elsewhere, nothing
-    happens.
+    Otherwise each new activation costs a page fault per 4 KiB, and weights more address translations than processors
+    remember. Only glibc has these settings; elsewhere, nothing happens.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise
     except (AttributeError, OSError, TypeError):
         return
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # see man 3 mallopt
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+    mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 64 << 20)
+    # Addresses without memory, for the heap to grow into; huge pages have to be asked for before it does.
+    MADV_HUGEPAGE = 14  # see man 2 madvise
+    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = 2**31 - HUGE_PAGE
+    blocks = [block for block in (malloc(size) for _ in range(4)) if block]
+    for block in blocks:
+        start = -(-block // HUGE_PAGE) * HUGE_PAGE
+        madvise(start, size - HUGE_PAGE, MADV_HUGEPAGE)
+    for block in blocks:
+        free(block)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

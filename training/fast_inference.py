@@ -43,8 +43,8 @@ _WINOGRAD_AT = [
     [0, 1, 1, 4, 4, 0],
     [0, 1, -1, 8, -8, 1],
 ]
-_WINOGRAD_MIN_CHANNELS = 64  # below, the transforms cost more than they save
-_WINOGRAD_MIN_TILES = 16  # below, reading the transformed weights takes the time
+_WINOGRAD_MIN_CHANNELS = 128  # below, the transforms cost more than they save
+_WINOGRAD_MIN_TILES = 32  # below, reading the transformed weights takes the time
 _WINOGRAD_CHUNK = 1 << 15  # tiles x channels worked on at a time, so that they stay in the cache
 
 
@@ -190,9 +190,7 @@ class _FastBlock:
             t = block.attn_balance
             norm = math.sqrt((1 - t) ** 2 + t**2)
             self.attn_scale = (1 - t) / norm
-            # From [heads, channels, qkv] to [qkv, heads, channels], so that each head is contiguous.
-            w = _folded(block.attn_qkv).reshape(self.num_heads, -1, 3, out).permute(2, 0, 1, 3)
-            self.attn_qkv = _conv(w.reshape(-1, out, 1, 1).to(dtype), inside)
+            self.attn_qkv = _conv(block.qkv_first(_folded(block.attn_qkv)).to(dtype), inside)
             self.attn_proj = _conv(_folded(block.attn_proj, t / norm).to(dtype), inside)
 
     def __call__(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

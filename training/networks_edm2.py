@@ -7,10 +7,12 @@ Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusi
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib.util import UserError
@@ -30,15 +32,32 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
 
     The magnitude is computed in float32; the result has the dtype and shape of `x`.
     """
-    return x * _inverse_magnitude(x, dim, eps)
-
-
-def _inverse_magnitude(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: float = EPS) -> torch.Tensor:
     dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    count = math.prod([x.shape[d] for d in dims])
-    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-    magnitude = norm * (1 / math.sqrt(count)) + eps
-    return magnitude.reciprocal().to(x.dtype)
+    return _Normalize.apply(x, dims, eps)
+
+
+class _Normalize(torch.autograd.Function):
+    """x / m with m = |x| / sqrt(n) + eps, and its gradient grad / m - x (x . grad) / (|x| sqrt(n) m^2).
+
+    Written out, it takes a part of the memory traffic of autograd's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
+        root = math.sqrt(math.prod([x.shape[d] for d in dims]))
+        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+        inverse = (norm * (1 / root) + eps).reciprocal()
+        ctx.save_for_backward(x, norm, inverse)
+        ctx.dims, ctx.root = dims, root
+        return x * inverse.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, norm, inverse = ctx.saved_tensors
+        dot = (x * grad).sum(ctx.dims, keepdim=True, dtype=torch.float32)
+        along = dot * inverse.square() / (norm * ctx.root).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.addcmul(grad * inverse.to(x.dtype), x, along.to(x.dtype), value=-1), None, None
 
 
 def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> torch.Tensor:
@@ -119,13 +138,34 @@ class MPConv(nn.Module):
         """normalize(weight) / sqrt(fan_in) from the norm |w|: w / (|w| + eps sqrt(fan_in))."""
         return self.weight / (norm + EPS * math.sqrt(self.weight[0].numel()))
 
-    def forward(self, x: torch.Tensor, gain: float | torch.Tensor = 1) -> torch.Tensor:
+    @torch.no_grad()
+    def normalize_weight_(self) -> torch.Tensor:
+        """Forced weight normalisation (Eq. 66), in place; returns the norm that `weight_norm` has now."""
+        norm = self.weight_norm()
+        scale = (norm * (1 / math.sqrt(self.weight[0].numel())) + EPS).reciprocal()
+        self.weight.mul_(scale)
+        return norm * scale
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        gain: float | torch.Tensor = 1,
+        order: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            order: rearranges the rows of the weight, and with them the channels of the output.
+        """
         w = self.effective_weight(self.weight_norm()) if self.shared_weight is None else self.shared_weight
         if isinstance(gain, torch.Tensor) or gain != 1:
             w = w * gain
+        if order is not None:
+            w = order(w)
         w = w.to(x.dtype)
         if w.ndim == 2:
             return x @ w.t()
+        if w.shape[-1] == 1 and x.device.type == "cpu":  # where a product of matrices is quicker, as are its gradients
+            return F.linear(x.permute(0, 2, 3, 1), w.flatten(1)).permute(0, 3, 1, 2)
         return F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
@@ -133,26 +173,25 @@ def _mp_convs(net: nn.Module) -> list[MPConv]:
     return [m for m in net.modules() if isinstance(m, MPConv)]
 
 
-@torch.no_grad()
 def normalize_weights_(net: nn.Module) -> None:
-    """Forced weight normalisation (Eq. 66), in place: call once per optimiser step, before its first forward."""
+    """Forced weight normalisation (Eq. 66), in place: due once per optimiser step, before its first forward pass."""
     for conv in _mp_convs(net):
-        conv.weight.mul_(_inverse_magnitude(conv.weight))
+        conv.normalize_weight_()
 
 
 @contextmanager
-def effective_weights(net: nn.Module) -> Iterator[None]:
+def effective_weights(net: nn.Module, normalize_first: bool = False) -> Iterator[None]:
     """Inside, each effective weight of `net` is computed once instead of in every forward pass.
 
-    The parameters must not change inside. Where gradients are recorded, any number of backward passes may run
-    inside; on leaving, what they found is passed on to the parameters' `.grad` in one step, so the gradients
-    are complete only after the block.
+    With `normalize_first`, `normalize_weights_` is done on the way. The parameters must not change inside. Where
+    gradients are recorded, any number of backward passes may run inside; on leaving, what they found is passed on to
+    the parameters' `.grad` in one step, so the gradients are complete only after the block.
     """
     convs = _mp_convs(net)
     norms = []
     for conv in convs:
         with torch.no_grad():
-            norm = conv.weight_norm()
+            norm = conv.normalize_weight_() if normalize_first else conv.weight_norm()
             w = conv.effective_weight(norm)
         norms.append(norm)
         conv.shared_weight = w.requires_grad_(conv.weight.requires_grad and torch.is_grad_enabled())
@@ -250,22 +289,26 @@ class Block(nn.Module):
         x = mp_sum(x, y, t=self.res_balance)
 
         if self.attn_qkv is not None and self.attn_proj is not None:
-            x = mp_sum(x, self.attn_proj(self.attention(self.attn_qkv(x))), t=self.attn_balance)
+            x = mp_sum(x, self.attn_proj(self.attention(self.attn_qkv(x, order=self.qkv_first))), t=self.attn_balance)
         if self.clip_act is not None:
             x = F.hardtanh(x, -self.clip_act, self.clip_act)  # clamp, with a cheaper gradient
         return x
 
+    def qkv_first(self, w: torch.Tensor) -> torch.Tensor:
+        """Rows in the order (head, channel, q|k|v) -> (q|k|v, head, channel), in which channels lie side by side."""
+        return w.unflatten(0, (self.num_heads, -1, 3)).movedim(2, 0).flatten(0, 2)
+
     def attention(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Cosine attention over all pixels: [N, 3C, H, W] -> [N, C, H, W]."""
+        """Cosine attention over all pixels: [N, 3C, H, W], ordered by `qkv_first`, -> [N, C, H, W]."""
         N, C3, H, W = qkv.shape
-        qkv = qkv.reshape(N, self.num_heads, -1, 3, H * W).permute(3, 0, 1, 4, 2).contiguous()
+        qkv = qkv.permute(0, 2, 3, 1).reshape(N, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).contiguous()
         q, k, v = normalize(qkv, dim=4)  # each [N, heads, pixels, C / heads]
         if qkv.device.type == "cpu" and H * W <= MAX_PLAIN_TOKENS:
-            weights = (q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[3]))).softmax(dim=3)
+            weights = (q * (1 / math.sqrt(q.shape[3])) @ k.transpose(2, 3)).softmax(dim=3)
             y = weights @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v)
-        return y.transpose(2, 3).reshape(N, C3 // 3, H, W)
+        return y.transpose(1, 2).reshape(N, H, W, C3 // 3).permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):

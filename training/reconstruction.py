@@ -1,13 +1,15 @@
 """Post-hoc EMA on snapshot files: stored averages -> averages of other widths."""
 
+import itertools
 import math
 import queue
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,9 @@ from training.snapshot.files import (
     weights_dtype,
     write_snapshot,
 )
-from training.snapshot.native import write_native_files
+from training.snapshot.native import GetPieces, write_native_files
 
-PART, GROUP = 1 << 17, 8  # elements of each input, and inputs, that a thread has in memory at a time
+PART, GROUP = 1 << 16, 16  # elements of each input, and inputs, that a thread has in memory at a time
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,22 @@ def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
     return {name: avg.file.shape(name) for name in avg.file.names}
 
 
+# Type, indices and readers of up to GROUP files.
+Group = tuple[torch.dtype, list[int], list[Callable[[int, memoryview], None]]]
+
+
+def _groups(files: Sequence[SnapshotFile], name: str) -> list[Group]:
+    """The files, in groups in which the tensor `name` has the same type."""
+    indices: dict[torch.dtype, list[int]] = {}
+    for idx, file in enumerate(files):
+        dtype = file.dtype(name)
+        if dtype is None:
+            raise UserError(f"{file.path}: {name} is not of type float32, float16 or bfloat16")
+        indices.setdefault(dtype, []).append(idx)
+    parts = [(dtype, found[i : i + GROUP]) for dtype, found in indices.items() for i in range(0, len(found), GROUP)]
+    return [(dtype, part, [files[idx].reader(name) for idx in part]) for dtype, part in parts]
+
+
 @contextmanager
 def _weighted_sums(
     inputs: Sequence[StoredAverage],
@@ -148,49 +166,57 @@ def _weighted_sums(
     coefs: torch.Tensor,
     parameters: set[str],
     dtype: torch.dtype,
-) -> Iterator[Callable[[str], Iterator[torch.Tensor]]]:
-    """A function that gives weighted sums of the inputs' tensors of a name, one per column of `coefs` [n, m].
+) -> Iterator[GetPieces]:
+    """A function that gives weighted sums of the inputs' tensors of some names, one per column of `coefs` [n, m].
 
-    They come as [m, elements] in `dtype`, a part of the tensor at a time, in the order of its elements. Only parameters
-    are summed; buffers are those of `newest`, in float32.
+    They come as (name, [m, elements]) in `dtype`, a part of a tensor at a time, in the order of names and elements.
+    Only parameters are summed; buffers are those of `newest`, in float32.
     """
     files = [avg.file for avg in inputs]
     num_threads = torch.get_num_threads()
-    buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+    buffers: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor]] = queue.SimpleQueue()
     for _ in range(num_threads):
-        buffers.put(torch.empty(GROUP, PART))
+        buffers.put((torch.empty(GROUP, PART), torch.empty(GROUP, PART)))
 
-    def part_of(name: str, readers: Sequence[Callable], start: int, stop: int) -> torch.Tensor:
-        buffer = buffers.get()
+    def part_of(name: str, groups: Sequence[Group], start: int, stop: int) -> torch.Tensor:
+        stored, values = buffers.get()
         sums = torch.zeros(coefs.shape[1], stop - start)
         try:
-            for first in range(0, len(readers), GROUP):
-                group = readers[first : first + GROUP]
-                values = buffer[: len(group), : stop - start]
-                for read, row in zip(group, values, strict=True):
-                    read(start, row)
-                sums.addmm_(coefs[first : first + GROUP].t(), values)
+            for dtype, indices, readers in groups:
+                rows = stored.view(dtype)[: len(indices), : stop - start]
+                for read, row in zip(readers, rows.view(torch.uint8).numpy(), strict=True):
+                    read(start, row.data)
+                sums.addmm_(coefs[indices].t(), values[: len(indices), : stop - start].copy_(rows))
         finally:
-            buffers.put(buffer)
+            buffers.put((stored, values))
         # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
         if not math.isfinite(sums.sum()):
             for file in files:
                 finite_tensor(file, name)
         return sums.to(dtype)
 
-    def get_pieces(name: str) -> Iterator[torch.Tensor]:
-        count = math.prod(newest.file.shape(name))
+    def buffer_of(name: str) -> torch.Tensor:
+        return finite_tensor(newest.file, name).float().reshape(1, -1).expand(coefs.shape[1], -1)
+
+    def jobs(name: str) -> Iterator[Callable[[], torch.Tensor]]:
         if name not in parameters:
-            yield finite_tensor(newest.file, name).float().reshape(1, -1).expand(coefs.shape[1], -1)
+            yield partial(buffer_of, name)
             return
-        readers = [file.reader(name) for file in files]
-        under_way: deque[Future[torch.Tensor]] = deque()
+        groups = _groups(files, name)
+        count = math.prod(newest.file.shape(name))
         for start in range(0, count, PART):
-            under_way.append(pool.submit(part_of, name, readers, start, min(start + PART, count)))
-            if len(under_way) > num_threads:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            yield partial(part_of, name, groups, start, min(start + PART, count))
+
+    def get_pieces(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        under_way: deque[tuple[str, Future[torch.Tensor]]] = deque()
+        for name in names:
+            for job in jobs(name):
+                under_way.append((name, pool.submit(job)))
+                if len(under_way) > num_threads:
+                    first, future = under_way.popleft()
+                    yield first, future.result()
+        for name, future in under_way:
+            yield name, future.result()
 
     # One thread per part, and not several as torch would: they would wait for each other after every operation.
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -203,7 +229,7 @@ def _weighted_sums(
 def _write(
     metadata: Mapping[Path, Mapping],
     net: torch.nn.Module,
-    get_pieces: Callable[[str], Iterator[torch.Tensor]],
+    get_pieces: GetPieces,
     dtype: torch.dtype,
 ) -> None:
     """Write the snapshots of which `metadata` has the JSON blocks: native ones as their values come."""
@@ -211,9 +237,10 @@ def _write(
         write_native_files(metadata, net, get_pieces, dtype)
         return
     outputs: list[dict[str, torch.Tensor]] = [{} for _ in metadata]
-    for name, tensor in net.state_dict().items():
-        values = torch.cat(list(get_pieces(name)), dim=1)
+    state = net.state_dict()
+    for name, pieces in itertools.groupby(get_pieces(state), key=lambda item: item[0]):
+        values = torch.cat([piece for _, piece in pieces], dim=1)
         for tensors, row in zip(outputs, values, strict=True):
-            tensors[name] = row.reshape(tensor.shape)
+            tensors[name] = row.reshape(state[name].shape)
     for (path, block), tensors in zip(metadata.items(), outputs, strict=True):
         write_snapshot(path, net, tensors.__getitem__, dtype, block)

@@ -21,7 +21,7 @@ from training.encoders import encoder_for, final_channels
 from training.evaluation import SnapshotEvaluation
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
-from training.networks_edm2 import Precond, effective_weights, normalize_weights_
+from training.networks_edm2 import Precond, effective_weights
 from training.phema import PowerFunctionEMA
 from training.previews import Previews
 from training.samplers import StackedRandomGenerator
@@ -251,8 +251,7 @@ def _train(
 
         # One optimiser step on `batch` images.
         gradients.zero_()
-        normalize_weights_(net)
-        with effective_weights(net):
+        with effective_weights(net, normalize_first=True):
             for first in range(nimg + part[0], nimg + part[1], batch_gpu):
                 seeds = image_seeds(config.seed, np.arange(first, first + batch_gpu))
                 rnd = StackedRandomGenerator(device, seeds.tolist())

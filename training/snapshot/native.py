@@ -3,10 +3,11 @@
 import functools
 import io
 import json
+import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from training.snapshot.description import METADATA_KEY, checked_metadata
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+# Gives (name, piece) for names: the values of several networks' tensors in the order of names and elements, as pieces
+# [networks, n] of any sizes.
+GetPieces = Callable[[Iterable[str]], Iterable[tuple[str, torch.Tensor]]]
 
 
 class NativeFile:
@@ -65,27 +69,27 @@ class NativeFile:
                 f"{self.path}: tensor {name} cannot be read ({one_line(err)}): copy the file again"
             ) from None
 
-    def reader(self, name: str) -> Callable[[int, torch.Tensor], None]:
-        """A function (start, out) that fills a vector with a tensor's elements from `start` on, in its own type.
+    def reader(self, name: str) -> Callable[[int, memoryview], None]:
+        """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on.
 
         Threads may share it. It raises `UserError` where the file ends early.
         """
         dtype, layout = self.dtype(name), self._layout[name]
         assert dtype is not None  # `build_for` has looked
-        offset = self._data_start + layout["data_offsets"][0]
+        itemsize, offset = dtype.itemsize, self._data_start + layout["data_offsets"][0]
 
-        def read(start: int, out: torch.Tensor) -> None:
-            values = out if out.dtype == dtype else torch.empty(len(out), dtype=dtype)
-            data = values.view(torch.uint8).numpy().data
-            with self._lock:
-                self._handle.seek(offset + start * dtype.itemsize)
-                count = self._handle.readinto(data)
-            if count < len(data):
+        def read(start: int, out: memoryview) -> None:
+            if self._read_at(offset + start * itemsize, out) < len(out):
                 raise UserError(f"{self.path}: tensor {name} cannot be read (the file ends early): copy it again")
-            if values is not out:
-                out.copy_(values)
 
         return read
+
+    def _read_at(self, position: int, out: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._handle.fileno(), [out], position)
+        with self._lock:
+            self._handle.seek(position)
+            return self._handle.readinto(out)
 
     @functools.cached_property
     def _handle(self) -> io.FileIO:
@@ -112,13 +116,17 @@ def write_native(
     Raises:
         OSError: it could not be written.
     """
-    write_native_files({Path(path): metadata}, net, lambda name: [get_tensor(name).detach().reshape(1, -1)], dtype)
+
+    def get_pieces(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, get_tensor(name).detach().reshape(1, -1)) for name in names)
+
+    write_native_files({Path(path): metadata}, net, get_pieces, dtype)
 
 
 def write_native_files(
     metadata: Mapping[Path, Mapping],
     net: torch.nn.Module,
-    get_pieces: Callable[[str], Iterable[torch.Tensor]],
+    get_pieces: GetPieces,
     dtype: torch.dtype,
 ) -> None:
     """Write snapshots of one network together, each complete or not at all, piece by piece.
@@ -126,7 +134,7 @@ def write_native_files(
     Args:
         metadata: the complete JSON block of each path.
         net, dtype: as for `write_native`.
-        get_pieces: the values of a name in the order of a tensor's elements, as pieces [files, n] of any sizes.
+        get_pieces: gives the values, a network per path.
 
     Raises:
         OSError: one could not be written.
@@ -150,7 +158,6 @@ def write_native_files(
             text = json.dumps({"__metadata__": {METADATA_KEY: json.dumps(block)}, **layout}).encode()
             text += b" " * (-len(text) % 8)
             f.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            for piece in get_pieces(name):
-                for f, values in zip(files, piece.to("cpu", dtypes[name]), strict=True):
-                    f.write(values.contiguous().view(torch.uint8).numpy().data)
+        for name, piece in get_pieces(names):
+            for f, values in zip(files, piece.to("cpu", dtypes[name]), strict=True):
+                f.write(values.contiguous().view(torch.uint8).numpy().data)

@@ -83,12 +83,14 @@ class PublishedFile:
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
 
-    def reader(self, name: str) -> Callable[[int, torch.Tensor], None]:
-        """A function (start, out) that fills a vector with a tensor's elements from `start` on, in its own type."""
+    def reader(self, name: str) -> Callable[[int, memoryview], None]:
+        """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on."""
         values = self.get_tensor(name).flatten()
+        data = values.view(torch.uint8).numpy().data
 
-        def read(start: int, out: torch.Tensor) -> None:
-            out.copy_(values[start : start + len(out)])
+        def read(start: int, out: memoryview) -> None:
+            position = start * values.itemsize
+            out[:] = data[position : position + len(out)]
 
         return read
 
