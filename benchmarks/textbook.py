@@ -49,7 +49,7 @@ def resample(x: torch.Tensor, mode: str) -> torch.Tensor:
     """With the filter [1, 1]."""
     if mode == "keep":
         return x
-    f = torch.full([x.shape[1], 1, 2, 2], 0.25, dtype=x.dtype)
+    f = torch.full([x.shape[1], 1, 2, 2], 0.25, dtype=x.dtype, device=x.device)
     if mode == "down":
         return F.conv2d(x, f, groups=x.shape[1], stride=2)
     return F.conv_transpose2d(x, f * 4, groups=x.shape[1], stride=2)
@@ -184,11 +184,20 @@ class UNet(nn.Module):
 
 
 class Precond(nn.Module):
-    """D(x; sigma, labels) of images [N, img_channels, resolution, resolution], in float32 throughout."""
+    """D(x; sigma, labels) of images [N, img_channels, resolution, resolution], the U-Net in `dtype`."""
 
-    def __init__(self, resolution: int, img_channels: int, label_dim: int, sigma_data: float = 0.5, **unet_kwargs):
+    def __init__(
+        self,
+        resolution: int,
+        img_channels: int,
+        label_dim: int,
+        sigma_data: float = 0.5,
+        dtype: torch.dtype = torch.float32,
+        **unet_kwargs,
+    ):
         super().__init__()
         self.sigma_data = sigma_data
+        self.dtype = dtype
         self.unet = UNet(resolution, img_channels, label_dim, **unet_kwargs)
         self.logvar_fourier = MPFourier(128)
         self.logvar_linear = MPConv(128, 1)
@@ -201,7 +210,7 @@ class Precond(nn.Module):
         c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
         c_in = 1 / (self.sigma_data**2 + sigma**2).sqrt()
         c_noise = sigma.flatten().log() / 4
-        D_x = c_skip * x + c_out * self.unet(c_in * x, c_noise, labels)
+        D_x = c_skip * x + c_out * self.unet((c_in * x).to(self.dtype), c_noise, labels).float()
         if not return_logvar:
             return D_x
         return D_x, self.logvar_linear(self.logvar_fourier(c_noise)).reshape(-1, 1, 1, 1)

@@ -5,10 +5,12 @@ import torch
 from conftest import relative_error, tiny_network
 
 from training import fast_inference
+from training.compiled_inference import CompiledDenoiser
 from training.fast_inference import FastDenoiser, can_prepack
 from training.generation import generate_images
+from training.networks_edm2 import MPConv
 
-WIDE = dict(img_resolution=16, model_channels=64, attn_resolutions=[8])  # wide enough for Winograd convolutions
+WIDE = dict(img_resolution=16, model_channels=128, attn_resolutions=[8])  # wide enough for Winograd from 2 images on
 
 
 def example(net, batch):
@@ -27,7 +29,7 @@ def example(net, batch):
         WIDE,
         {**WIDE, "channels_per_head": 64, "channel_mult": [1, 2, 3], "img_channels": 3},
         {"model_channels": 12, "channel_mult": [1, 3], "attn_resolutions": [8, 4], "channels_per_head": 6},
-        {**WIDE, "model_channels": 72, "img_resolution": 20},
+        {**WIDE, "model_channels": 136, "img_resolution": 20},
         {"num_blocks": 3, "label_balance": 0.3, "concat_balance": 0.7, "res_balance": 0.6, "attn_balance": 0.2},
         {"num_blocks": 0, "channel_mult": [2, 1, 1]},
         {"resample_filter": [1, 3, 3, 1]},
@@ -44,6 +46,12 @@ def test_equals_the_network(architecture, batch):
     fast = FastDenoiser(net, batch)
     assert relative_error(fast(x, sigma, labels), net(x, sigma, labels)) < 1e-5
     assert relative_error(fast(x, sigma[:1]), net(x, sigma[:1])) < 1e-5  # no class, one noise level
+
+
+def test_wide_networks_use_winograd():
+    net = tiny_network(**WIDE)
+    kinds = [[type(block.conv_res1).__name__ for block in FastDenoiser(net, batch).enc] for batch in (1, 2)]
+    assert [("_WinogradSiLUConv" in names) for names in kinds] == [False, can_prepack(torch.float32)]
 
 
 def test_equals_the_network_without_private_operators(monkeypatch):
@@ -83,6 +91,62 @@ def test_samples_do_not_depend_on_their_batch():
     fast = FastDenoiser(net, 3)  # also right for other batches than the one expected
     alone = torch.cat([fast(x[i : i + 1], sigma[i : i + 1], labels[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(fast(x, sigma, labels), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", [{}, {"label_dim": 0}, {"attn_resolutions": [8], "channels_per_head": 8}])
+def test_compiled_network_equals_the_network(architecture, monkeypatch):
+    """All but the compiler: filled batches, and weights that are transformed once."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_options: None)
+    net = tiny_network(**architecture)
+    x, sigma, labels = example(net, 3)
+    expected, of_one_level = net(x, sigma, labels), net(x, sigma[:1])
+    compiled = CompiledDenoiser(net, 5)
+    for conv in net.modules():
+        if isinstance(conv, MPConv):
+            conv.weight.zero_()  # which a copy does not follow
+    torch.testing.assert_close(compiled(x, sigma, labels), expected)
+    torch.testing.assert_close(compiled(x, sigma[0]), of_one_level)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_graphs_equal_the_network(precision):
+    net = tiny_network(**WIDE).cuda()
+    net.precision = precision
+    compiled = CompiledDenoiser(net, 4)
+    with torch.inference_mode():
+        for batch in (4, 3):
+            inputs = [t.cuda() for t in example(net, batch)]
+            for _ in range(3):  # graphs are recorded in the second call
+                assert (
+                    relative_error(compiled(*inputs), net(*inputs))
+                    < {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[precision]
+                )
+
+
+@pytest.mark.gpu
+def test_compiled_images_equal_others():
+    net, gnet = tiny_network(label_dim=3), tiny_network(label_dim=3, seed=1)
+    images = [
+        torch.cat(
+            [
+                r.images
+                for r in generate_images(
+                    net,
+                    gnet,
+                    seeds=range(5),
+                    max_batch_size=3,
+                    num_steps=4,
+                    guidance=2,
+                    device="cuda",
+                    compiled=compiled,
+                )
+            ]
+        )
+        for compiled in (False, True)
+    ]
+    difference = (images[0].int() - images[1].int()).abs()
+    assert difference.float().mean() < 1
 
 
 def test_inputs_and_network_stay_as_they_are():

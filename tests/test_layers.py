@@ -23,6 +23,7 @@ LAYERS = [
     {"training.denoiser"},
     {
         "training.networks_edm2",
+        "training.compiled_inference",
         "training.fast_inference",
         "training.losses",
         "training.samplers",

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 import torch.nn.functional as F
 
+from training.compiled_inference import CompiledDenoiser
 from training.denoiser import Denoiser, edm_coefficients
 from training.networks_edm2 import PRECISIONS, Block, MPConv, Precond, effective_weights, normalize, resample
 
@@ -338,10 +339,12 @@ class FastDenoiser:
         return out
 
 
-def for_sampling(net: Precond, batch_size: int) -> Denoiser:
-    """The fastest form of a finished network: its `FastDenoiser` on a CPU, itself elsewhere."""
-    on_cpu = next(net.parameters()).device.type == "cpu"
-    return FastDenoiser(net, batch_size) if on_cpu else net
+def for_sampling(net: Precond, batch_size: int, compiled: bool = False) -> Denoiser:
+    """The fastest form of a finished network: on a CPU its `FastDenoiser`; elsewhere itself, or its
+    `CompiledDenoiser`."""
+    if next(net.parameters()).device.type == "cpu":
+        return FastDenoiser(net, batch_size)
+    return CompiledDenoiser(net, batch_size) if compiled else net
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def generate_images(
     encoder_batch_size: int = 32,
     verbose: bool = True,
     device: torch.device | str = "cpu",
+    compiled: bool = False,
     sampler_fn: Callable[..., torch.Tensor] = edm_sampler,
     **sampler_kwargs: Any,
 ) -> ImageBatches:
@@ -120,6 +121,7 @@ def generate_images(
         max_batch_size, encoder_batch_size: images sampled, and decoded, at a time.
         verbose: show a progress bar on terminals.
         device: where to compute; the networks are moved there.
+        compiled: use `compiled_inference.CompiledDenoiser`s, except on a CPU.
         sampler_fn, sampler_kwargs: the sampler and its arguments. On a CPU, it gets the networks as
             `fast_inference.FastDenoiser`s, with the weights that they have when the iteration starts.
 
@@ -149,8 +151,8 @@ def generate_images(
         largest = max((len(batch) for batch in batches), default=1)
         guide = gnet
         if gnet is not None and sampler_kwargs.get("guidance", 1) != 1:
-            guide = for_sampling(gnet, largest)
-        return partial(make, for_sampling(net, largest), guide)
+            guide = for_sampling(gnet, largest, compiled)
+        return partial(make, for_sampling(net, largest, compiled), guide)
 
     def make(main: Denoiser, guide: Denoiser | None, r: EasyDict) -> None:
         rnd = StackedRandomGenerator(device, r.seeds)
