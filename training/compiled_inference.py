@@ -1,4 +1,4 @@
-"""A finished EDM2 network for sampling on GPUs: weights that are transformed once, and kernels of torch.compile."""
+"""A finished EDM2 network for sampling on GPUs: with weights that are transformed once, or compiled besides."""
 
 import copy
 
@@ -15,12 +15,14 @@ def with_fixed_weights(net: Precond) -> Precond:
     It does not follow later changes of `net`, and cannot be trained.
     """
     fixed = copy.deepcopy(net).eval().requires_grad_(False)
+    on_cuda = next(net.parameters()).device.type == "cuda"
     for conv in fixed.modules():
         if isinstance(conv, MPConv):
             w = conv.effective_weight(conv.weight_norm())
             # Linear layers see float32 embeddings, and the last convolution multiplies its weight by a gain.
             if w.ndim == 4 and conv is not fixed.unet.out_conv:
-                w = w.to(PRECISIONS[fixed.precision], memory_format=torch.channels_last)
+                w = w.to(PRECISIONS[fixed.precision])
+                w = w.contiguous(memory_format=torch.channels_last) if on_cuda else w
             conv.shared_weight = nn.Parameter(w, requires_grad=False)  # as a parameter, it stays where graphs look
             conv.weight = nn.Parameter(w.new_empty([0]), requires_grad=False)
     return fixed

@@ -7,15 +7,14 @@ as Winograd's F(4x4, 3x3), and the convolutions' weights are kept in the layout 
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from training.compiled_inference import CompiledDenoiser
+from training.compiled_inference import CompiledDenoiser, with_fixed_weights
 from training.denoiser import Denoiser, edm_coefficients
-from training.networks_edm2 import PRECISIONS, Block, MPConv, Precond, effective_weights, normalize, resample
+from training.networks_edm2 import PRECISIONS, Block, MPConv, Precond, normalize, resample
 
 SILU_SCALE = 1 / 0.596  # of mp_silu; folded into whatever is linear behind it
 
@@ -340,20 +339,8 @@ class FastDenoiser:
 
 
 def for_sampling(net: Precond, batch_size: int, compiled: bool = False) -> Denoiser:
-    """The fastest form of a finished network: on a CPU its `FastDenoiser`; elsewhere itself, or its
-    `CompiledDenoiser`."""
+    """The fastest form of a finished network, which does not follow its later changes: on a CPU its `FastDenoiser`,
+    elsewhere its `CompiledDenoiser` or, if that is not wanted, a copy with fixed weights."""
     if next(net.parameters()).device.type == "cpu":
         return FastDenoiser(net, batch_size)
-    return CompiledDenoiser(net, batch_size) if compiled else net
-
-
-@contextmanager
-def inference(*denoisers: Denoiser | None) -> Iterator[None]:
-    """Inside, nothing is recorded for gradients, and the denoisers that are networks compute each effective weight
-    once: they must not change."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        for denoiser in denoisers:
-            if isinstance(denoiser, torch.nn.Module):
-                stack.enter_context(effective_weights(denoiser))
-        yield
+    return CompiledDenoiser(net, batch_size) if compiled else with_fixed_weights(net)

@@ -14,7 +14,7 @@ from dnnlib.util import EasyDict, UserError, atomic_write
 from torch_utils import distributed, misc
 from training.denoiser import Denoiser
 from training.encoders import Encoder, StandardRGBEncoder
-from training.fast_inference import for_sampling, inference
+from training.fast_inference import for_sampling
 from training.networks_edm2 import Precond
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network
@@ -121,9 +121,9 @@ def generate_images(
         max_batch_size, encoder_batch_size: images sampled, and decoded, at a time.
         verbose: show a progress bar on terminals.
         device: where to compute; the networks are moved there.
-        compiled: use `compiled_inference.CompiledDenoiser`s, except on a CPU.
-        sampler_fn, sampler_kwargs: the sampler and its arguments. On a CPU, it gets the networks as
-            `fast_inference.FastDenoiser`s, with the weights that they have when the iteration starts.
+        compiled: as for `fast_inference.for_sampling`.
+        sampler_fn, sampler_kwargs: the sampler and its arguments. It gets the networks as `fast_inference.for_sampling`
+            makes them, with the weights that they have when the iteration starts.
 
     Returns:
         An iterable over this process's batches, with a length. Each is an `EasyDict` of images (uint8
@@ -163,7 +163,7 @@ def generate_images(
             if class_idx is not None:
                 classes = torch.full_like(classes, class_idx)
             r.labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
-        with inference(main, guide):
+        with torch.inference_mode():
             latents = sampler_fn(
                 net=main, noise=r.noise, labels=r.labels, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
             )

@@ -11,7 +11,7 @@ from dnnlib.util import RunError, UserError
 from torch_utils.misc import drawable, image_grid, save_image
 from training.dataset import ImageFolderDataset
 from training.encoders import Encoder
-from training.fast_inference import for_sampling, inference
+from training.fast_inference import for_sampling
 from training.networks_edm2 import Precond
 from training.samplers import StackedRandomGenerator, edm_sampler
 
@@ -52,7 +52,7 @@ class Previews:
         """Sample the grid with `net` and write it."""
         noise = self._rnd().randn([len(self.rnd_seeds), *self.latent_shape])
         denoiser = for_sampling(net, min(len(noise), BATCH))
-        with inference(denoiser):
+        with torch.inference_mode():
             parts = [
                 edm_sampler(denoiser, part_noise, part_labels, num_steps=STEPS)
                 for part_noise, part_labels in zip(noise.split(BATCH), self.labels.split(BATCH), strict=True)
