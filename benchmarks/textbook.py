@@ -85,7 +85,7 @@ class Block(nn.Module):
     def __init__(self, cin: int, cout: int, cemb: int, flavor: str, mode: str = "keep", attention: bool = False):
         super().__init__()
         self.flavor, self.mode = flavor, mode
-        self.num_heads = cout // 64 if attention else 0
+        self.num_heads = max(cout // 64, 1) if attention else 0
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = MPConv(cout if flavor == "enc" else cin, cout, 3, 3)
         self.emb_linear = MPConv(cemb, cout)

@@ -1,6 +1,7 @@
 """The command lines: every option, every preset, and what bad input is told."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -30,12 +31,14 @@ from write_cli_docs import render
 
 from calculate_metrics import main as metrics_tool
 from count_flops import main as count_flops
+from dnnlib.util import UserError
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_edm2 import main as train
 from training.config import TrainConfig
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.presets import GENERATION_PRESETS, TRAINING_PRESETS, GenerationPreset
+from training.reconstruction import list_averages, reconstruct_phema
 from training.snapshot import load_network, open_snapshot, save_network
 from training.snapshot.__main__ import main as snapshot_tool
 from training.solvers import SOLVERS
@@ -873,6 +876,38 @@ def test_batch_of_outputs_does_not_matter(run, tmp_path):
         a, b = (load_network(tmp_path / batch / f"phema-0000003-{std}.safetensors").net.state_dict() for batch in "18")
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=2**-10, atol=2**-14)
+
+
+@pytest.mark.parametrize("preadv", [True, False])
+def test_reconstruction_from_snapshots_of_several_kinds(run, tmp_path, monkeypatch, preadv):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(run, mixed)
+    for name, suffix, dtype in [("0000001-0.050", ".safetensors", "fp32"), ("0000002-0.100", ".pkl", "fp16")]:
+        old = mixed / f"network-snapshot-{name}.safetensors"
+        old.unlink()
+        source = run / old.name
+        result = run_cli(snapshot_tool, "convert", source, old.with_suffix(suffix), f"--dtype={dtype}")
+        assert result.exit_code == 0, result.output
+    if not preadv:  # as on Windows
+        monkeypatch.delattr(os, "preadv")
+    made = []
+    for indir in (run, mixed):
+        outdir = tmp_path / f"of-{indir.name}"
+        result = run_cli(reconstruct, f"--indir={indir}", f"--outdir={outdir}", "--outstd=0.07", "--format=safetensors")
+        assert result.exit_code == 0, result.output
+        made.append(load_network(outdir / "phema-0000003-0.070.safetensors").net.state_dict())
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, rtol=2**-10, atol=2**-14)
+
+
+def test_snapshot_that_becomes_shorter(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    inputs = list_averages(tmp_path / "run", "network-snapshot")
+    with open(inputs[1].path, "r+b") as f:
+        f.truncate(inputs[1].path.stat().st_size - 100)
+    with pytest.raises(UserError, match="cannot be read.*copy it again"):
+        reconstruct_phema(inputs, tmp_path / "out", "phema", [0.07])
+    assert not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -93,19 +93,24 @@ def test_samples_do_not_depend_on_their_batch():
     torch.testing.assert_close(fast(x, sigma, labels), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("architecture", [{}, {"label_dim": 0}, {"attn_resolutions": [8], "channels_per_head": 8}])
-def test_compiled_network_equals_the_network(architecture, monkeypatch):
+def test_compiled_network_equals_the_network(architecture, precision, monkeypatch):
     """All but the compiler: filled batches, and weights that are transformed once."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_options: None)
     net = tiny_network(**architecture)
+    net.precision = precision
     x, sigma, labels = example(net, 3)
     expected, of_one_level = net(x, sigma, labels), net(x, sigma[:1])
-    compiled = CompiledDenoiser(net, 5)
+    compiled, of_full_batches = CompiledDenoiser(net, 5), CompiledDenoiser(net, 3)
     for conv in net.modules():
         if isinstance(conv, MPConv):
             conv.weight.zero_()  # which a copy does not follow
-    torch.testing.assert_close(compiled(x, sigma, labels), expected)
-    torch.testing.assert_close(compiled(x, sigma[0]), of_one_level)
+    for denoiser in (compiled, of_full_batches):
+        torch.testing.assert_close(denoiser(x, sigma.double(), labels), expected)
+        torch.testing.assert_close(denoiser(x, sigma[0]), of_one_level)
+    if net.label_dim == 0:  # as a guide that is given the labels of the main network
+        torch.testing.assert_close(compiled(x, sigma, torch.eye(10)[:3]), expected)
 
 
 @pytest.mark.gpu

@@ -73,6 +73,27 @@ def test_forced_normalization_makes_unit_weights():
             torch.testing.assert_close(rms, torch.ones_like(rms), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [None, 1, (2, 3)])
+def test_gradient_of_normalization(dtype, dim):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 3, 5)
+    x[0] *= 1e-3  # of the size of eps
+    x[1] = 0
+    x, grad = x.to(dtype).float(), torch.randn_like(x).to(dtype).float()
+    plain = x.clone().requires_grad_(True)
+    dims = [1, 2, 3] if dim is None else dim
+    n = plain[0].numel() if dim is None else 6 if dim == 1 else 15
+    magnitude = (plain.square().sum(dims, keepdim=True) + 1e-30).sqrt() / n**0.5 + 1e-4
+    (plain / magnitude).backward(grad)
+    ours = x.to(dtype).requires_grad_(True)
+    normalize(ours, dim=dim).backward(grad.to(dtype))
+    assert plain.grad is not None and ours.grad is not None
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for row, expected in zip(ours.grad.float(), plain.grad, strict=True):
+        assert (row - expected).norm() <= tolerance * expected.norm()
+
+
 def test_weights_normalized_on_the_way():
     net, plain = tiny_network(), tiny_network()
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)

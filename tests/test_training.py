@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -318,6 +319,27 @@ def test_noise_depends_on_seed_and_image_alone():
     assert a.tolist() == list(range(10))
     assert len(set(training_loop.image_seeds(3, np.arange(1000)))) == 1000
     assert not set(training_loop.image_seeds(1, np.arange(1000))) & set(a)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("limited", [False, True])
+def test_freed_memory_is_kept(limited):
+    """Memory that was used before costs no page faults; also where addresses are limited."""
+    code = """
+import resource, sys, torch
+from torch_utils.misc import keep_freed_memory
+if sys.argv[1] == "True":
+    resource.setrlimit(resource.RLIMIT_AS, (32 << 30, -1))
+keep_freed_memory()
+faults = []
+for _ in range(12):
+    torch.ones(8 << 20), torch.ones(3 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[-3])
+"""
+    command = [sys.executable, "-c", code, str(limited)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 500  # of 11,264 pages each time
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Small helpers around tensors: devices, gradients, pictures."""
 
 import ctypes
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,6 +59,7 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"--compile=1: torch.compile does not work here ({reason}): leave it out") from None
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Let the C library reuse large blocks instead of returning them to the system at once, and use huge pages.
 
@@ -66,15 +68,30 @@ def keep_freed_memory() -> None:
     """
     try:
         libc = ctypes.CDLL(None)
-        mallopt, malloc, free, madvise = libc.mallopt, libc.malloc, libc.free, libc.madvise
+        mallopt = libc.mallopt
     except (AttributeError, OSError, TypeError):
         return
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # see man 3 mallopt
-    mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+    large_blocks = mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most of old ones
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 64 << 20)
-    # Addresses without memory, for the heap to grow into; huge pages have to be asked for before it does.
+    if large_blocks and _addresses_are_free():
+        _use_huge_pages(libc)
+
+
+def _addresses_are_free() -> bool:
+    """Whether a process may have addresses without using memory."""
+    import resource  # not on all systems
+
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    policy = Path("/proc/sys/vm/overcommit_memory")
+    return set(limits) == {resource.RLIM_INFINITY} and policy.is_file() and policy.read_text().strip() != "2"
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Ask for huge pages in the next 8 GB that the heap grows into. Some systems give them only to who asks."""
     MADV_HUGEPAGE = 14  # see man 2 madvise
+    malloc, free, madvise = libc.malloc, libc.free, libc.madvise
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = 2**31 - HUGE_PAGE
@@ -83,7 +100,7 @@ def keep_freed_memory() -> None:
         start = -(-block // HUGE_PAGE) * HUGE_PAGE
         madvise(start, size - HUGE_PAGE, MADV_HUGEPAGE)
     for block in blocks:
-        free(block)
+        free(block)  # the heap keeps the addresses, since it gives nothing back
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

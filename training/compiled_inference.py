@@ -1,29 +1,30 @@
-"""A finished EDM2 network for sampling on GPUs: with weights that are transformed once, or compiled besides."""
+"""A finished EDM2 network for sampling on GPUs: with weights that are transformed once and, if wanted, compiled."""
 
 import copy
 
 import torch
 from torch import nn
 
-from training.networks_edm2 import PRECISIONS, MPConv, Precond
+from training.networks_edm2 import MPConv, Precond
 
 
 @torch.no_grad()
 def with_fixed_weights(net: Precond) -> Precond:
-    """A copy of `net` that computes the same from effective weights, those of convolutions in `net.precision`.
+    """A copy of `net` that computes the same from effective weights, those of convolutions in the type computed in.
 
     It does not follow later changes of `net`, and cannot be trained.
     """
     fixed = copy.deepcopy(net).eval().requires_grad_(False)
-    on_cuda = next(net.parameters()).device.type == "cuda"
+    device = next(net.parameters()).device
     for conv in fixed.modules():
         if isinstance(conv, MPConv):
             w = conv.effective_weight(conv.weight_norm())
-            # Linear layers see float32 embeddings, and the last convolution multiplies its weight by a gain.
+            # Not in linear layers and the last convolution: they compute in float32, or multiply by a gain in it.
             if w.ndim == 4 and conv is not fixed.unet.out_conv:
-                w = w.to(PRECISIONS[fixed.precision])
-                w = w.contiguous(memory_format=torch.channels_last) if on_cuda else w
-            conv.shared_weight = nn.Parameter(w, requires_grad=False)  # as a parameter, it stays where graphs look
+                w = w.to(fixed.compute_dtype(device))
+                w = w.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else w
+            # CUDA graphs read parameters where they are; other inputs they copy in each call.
+            conv.shared_weight = nn.Parameter(w, requires_grad=False)
             conv.weight = nn.Parameter(w.new_empty([0]), requires_grad=False)
     return fixed
 
@@ -47,7 +48,8 @@ class CompiledDenoiser:
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """As `Precond.forward`, without its second result."""
-        sigma = torch.as_tensor(sigma).to(x.device).reshape(-1).expand(len(x))
+        assert len(x) <= self.batch_size, f"{len(x)} images, and at most {self.batch_size} were to come"
+        sigma = torch.as_tensor(sigma).float().to(x.device).reshape(-1).expand(len(x))
         labels = x.new_zeros([1, self.label_dim]) if class_labels is None else class_labels
         labels = labels.reshape(-1, self.label_dim).expand(len(x), -1) if self.label_dim > 0 else None
         torch.compiler.cudagraph_mark_step_begin()

@@ -1,8 +1,8 @@
 """A finished EDM2 network, rewritten for sampling on processors.
 
 `FastDenoiser` computes what `networks_edm2.Precond` computes, up to rounding, from weights that are transformed once:
-normalisation, gains and the constants of magnitude preservation are folded into them, 3x3 convolutions of float32 run
-as Winograd's F(4x4, 3x3), and the convolutions' weights are kept in the layout that oneDNN computes with.
+normalisation, gains and the constants of magnitude preservation are folded into them, large 3x3 convolutions of
+float32 run as Winograd's F(4x4, 3x3), and the convolutions' weights are kept in the layout that oneDNN computes with.
 """
 
 import functools
@@ -227,7 +227,7 @@ class _FastBlock:
 class FastDenoiser:
     """The denoiser of a finished network on the CPU: D(x; sigma, labels) of `net`, up to rounding.
 
-    It holds transformed copies of the weights (in float32 those of most 3x3 convolutions take four times the space,
+    It holds transformed copies of the weights (in float32 those of large 3x3 convolutions take four times the space,
     all others and bfloat16's the same), which do not follow later changes of `net`.
 
     Args:

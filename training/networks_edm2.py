@@ -39,7 +39,7 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
 class _Normalize(torch.autograd.Function):
     """x / m with m = |x| / sqrt(n) + eps, and its gradient grad / m - x (x . grad) / (|x| sqrt(n) m^2).
 
-    Written out, it takes a part of the memory traffic of autograd's.
+    Written out, it takes a fraction of the memory traffic of autograd's.
     """
 
     @staticmethod
@@ -56,8 +56,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, norm, inverse = ctx.saved_tensors
         dot = (x * grad).sum(ctx.dims, keepdim=True, dtype=torch.float32)
-        along = dot * inverse.square() / (norm * ctx.root).clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.addcmul(grad * inverse.to(x.dtype), x, along.to(x.dtype), value=-1), None, None
+        # One factor 1 / m comes last: both could be more than float16 holds.
+        along = dot * inverse / (norm * ctx.root).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.addcmul(grad, x, along.to(x.dtype), value=-1).mul_(inverse.to(x.dtype)), None, None
 
 
 def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> torch.Tensor:
@@ -486,6 +487,10 @@ class Precond(nn.Module):
         self.logvar_fourier = MPFourier(logvar_channels)
         self.logvar_linear = MPConv(logvar_channels, 1)
 
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What the U-Net computes in on a device."""
+        return torch.float32 if device.type == "cpu" and self.precision == "fp16" else PRECISIONS[self.precision]
+
     def forward(
         self,
         x: torch.Tensor,
@@ -511,11 +516,8 @@ class Precond(nn.Module):
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.float().reshape(-1, self.label_dim)
-        on_cpu = x.device.type == "cpu"
-        dtype = torch.float32 if on_cpu and self.precision == "fp16" else PRECISIONS[self.precision]
-
         c = edm_coefficients(sigma, self.sigma_data)
-        F_x = self.unet((c.c_in * x).to(dtype), c.c_noise.flatten(), class_labels)
+        F_x = self.unet((c.c_in * x).to(self.compute_dtype(x.device)), c.c_noise.flatten(), class_labels)
         D_x = c.c_skip * x + c.c_out * F_x.float()
         if return_logvar:
             logvar = self.logvar_linear(self.logvar_fourier(c.c_noise.flatten())).reshape(-1, 1, 1, 1)

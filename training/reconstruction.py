@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.util import UserError
+from training.networks_edm2 import PRECISIONS
 from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
 from training.snapshot.files import (
     SnapshotFile,
@@ -152,7 +153,7 @@ def _groups(files: Sequence[SnapshotFile], name: str) -> list[Group]:
     indices: dict[torch.dtype, list[int]] = {}
     for idx, file in enumerate(files):
         dtype = file.dtype(name)
-        if dtype is None:
+        if dtype is None or dtype not in PRECISIONS.values():
             raise UserError(f"{file.path}: {name} is not of type float32, float16 or bfloat16")
         indices.setdefault(dtype, []).append(idx)
     parts = [(dtype, found[i : i + GROUP]) for dtype, found in indices.items() for i in range(0, len(found), GROUP)]

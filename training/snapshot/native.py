@@ -75,21 +75,23 @@ class NativeFile:
         Threads may share it. It raises `UserError` where the file ends early.
         """
         dtype, layout = self.dtype(name), self._layout[name]
-        assert dtype is not None  # `build_for` has looked
+        assert dtype is not None  # whoever asks has looked
         itemsize, offset = dtype.itemsize, self._data_start + layout["data_offsets"][0]
 
+        handle = self._handle  # opened here, before threads share it
+
         def read(start: int, out: memoryview) -> None:
-            if self._read_at(offset + start * itemsize, out) < len(out):
+            if self._read_at(handle, offset + start * itemsize, out) < len(out):
                 raise UserError(f"{self.path}: tensor {name} cannot be read (the file ends early): copy it again")
 
         return read
 
-    def _read_at(self, position: int, out: memoryview) -> int:
+    def _read_at(self, handle: io.FileIO, position: int, out: memoryview) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._handle.fileno(), [out], position)
+            return os.preadv(handle.fileno(), [out], position)
         with self._lock:
-            self._handle.seek(position)
-            return self._handle.readinto(out)
+            handle.seek(position)
+            return handle.readinto(out)
 
     @functools.cached_property
     def _handle(self) -> io.FileIO:

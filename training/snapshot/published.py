@@ -85,7 +85,7 @@ class PublishedFile:
 
     def reader(self, name: str) -> Callable[[int, memoryview], None]:
         """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on."""
-        values = self.get_tensor(name).flatten()
+        values = self.get_tensor(name).contiguous().flatten()
         data = values.view(torch.uint8).numpy().data
 
         def read(start: int, out: memoryview) -> None:
