@@ -82,7 +82,7 @@ def plain_gradients(rounds: int) -> Callable[[], np.ndarray]:
 
 
 def our_gradients(rounds: int, precision: str) -> Callable[[], np.ndarray]:
-    set_up_device(torch.device("cpu"))
+    set_up_device(torch.device("cpu"), huge_pages=True)
     net = network(precision)
     gradients = flat_gradients(net.parameters())
 
@@ -117,7 +117,7 @@ def plain_parameters() -> Callable[[], np.ndarray]:
 
 
 def our_parameters() -> Callable[[], np.ndarray]:
-    set_up_device(torch.device("cpu"))
+    set_up_device(torch.device("cpu"), huge_pages=True)
     net = network()
     gradients = flat_gradients(net.parameters())
     gradients.fill_(1e-3)

@@ -330,7 +330,7 @@ import resource, sys, torch
 from torch_utils.misc import keep_freed_memory
 if sys.argv[1] == "True":
     resource.setrlimit(resource.RLIMIT_AS, (32 << 30, -1))
-keep_freed_memory()
+keep_freed_memory(huge_pages=True)
 faults = []
 for _ in range(12):
     torch.ones(8 << 20), torch.ones(3 << 20)

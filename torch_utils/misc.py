@@ -36,10 +36,10 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda", distributed.get_local_rank()) if name == "cuda" else torch.device(name)
 
 
-def set_up_device(device: torch.device) -> None:
-    """Make a GPU the current one, with float32 arithmetic that is float32; on a CPU, keep freed memory."""
+def set_up_device(device: torch.device, huge_pages: bool = False) -> None:
+    """Make a GPU the current one, with float32 arithmetic that is float32; on a CPU, `keep_freed_memory`."""
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(huge_pages)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
@@ -60,11 +60,15 @@ def check_compiler(device: torch.device) -> None:
 
 
 @functools.cache
-def keep_freed_memory() -> None:
-    """Let the C library reuse large blocks instead of returning them to the system at once, and use huge pages.
+def keep_freed_memory(huge_pages: bool = False) -> None:
+    """Let the C library reuse large blocks instead of returning them to the system at once.
 
-    Otherwise each new activation costs a page fault per 4 KiB, and weights more address translations than processors
-    remember. Only glibc has these settings; elsewhere, nothing happens.
+    Otherwise each new activation costs a page fault per 4 KiB. Only glibc has these settings; elsewhere, nothing
+    happens.
+
+    Args:
+        huge_pages: also ask for pages of 2 MiB, so that processors remember where weights are. For long jobs: the
+            system may take a second to find them.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -75,7 +79,7 @@ def keep_freed_memory() -> None:
     large_blocks = mallopt(M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most of old ones
     mallopt(M_TRIM_THRESHOLD, -1)
     mallopt(M_TOP_PAD, 64 << 20)
-    if large_blocks and _addresses_are_free():
+    if huge_pages and large_blocks and _addresses_are_free():
         _use_huge_pages(libc)
 
 

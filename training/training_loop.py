@@ -90,7 +90,7 @@ def _train(
 ) -> None:
     device = misc.select_device(config.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    misc.set_up_device(device)
+    misc.set_up_device(device, huge_pages=True)
     torch.backends.cudnn.benchmark = config.bench
 
     # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
