@@ -7,6 +7,7 @@ The textbook variant computes in float16, as published. Run it where nothing els
 
 import functools
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -24,28 +25,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import textbook
 from benchmarks.run import machine_facts
+from benchmarks.sampling import IMG_CHANNELS, LABEL_DIM, RESOLUTION, call, inputs, network
 from dnnlib.util import atomic_write, one_line
 from torch_utils.misc import channels_last_views, flat_gradients, replace_nonfinite_, set_up_device, use_channels_last
 from training.compiled_inference import CompiledDenoiser, with_fixed_weights
 from training.flops import count_operations
 from training.losses import EDM2Loss
-from training.networks_edm2 import Precond, effective_weights
+from training.networks_edm2 import effective_weights
 from training.phema import PowerFunctionEMA
 from training.presets import TRAINING_PRESETS
 
-RESOLUTION, IMG_CHANNELS, LABEL_DIM = 64, 4, 1000
 STDS = (0.05, 0.10)
 WARM_UP, SECONDS = 3, 2.0  # calls, and time to measure for
 Run = Callable[[], torch.Tensor]  # returns what variants are compared by
-
-
-def network(channels: int, precision: str) -> Precond:
-    torch.manual_seed(0)
-    net = Precond(RESOLUTION, IMG_CHANNELS, LABEL_DIM, precision, model_channels=channels)
-    for parameter in net.parameters():
-        if parameter.ndim == 0:
-            parameter.data.fill_(0.5)  # gains: zero before training, which would hide most of the network
-    return net
 
 
 def plain_network(channels: int, device: torch.device) -> textbook.Precond:
@@ -55,25 +47,17 @@ def plain_network(channels: int, device: torch.device) -> textbook.Precond:
     return net.to(device)
 
 
-def batch_of(batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    labels = torch.eye(LABEL_DIM)[torch.arange(batch) % LABEL_DIM]
-    return torch.randn(batch, IMG_CHANNELS, RESOLUTION, RESOLUTION).to(device), labels.to(device)
-
-
 def sampling(variant: str, precision: str, channels: int, batch: int, device: torch.device) -> Run:
-    x, labels = batch_of(batch, device)
-    sigma = torch.ones([], device=device)
     if variant == "textbook":
         denoiser = plain_network(channels, device).eval().requires_grad_(False)
     else:
         net = network(channels, precision).to(device)
         denoiser = CompiledDenoiser(net, batch) if variant == "compiled" else with_fixed_weights(net)
-    return torch.inference_mode()(lambda: denoiser(x, sigma, labels))
+    return call(denoiser, batch, device)
 
 
 def training(variant: str, precision: str, channels: int, batch: int, device: torch.device) -> Run:
-    images, labels = batch_of(batch, device)
+    images, labels = inputs(batch, device)
     loss_fn = EDM2Loss()
 
     def gradients(net: torch.nn.Module) -> torch.Tensor:
@@ -93,7 +77,7 @@ def training(variant: str, precision: str, channels: int, batch: int, device: to
 
         return plain_step
 
-    net = network(channels, precision).to(device).train()
+    net = network(channels, precision).to(device).train().requires_grad_(True)
     use_channels_last(net)
     net.unet.checkpoint_activations = variant == "checkpointed"
     if variant == "compiled":
@@ -145,6 +129,14 @@ def measure_alone(set_up: Callable[[], Run], device: torch.device) -> tuple[floa
     return seconds, first, torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
+@functools.cache
+def forward_flops(channels: int) -> int:
+    """Operations of one evaluation of one image, without elementwise ones and the normalisation of weights."""
+    with torch.device("meta"):
+        counts = count_operations(network(channels, "fp32"))
+    return 2 * sum(n for kind, n in counts.items() if "convolution" in kind or kind in ("linear", "attention"))
+
+
 def peak_flops(device: torch.device) -> float:
     """Operations per second of a product of matrices, which count as two per multiplication."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
@@ -194,37 +186,29 @@ def main(
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{'':40s}images/s    ratio  of peak  GB        difference")
     results = []
-    for preset in presets if channels is None else ("",):
+    for preset, job, batch in itertools.product(presets if channels is None else ("",), jobs, batches):
         width = channels or TRAINING_PRESETS[f"edm2-img512-{preset}"]["channels"]
-        with torch.device("meta"):
-            counts = count_operations(network(width, "fp32"))
-        flops = 2 * sum(
-            count for kind, count in counts.items() if "convolution" in kind or kind in ("linear", "attention")
-        )
-        for job in jobs:
-            for batch in batches:
-                baseline, expected = math.nan, torch.full([], math.nan)  # without a textbook
-                for variant in ("textbook", *VARIANTS[job]):
-                    try:
-                        set_up = functools.partial(JOBS[job], variant, precision, width, batch, where)
-                        seconds, first, memory = measure_alone(set_up, where)
-                    except RuntimeError as err:  # out of memory, or what the compiler makes of that
-                        print(f"{job} {preset or width}, batch {batch}, {variant}: {one_line(err)[:100]}")
-                        continue
-                    if variant == "textbook":
-                        baseline, expected = seconds, first
-                    share = flops * batch * (3 if job == "training" else 1) / seconds / facts["peak_flops"]
-                    difference = float(np.linalg.norm(first - expected) / np.linalg.norm(expected))
-                    result = {
-                        "job": job, "preset": preset or width, "batch": batch, "variant": variant,
-                        "seconds": seconds, "share_of_peak": share, "memory_gb": memory,
-                    }  # fmt: skip
-                    print(
-                        f"{f'{job} {preset or width}, batch {batch}, {variant}':40s}{batch / seconds:9.2f}"
-                        f"{baseline / seconds:8.2f}{share:9.2f}  {memory:6.2f}    {difference:.0e}",
-                        flush=True,
-                    )
-                    results.append(result)
+        passes = 3 if job == "training" else 1  # forward, and backward twice as much
+        flops = passes * batch * forward_flops(width)
+        baseline, expected = math.nan, torch.full([], math.nan)  # without a textbook
+        for variant in ("textbook", *VARIANTS[job]):
+            name = f"{job} {preset or width}, batch {batch}, {variant}"
+            try:
+                set_up = functools.partial(JOBS[job], variant, precision, width, batch, where)
+                seconds, first, memory = measure_alone(set_up, where)
+            except RuntimeError as err:  # out of memory, or what the compiler makes of that
+                print(f"{name}: {one_line(err)[:100]}")
+                continue
+            if variant == "textbook":
+                baseline, expected = seconds, first
+            share = flops / seconds / facts["peak_flops"]
+            difference = float(np.linalg.norm(first - expected) / np.linalg.norm(expected))
+            print(
+                f"{name:40s}{batch / seconds:9.2f}{baseline / seconds:8.2f}{share:9.2f}  {memory:6.2f}"
+                f"    {difference:.0e}",
+                flush=True,
+            )
+            results.append({"name": name, "seconds": seconds, "share_of_peak": share, "memory_gb": memory})
     if json_path is not None:
         with atomic_write(json_path, "w") as f:
             f.write(json.dumps({"machine": facts, "jobs": results}, indent=2) + "\n")

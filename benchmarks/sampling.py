@@ -31,11 +31,19 @@ def network(model_channels: int, precision: str) -> Precond:
     return net.eval().requires_grad_(False)
 
 
-def call(denoiser: Callable[..., torch.Tensor], batch: int) -> Callable[[], torch.Tensor]:
+def inputs(batch: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy images and class vectors."""
     torch.manual_seed(1)
     x = torch.randn(batch, IMG_CHANNELS, RESOLUTION, RESOLUTION)
     labels = torch.eye(LABEL_DIM)[torch.arange(batch) % LABEL_DIM]
-    return torch.inference_mode()(partial(denoiser, x, torch.tensor(1.0), labels))
+    return x.to(device), labels.to(device)
+
+
+def call(
+    denoiser: Callable[..., torch.Tensor], batch: int, device: torch.device | str = "cpu"
+) -> Callable[[], torch.Tensor]:
+    x, labels = inputs(batch, device)
+    return torch.inference_mode()(partial(denoiser, x, torch.tensor(1.0, device=device), labels))
 
 
 def set_up_textbook(model_channels: int, batch: int) -> Callable[[], torch.Tensor]:

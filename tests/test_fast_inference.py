@@ -119,39 +119,23 @@ def test_graphs_equal_the_network(precision):
     net = tiny_network(**WIDE).cuda()
     net.precision = precision
     compiled = CompiledDenoiser(net, 4)
+    tolerance = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[precision]
     with torch.inference_mode():
         for batch in (4, 3):
             inputs = [t.cuda() for t in example(net, batch)]
             for _ in range(3):  # graphs are recorded in the second call
-                assert (
-                    relative_error(compiled(*inputs), net(*inputs))
-                    < {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[precision]
-                )
+                assert relative_error(compiled(*inputs), net(*inputs)) < tolerance
 
 
 @pytest.mark.gpu
 def test_compiled_images_equal_others():
     net, gnet = tiny_network(label_dim=3), tiny_network(label_dim=3, seed=1)
-    images = [
-        torch.cat(
-            [
-                r.images
-                for r in generate_images(
-                    net,
-                    gnet,
-                    seeds=range(5),
-                    max_batch_size=3,
-                    num_steps=4,
-                    guidance=2,
-                    device="cuda",
-                    compiled=compiled,
-                )
-            ]
-        )
-        for compiled in (False, True)
-    ]
-    difference = (images[0].int() - images[1].int()).abs()
-    assert difference.float().mean() < 1
+
+    def images(compiled):
+        options = dict(max_batch_size=3, num_steps=4, guidance=2, device="cuda", compiled=compiled)
+        return torch.cat([r.images for r in generate_images(net, gnet, seeds=range(5), **options)]).int()
+
+    assert (images(True) - images(False)).abs().float().mean() < 1
 
 
 def test_inputs_and_network_stay_as_they_are():

@@ -77,7 +77,6 @@ class NativeFile:
         dtype, layout = self.dtype(name), self._layout[name]
         assert dtype is not None  # whoever asks has looked
         itemsize, offset = dtype.itemsize, self._data_start + layout["data_offsets"][0]
-
         handle = self._handle  # opened here, before threads share it
 
         def read(start: int, out: memoryview) -> None:
