@@ -17,7 +17,6 @@ SLACK = 0.85
 MISSED = {
     "sampling forward, fp32, 64 channels, batch 1": 1.65,
     "reading latents 8x64x64, batches of 32": 5.2,
-    "reconstruction, 1 of 32 snapshots": 3.3,
 }
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ from training.snapshot.files import (
 )
 from training.snapshot.native import GetPieces, write_native_files
 
-PART, GROUP = 1 << 16, 16  # elements of each input, and inputs, that a thread has in memory at a time
+GROUP = 32  # files that a thread reads from before it sums up
+MEMORY = 1 << 23  # bytes that it holds then, of float16 inputs and of sums and results
+SLICE = 1 << 13  # elements of each file that are converted and summed up at a time: these stay in the cache
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,34 @@ def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
     return {name: avg.file.shape(name) for name in avg.file.names}
 
 
-# Type, indices and readers of up to GROUP files.
-Group = tuple[torch.dtype, list[int], list[Callable[[int, memoryview], None]]]
+Piece = tuple[str, torch.Tensor]  # some elements of a tensor of each result, [m, elements]
 
 
-def _groups(files: Sequence[SnapshotFile], name: str) -> list[Group]:
+class Place(NamedTuple):
+    """Where the elements of a tensor are in a run of tensors."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def _runs(files: Sequence[SnapshotFile], names: Iterable[str]) -> Iterator[list[Place]]:
+    """Tensors that lie one after the other in every file, so that they can be read as one."""
+    run: list[Place] = []
+    for name in names:
+        if run and not all(file.is_followed(run[-1].name, name) for file in files):
+            yield run
+            run = []
+        start = run[-1].stop if run else 0
+        run.append(Place(name, start, start + math.prod(files[0].shape(name))))
+    yield run
+
+
+# Type, coefficients and readers of up to GROUP files.
+Group = tuple[torch.dtype, torch.Tensor, list[Callable[[int, memoryview], None]]]
+
+
+def _groups(files: Sequence[SnapshotFile], name: str, coefs: torch.Tensor) -> list[Group]:
     """The files, in groups in which the tensor `name` has the same type."""
     indices: dict[torch.dtype, list[int]] = {}
     for idx, file in enumerate(files):
@@ -157,7 +183,37 @@ def _groups(files: Sequence[SnapshotFile], name: str) -> list[Group]:
             raise UserError(f"{file.path}: {name} is not of type float32, float16 or bfloat16")
         indices.setdefault(dtype, []).append(idx)
     parts = [(dtype, found[i : i + GROUP]) for dtype, found in indices.items() for i in range(0, len(found), GROUP)]
-    return [(dtype, part, [files[idx].reader(name) for idx in part]) for dtype, part in parts]
+    return [(dtype, coefs[part].t(), [files[idx].reader(name) for idx in part]) for dtype, part in parts]
+
+
+class Views(NamedTuple):
+    """Of a workspace: the bytes of each file's elements; and by slice, these elements [files, n], where float32 ones of
+    them go [files, n], and their sums [outputs, n]."""
+
+    rows: list[memoryview]
+    slices: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class _Workspace:
+    """What a thread works in: stored elements of up to GROUP files, and float32 sums per output."""
+
+    def __init__(self, num_outputs: int, part_size: int):
+        self.stored = torch.empty(GROUP * part_size * torch.float32.itemsize, dtype=torch.uint8)
+        self.values = torch.empty(GROUP * SLICE)
+        self.sums = torch.empty(num_outputs, part_size)
+        self._views: dict[tuple[torch.dtype, int, int], Views] = {}
+
+    def views(self, dtype: torch.dtype, num_files: int, count: int) -> Views:
+        """For `count` elements of each file. They are kept, since threads that make many wait for each other."""
+        key = (dtype, num_files, count)
+        if key not in self._views:
+            stored = self.stored[: num_files * count * dtype.itemsize].view(num_files, -1)
+            slices = zip(stored.view(dtype).split(SLICE, dim=1), self.sums[:, :count].split(SLICE, dim=1), strict=True)
+            self._views[key] = Views(
+                [row.data for row in stored.numpy()],
+                [(x, self.values[: x.numel()].view_as(x), sums) for x, sums in slices],
+            )
+        return self._views[key]
 
 
 @contextmanager
@@ -175,49 +231,53 @@ def _weighted_sums(
     """
     files = [avg.file for avg in inputs]
     num_threads = torch.get_num_threads()
-    buffers: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor]] = queue.SimpleQueue()
+    num_outputs = coefs.shape[1]
+    part_size = max(MEMORY // (2 * GROUP + 12 * num_outputs) // SLICE, 1) * SLICE  # elements of each file
+    workspaces: queue.SimpleQueue[_Workspace] = queue.SimpleQueue()
     for _ in range(num_threads):
-        buffers.put((torch.empty(GROUP, PART), torch.empty(GROUP, PART)))
+        workspaces.put(_Workspace(num_outputs, part_size))
 
-    def part_of(name: str, groups: Sequence[Group], start: int, stop: int) -> torch.Tensor:
-        stored, values = buffers.get()
-        sums = torch.zeros(coefs.shape[1], stop - start)
+    def part_of(run: Sequence[Place], groups: Sequence[Group], start: int, stop: int) -> list[Piece]:
+        inside = [place for place in run if place.start < stop and place.stop > start]
+        workspace = workspaces.get()
         try:
-            for dtype, indices, readers in groups:
-                rows = stored.view(dtype)[: len(indices), : stop - start]
-                for read, row in zip(readers, rows.view(torch.uint8).numpy(), strict=True):
-                    read(start, row.data)
-                sums.addmm_(coefs[indices].t(), values[: len(indices), : stop - start].copy_(rows))
+            sums = workspace.sums[:, : stop - start].zero_()
+            for stored_dtype, weights, readers in groups:
+                rows, slices = workspace.views(stored_dtype, len(readers), stop - start)
+                for read, row in zip(readers, rows, strict=True):
+                    read(start, row)
+                for stored, values, part in slices:
+                    part.addmm_(weights, values.copy_(stored))
+            results, total = sums.to(dtype, copy=True), sums.sum()
         finally:
-            buffers.put((stored, values))
+            workspaces.put(workspace)
         # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
-        if not math.isfinite(sums.sum()):
-            for file in files:
-                finite_tensor(file, name)
-        return sums.to(dtype)
+        if not math.isfinite(total):
+            for file, place in itertools.product(files, inside):
+                finite_tensor(file, place.name)
+        return [(place.name, results[:, max(place.start - start, 0) : place.stop - start]) for place in inside]
 
-    def buffer_of(name: str) -> torch.Tensor:
-        return finite_tensor(newest.file, name).float().reshape(1, -1).expand(coefs.shape[1], -1)
+    def buffer_of(name: str) -> list[Piece]:
+        return [(name, finite_tensor(newest.file, name).float().reshape(1, -1).expand(num_outputs, -1))]
 
-    def jobs(name: str) -> Iterator[Callable[[], torch.Tensor]]:
-        if name not in parameters:
-            yield partial(buffer_of, name)
-            return
-        groups = _groups(files, name)
-        count = math.prod(newest.file.shape(name))
-        for start in range(0, count, PART):
-            yield partial(part_of, name, groups, start, min(start + PART, count))
+    def jobs(names: Iterable[str]) -> Iterator[Callable[[], list[Piece]]]:
+        for is_parameter, some in itertools.groupby(names, lambda name: name in parameters):
+            if not is_parameter:
+                yield from (partial(buffer_of, name) for name in some)
+                continue
+            for run in _runs(files, some):
+                groups = _groups(files, run[0].name, coefs)
+                for start in range(0, run[-1].stop, part_size):
+                    yield partial(part_of, run, groups, start, min(start + part_size, run[-1].stop))
 
-    def get_pieces(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        under_way: deque[tuple[str, Future[torch.Tensor]]] = deque()
-        for name in names:
-            for job in jobs(name):
-                under_way.append((name, pool.submit(job)))
-                if len(under_way) > num_threads:
-                    first, future = under_way.popleft()
-                    yield first, future.result()
-        for name, future in under_way:
-            yield name, future.result()
+    def get_pieces(names: Iterable[str]) -> Iterator[Piece]:
+        under_way: deque[Future[list[Piece]]] = deque()
+        for job in jobs(names):
+            under_way.append(pool.submit(job))
+            if len(under_way) > num_threads:
+                yield from under_way.popleft().result()
+        for future in under_way:
+            yield from future.result()
 
     # One thread per part, and not several as torch would: they would wait for each other after every operation.
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

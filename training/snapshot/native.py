@@ -69,28 +69,34 @@ class NativeFile:
                 f"{self.path}: tensor {name} cannot be read ({one_line(err)}): copy the file again"
             ) from None
 
+    def is_followed(self, name: str, other: str) -> bool:
+        """Whether a tensor's elements begin where those of `name` end, and are of the same type."""
+        first, second = self._layout[name], self._layout[other]
+        return first["dtype"] == second["dtype"] and first["data_offsets"][1] == second["data_offsets"][0]
+
     def reader(self, name: str) -> Callable[[int, memoryview], None]:
         """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on.
 
-        Threads may share it. It raises `UserError` where the file ends early.
+        It reads on into tensors that follow. Threads may share it. It raises `UserError` where the file ends early.
         """
         dtype, layout = self.dtype(name), self._layout[name]
         assert dtype is not None  # whoever asks has looked
         itemsize, offset = dtype.itemsize, self._data_start + layout["data_offsets"][0]
         handle = self._handle  # opened here, before threads share it
+        has_preadv = hasattr(os, "preadv")  # not on Windows
+
+        def read_at(position: int, out: memoryview) -> int:
+            if has_preadv:
+                return os.preadv(handle.fileno(), [out], position)
+            with self._lock:
+                handle.seek(position)
+                return handle.readinto(out)
 
         def read(start: int, out: memoryview) -> None:
-            if self._read_at(handle, offset + start * itemsize, out) < len(out):
-                raise UserError(f"{self.path}: tensor {name} cannot be read (the file ends early): copy it again")
+            if read_at(offset + start * itemsize, out) < len(out):
+                raise UserError(f"{self.path}: cannot be read (the file ends early): copy it again")
 
         return read
-
-    def _read_at(self, handle: io.FileIO, position: int, out: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(handle.fileno(), [out], position)
-        with self._lock:
-            handle.seek(position)
-            return handle.readinto(out)
 
     @functools.cached_property
     def _handle(self) -> io.FileIO:

@@ -83,6 +83,10 @@ class PublishedFile:
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
 
+    def is_followed(self, name: str, other: str) -> bool:
+        """Whether `reader(name)` reads on into a tensor: no, each is loaded by itself."""
+        return False
+
     def reader(self, name: str) -> Callable[[int, memoryview], None]:
         """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on."""
         values = self.get_tensor(name).contiguous().flatten()
