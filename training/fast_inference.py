@@ -94,13 +94,13 @@ def _conv(w: torch.Tensor, input_size: Sequence[int]) -> _PlainConv | _PackedCon
 
 
 class _SiLUConv:
-    """3x3 convolution of silu(x), which is overwritten."""
+    """3x3 convolution of silu(x)."""
 
     def __init__(self, w: torch.Tensor, input_size: Sequence[int]):
         self.conv = _conv(w, input_size)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.silu(x, inplace=True))
+        return self.conv(F.silu(x))
 
 
 class _WinogradSiLUConv:
@@ -133,7 +133,9 @@ class _WinogradSiLUConv:
         N, C, H, W = x.shape
         out = x.new_empty([N, H // _TILE, _TILE, W // _TILE, _TILE, self.out_channels])
         # Pixels before channels, with one pixel of padding.
-        padded = x.new_zeros([min(N, self.at_a_time), H + 2, W + 2, C])
+        padded = x.new_empty([min(N, self.at_a_time), H + 2, W + 2, C])
+        for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
+            edge.zero_()
         for x_part, out_part in zip(x.split(self.at_a_time), out.split(self.at_a_time), strict=True):
             part = padded[: len(x_part)]
             torch.ops.aten.silu.out(x_part.permute(0, 2, 3, 1), out=part[:, 1:-1, 1:-1])
@@ -199,7 +201,7 @@ class _FastBlock:
         x = self.resample(x)
         if self.enc:
             x = normalize(self.conv_skip(x) if self.conv_skip is not None else x, dim=1)
-        y = self.conv_res0(x.clone(memory_format=torch.channels_last))
+        y = self.conv_res0(x)
         y = self.conv_res1(y.mul_(c))
         if self.conv_skip is not None and not self.enc:
             x = y.add_(self.conv_skip(x))

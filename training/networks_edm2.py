@@ -33,7 +33,16 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
     The magnitude is computed in float32; the result has the dtype and shape of `x`.
     """
     dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    return _Normalize.apply(x, dims, eps)
+    if torch.is_grad_enabled():
+        return _Normalize.apply(x, dims, eps)
+    return x * _norm_and_inverse(x, dims, eps)[1].to(x.dtype)
+
+
+def _norm_and_inverse(x: torch.Tensor, dims: list[int], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """|x| and 1 / (|x| / sqrt(n) + eps), in float32."""
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    root = math.sqrt(math.prod([x.shape[d] for d in dims]))
+    return norm, (norm * (1 / root)).add_(eps).reciprocal_()
 
 
 class _Normalize(torch.autograd.Function):
@@ -44,11 +53,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
-        root = math.sqrt(math.prod([x.shape[d] for d in dims]))
-        norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-        inverse = (norm * (1 / root) + eps).reciprocal()
+        norm, inverse = _norm_and_inverse(x, dims, eps)
         ctx.save_for_backward(x, norm, inverse)
-        ctx.dims, ctx.root = dims, root
+        ctx.dims, ctx.root = dims, math.sqrt(x.numel() / norm.numel())
         return x * inverse.to(x.dtype)
 
     @staticmethod
