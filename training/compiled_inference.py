@@ -18,7 +18,7 @@ def with_fixed_weights(net: Precond) -> Precond:
     device = next(net.parameters()).device
     for conv in fixed.modules():
         if isinstance(conv, MPConv):
-            w = conv.effective_weight(conv.weight_norm())
+            w = conv.effective_weight()
             # Not in linear layers and the last convolution: they compute in float32, or multiply by a gain in it.
             if w.ndim == 4 and conv is not fixed.unet.out_conv:
                 w = w.to(fixed.compute_dtype(device))

@@ -161,7 +161,7 @@ def _silu_conv(w: torch.Tensor, input_size: Sequence[int]) -> _SiLUConv | _Winog
 
 
 def _folded(layer: MPConv, scale: float | torch.Tensor = 1) -> torch.Tensor:
-    return layer.effective_weight(layer.weight_norm()) * scale
+    return layer.effective_weight() * scale
 
 
 class _FastBlock:
