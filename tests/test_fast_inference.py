@@ -10,7 +10,7 @@ from training.fast_inference import FastDenoiser, can_prepack
 from training.generation import generate_images
 from training.networks_edm2 import MPConv
 
-WIDE = dict(img_resolution=16, model_channels=128, attn_resolutions=[8])  # wide enough for Winograd from 2 images on
+WIDE = dict(img_resolution=32, model_channels=128, attn_resolutions=[16])  # wide enough for Winograd from 2 images on
 
 
 def example(net, batch):
@@ -52,6 +52,26 @@ def test_wide_networks_use_winograd():
     net = tiny_network(**WIDE)
     kinds = [[type(block.conv_res1).__name__ for block in FastDenoiser(net, batch).enc] for batch in (1, 2)]
     assert [("_WinogradSiLUConv" in names) for names in kinds] == [False, can_prepack(torch.float32)]
+
+
+@pytest.mark.skipif(not can_prepack(torch.float32), reason="no Winograd here")
+def test_winograd_computes_with_one_shape(monkeypatch):
+    """For others, oneDNN would convert the weights in each call."""
+    monkeypatch.setattr(fast_inference, "_WINOGRAD_CHUNK", 1 << 14)  # two images of 32x32 at a time
+    net = tiny_network(**WIDE)
+    fast = FastDenoiser(net, 3)
+    shapes = {}
+    call = fast_inference._PackedConv.__call__
+
+    def recorded(conv, x):
+        if conv.groups > 1:
+            shapes.setdefault(conv, set()).add(x.shape)
+        return call(conv, x)
+
+    monkeypatch.setattr(fast_inference._PackedConv, "__call__", recorded)
+    for batch in (3, 1, 2, 5):
+        assert relative_error(fast(*example(net, batch)), net(*example(net, batch))) < 1e-5
+    assert shapes and all(len(found) == 1 for found in shapes.values())
 
 
 def test_equals_the_network_without_private_operators(monkeypatch):

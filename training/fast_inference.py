@@ -45,7 +45,7 @@ _WINOGRAD_AT = [
     [0, 1, -1, 8, -8, 1],
 ]
 _WINOGRAD_MIN_CHANNELS = 128  # below, the transforms cost more than they save
-_WINOGRAD_MIN_TILES = 32  # below, reading the transformed weights takes the time
+_WINOGRAD_MIN_SIZE = 10_000  # tiles sqrt(in out); below, reading the transformed weights takes the time
 _WINOGRAD_CHUNK = 1 << 15  # tiles x channels worked on at a time, so that they stay in the cache
 
 
@@ -112,8 +112,9 @@ class _WinogradSiLUConv:
         G = torch.tensor(_WINOGRAD_G, dtype=torch.float64)
         # One group of a grouped 1x1 convolution per element of the transformed tile.
         U = torch.einsum("ik,ockl,jl->ijoc", G, w.double(), G).reshape(-1, C, 1, 1).to(w.dtype)
-        self.at_a_time = max(_WINOGRAD_CHUNK * _TILE**2 // (H * W * C), 1)
-        tiles = min(N, self.at_a_time) * H * W // _TILE**2
+        # Equal parts of the batch: for another number of tiles, oneDNN would convert the weights in each call.
+        self.at_a_time = math.ceil(N / math.ceil(N * H * W * C / (_WINOGRAD_CHUNK * _TILE**2)))
+        tiles = self.at_a_time * H * W // _TILE**2
         self.products = _PackedConv(U, [1, _PATCH**2 * C, tiles, 1], groups=_PATCH**2)
         BT, AT = torch.tensor(_WINOGRAD_BT, dtype=w.dtype), torch.tensor(_WINOGRAD_AT, dtype=w.dtype)
         self.to_tiles, self.from_tiles = torch.kron(BT, BT), torch.kron(AT, AT)
@@ -121,11 +122,12 @@ class _WinogradSiLUConv:
     @staticmethod
     def pays(w: torch.Tensor, input_size: Sequence[int]) -> bool:
         N, C, H, W = input_size
+        K = w.shape[0]
         return (
             w.dtype == torch.float32
             and H % _TILE == W % _TILE == 0
-            and min(C, w.shape[0]) >= _WINOGRAD_MIN_CHANNELS
-            and N * H * W // _TILE**2 >= _WINOGRAD_MIN_TILES
+            and min(C, K) >= _WINOGRAD_MIN_CHANNELS
+            and N * H * W // _TILE**2 * math.sqrt(C * K) >= _WINOGRAD_MIN_SIZE
             and can_prepack(w.dtype)
         )
 
@@ -133,26 +135,27 @@ class _WinogradSiLUConv:
         N, C, H, W = x.shape
         out = x.new_empty([N, H // _TILE, _TILE, W // _TILE, _TILE, self.out_channels])
         # Pixels before channels, with one pixel of padding.
-        padded = x.new_empty([min(N, self.at_a_time), H + 2, W + 2, C])
+        padded = x.new_empty([self.at_a_time, H + 2, W + 2, C])
         for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
             edge.zero_()
         for x_part, out_part in zip(x.split(self.at_a_time), out.split(self.at_a_time), strict=True):
-            part = padded[: len(x_part)]
-            torch.ops.aten.silu.out(x_part.permute(0, 2, 3, 1), out=part[:, 1:-1, 1:-1])
-            self.filter(part, out_part)
+            torch.ops.aten.silu.out(x_part.permute(0, 2, 3, 1), out=padded[: len(x_part), 1:-1, 1:-1])
+            padded[len(x_part) :].zero_()
+            self.filter(padded, out_part)
         return out.view(N, H, W, self.out_channels).permute(0, 3, 1, 2)
 
     def filter(self, padded: torch.Tensor, out: torch.Tensor) -> None:
-        """[N, H + 2, W + 2, in] -> [N, H / 4, 4, W / 4, 4, out]."""
+        """[at_a_time, H + 2, W + 2, in] -> [N, H / 4, 4, W / 4, 4, out] of the first N."""
         N, rows, _, columns, _, K = out.shape
         C = padded.shape[-1]
-        tiles = N * rows * columns
-        # [N, rows, columns, in, 6, 6] -> [tiles, 36, in]
+        tiles = self.at_a_time * rows * columns
+        # [at_a_time, rows, columns, in, 6, 6] -> [tiles, 36, in]
         d = padded.unfold(1, _PATCH, _TILE).unfold(2, _PATCH, _TILE)
         d = d.permute(0, 1, 2, 4, 5, 3).reshape(tiles, _PATCH**2, C)
         V = torch.bmm(self.to_tiles.expand(tiles, -1, -1), d)
         M = self.products(V.view(1, tiles, 1, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        Y = torch.bmm(self.from_tiles.expand(tiles, -1, -1), M.reshape(tiles, _PATCH**2, K))
+        M = M.reshape(tiles, _PATCH**2, K)[: N * rows * columns]
+        Y = torch.bmm(self.from_tiles.expand(len(M), -1, -1), M)
         out.copy_(Y.view(N, rows, columns, _TILE, _TILE, K).permute(0, 1, 3, 2, 4, 5))
 
 
