@@ -33,6 +33,7 @@ from training.snapshot.native import GetPieces, write_native_files
 
 GROUP = 32  # files that a thread reads from before it sums up
 MEMORY = 1 << 23  # bytes that it holds then, of float16 inputs and of sums and results
+MAX_THREADS = 8  # more would mostly wait for each other and the disk
 SLICE = 1 << 13  # elements of each file that are converted and summed up at a time: these stay in the cache
 
 
@@ -230,7 +231,8 @@ def _weighted_sums(
     Only parameters are summed; buffers are those of `newest`, in float32.
     """
     files = [avg.file for avg in inputs]
-    num_threads = torch.get_num_threads()
+    torch_threads = torch.get_num_threads()
+    num_threads = min(torch_threads, MAX_THREADS)
     num_outputs = coefs.shape[1]
     part_size = max(MEMORY // (2 * GROUP + 12 * num_outputs) // SLICE, 1) * SLICE  # elements of each file
     workspaces: queue.SimpleQueue[_Workspace] = queue.SimpleQueue()
@@ -284,7 +286,7 @@ def _weighted_sums(
         try:
             yield get_pieces
         finally:
-            torch.set_num_threads(num_threads)  # which threads that start later take over
+            torch.set_num_threads(torch_threads)  # which threads that start later take over
 
 
 def _write(
