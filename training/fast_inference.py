@@ -113,7 +113,8 @@ class _WinogradSiLUConv:
         # One group of a grouped 1x1 convolution per element of the transformed tile.
         U = torch.einsum("ik,ockl,jl->ijoc", G, w.double(), G).reshape(-1, C, 1, 1).to(w.dtype)
         # Equal parts of the batch: for another number of tiles, oneDNN would convert the weights in each call.
-        self.at_a_time = math.ceil(N / math.ceil(N * H * W * C / (_WINOGRAD_CHUNK * _TILE**2)))
+        most = max(_WINOGRAD_CHUNK * _TILE**2 // (H * W * C), 1)
+        self.at_a_time = math.ceil(N / math.ceil(N / most))
         tiles = self.at_a_time * H * W // _TILE**2
         self.products = _PackedConv(U, [1, _PATCH**2 * C, tiles, 1], groups=_PATCH**2)
         BT, AT = torch.tensor(_WINOGRAD_BT, dtype=w.dtype), torch.tensor(_WINOGRAD_AT, dtype=w.dtype)
