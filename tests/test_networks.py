@@ -94,6 +94,12 @@ def test_gradient_of_normalization(dtype, dim):
         assert (row - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_normalization_of_an_empty_batch(grad):
+    with torch.set_grad_enabled(grad):
+        assert normalize(torch.zeros(0, 3, 2, 2)).shape == (0, 3, 2, 2)
+
+
 def test_weights_normalized_on_the_way():
     net, plain = tiny_network(), tiny_network()
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)

@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from dnnlib.util import UserError
 from training import reconstruction
 from training.encoders import StandardRGBEncoder
 from training.networks_edm2 import Precond
@@ -52,7 +53,6 @@ def check(indir, tmp_path, expected, rtol):
         for name, values in sums.items():
             error = np.linalg.norm(file.get_tensor(name).double().numpy() - values) / max(np.linalg.norm(values), 1e-30)
             assert error < rtol, name
-    return paths
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def copies(snapshots, folder, rewrite):
 
 def test_tensors_in_another_order(snapshots, expected, tmp_path):
     indir = copies(snapshots, tmp_path / "in", lambda i, name, tensor: tensor)
-    first = open_snapshot(next(iter(sorted(indir.iterdir()))))
+    first = open_snapshot(min(indir.iterdir()))
     names = list(expected[0])
     assert not all(first.is_followed(a, b) for a, b in zip(names, names[1:], strict=False))
     check(indir, tmp_path, expected, 1e-5)
@@ -113,6 +113,6 @@ def test_tensor_that_is_not_finite_is_named(snapshots, tmp_path, where):
         return torch.full_like(tensor, float("nan")) if (i, name) == (3, bad) else tensor
 
     indir = copies(snapshots, tmp_path / "in", rewrite)
-    with pytest.raises(Exception, match=f"{sorted(p.name for p in indir.iterdir())[3]}: {bad} holds NaN"):
+    with pytest.raises(UserError, match=f"{sorted(p.name for p in indir.iterdir())[3]}: {bad} holds NaN"):
         reconstruct_phema(list_averages(indir, "network-snapshot"), tmp_path / "out", "phema", [0.08])
     assert not any((tmp_path / "out").iterdir())

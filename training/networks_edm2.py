@@ -35,14 +35,15 @@ def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: floa
     dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     if torch.is_grad_enabled():
         return _Normalize.apply(x, dims, eps)
-    return x * _norm_and_inverse(x, dims, eps)[1].to(x.dtype)
+    _, _, inverse = _magnitudes(x, dims, eps)
+    return x * inverse.to(x.dtype)
 
 
-def _norm_and_inverse(x: torch.Tensor, dims: list[int], eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """|x| and 1 / (|x| / sqrt(n) + eps), in float32."""
+def _magnitudes(x: torch.Tensor, dims: list[int], eps: float) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """|x|, sqrt(n) and 1 / (|x| / sqrt(n) + eps), in float32."""
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     root = math.sqrt(math.prod([x.shape[d] for d in dims]))
-    return norm, (norm * (1 / root)).add_(eps).reciprocal_()
+    return norm, root, (norm * (1 / root)).add_(eps).reciprocal_()
 
 
 class _Normalize(torch.autograd.Function):
@@ -53,9 +54,9 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
-        norm, inverse = _norm_and_inverse(x, dims, eps)
+        norm, root, inverse = _magnitudes(x, dims, eps)
         ctx.save_for_backward(x, norm, inverse)
-        ctx.dims, ctx.root = dims, math.sqrt(x.numel() / norm.numel())
+        ctx.dims, ctx.root = dims, root
         return x * inverse.to(x.dtype)
 
     @staticmethod
