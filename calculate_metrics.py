@@ -18,15 +18,15 @@ from dnnlib.util import (
     parsed_by,
     with_options,
 )
-from training.choices import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
-from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
-from training.presets import GENERATION_PRESETS, files_for
+from training.config.edm2 import GENERATION_PRESETS, files_for
+from training.config.generation import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
 
 if TYPE_CHECKING:
     import torch
 
-    from training.evaluation import Evaluation
-    from training.metrics import (
+    from training.metrics.evaluation import Evaluation
+    from training.metrics.statistics import (
         calculate_metrics_from_stats,
         calculate_stats_for_files,
         calculate_stats_for_iterable,
@@ -158,7 +158,7 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
       python calculate_metrics.py calc --images=out --ref=datasets/img512.safetensors --num=50000
     """
     from torch_utils import distributed
-    from training.metrics import FileBatches, content_hash, open_images
+    from training.metrics.statistics import FileBatches, content_hash, open_images
 
     evaluation = begin(opts)
     with distributed.fail_together():
@@ -259,9 +259,9 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
       python calculate_metrics.py ref --data=datasets/img512.zip --dest=datasets/img512.safetensors
     """
     from torch_utils import distributed
-    from training.evaluation import last_stats
-    from training.feature_stats import check_destination, save_stats
-    from training.metrics import calculate_stats_for_files, load_detectors, open_images, small_sample_note
+    from training.metrics.evaluation import last_stats
+    from training.metrics.files import check_destination, save_stats
+    from training.metrics.statistics import calculate_stats_for_files, load_detectors, open_images, small_sample_note
 
     distributed.init()
     with distributed.fail_together():
@@ -281,16 +281,16 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
 
 
 def set_up(opts: Mapping[str, Any]) -> torch.device:
-    from torch_utils import misc
+    from torch_utils.device import select_device, set_up_device
 
-    device = misc.select_device(opts["device"])
-    misc.set_up_device(device)
+    device = select_device(opts["device"])
+    set_up_device(device)
     return device
 
 
 def begin(opts: Mapping[str, Any]) -> Evaluation:
     from torch_utils import distributed
-    from training.evaluation import Evaluation
+    from training.metrics.evaluation import Evaluation
 
     distributed.init()
     with distributed.fail_together():
@@ -306,7 +306,7 @@ def begin(opts: Mapping[str, Any]) -> Evaluation:
 def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Show the records of a run, and save them where wanted, before the next one begins."""
     from torch_utils import distributed
-    from training.evaluation import save_records
+    from training.metrics.evaluation import save_records
 
     with distributed.fail_together():
         for record in records:
@@ -319,7 +319,7 @@ def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[st
 def finish(runs: Sequence[Sequence[Mapping[str, Any]]]) -> None:
     """Show the results as a table."""
     from torch_utils import distributed
-    from training.evaluation import format_results
+    from training.metrics.evaluation import format_results
 
     if distributed.get_rank() == 0:
         print(format_results(runs))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib.util import CommandLine, UserError, is_url, offline_option
-from training.presets import TRAINING_PRESETS, preset_network, unknown_preset
+from training.config.edm2 import TRAINING_PRESETS, preset_network, unknown_preset
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +19,7 @@ def open_network(name: str) -> torch.nn.Module:
     """The network of a file, URL or training preset, without its values."""
     import torch
 
-    from training.networks_edm2 import Precond
+    from training.networks.edm2 import Precond
     from training.snapshot import build_for, open_snapshot
 
     if name in TRAINING_PRESETS:
@@ -34,14 +34,14 @@ def measure_memory(net: torch.nn.Module) -> int | None:
     """Peak memory per sample in bytes, where there is a GPU to measure it on; the weights need no values."""
     import torch
 
-    from torch_utils import misc
+    from torch_utils.device import select_device, set_up_device
     from training.flops import peak_memory_per_sample
-    from training.networks_edm2 import Precond
+    from training.networks.edm2 import Precond
 
     if not torch.cuda.is_available() or not isinstance(net, Precond):
         return None
-    device = misc.select_device("cuda")
-    misc.set_up_device(device)
+    device = select_device("cuda")
+    set_up_device(device)
     net.to_empty(device=device).precision = "fp16"
     return peak_memory_per_sample(net, device)
 

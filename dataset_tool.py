@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
-from training.choices import PRECISIONS, SPLITS
-from training.image_transforms import TRANSFORMS
+from training.config.metrics import PRECISIONS, SPLITS
+from training.conversion.transforms import TRANSFORMS
 
 MAX_RESOLUTION = 8192
 
@@ -105,8 +105,8 @@ def convert(
       # CIFAR-10, as it is published
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
     """
-    from training.conversion import ImageSettings, convert_images, default_workers
-    from training.image_sources import open_source, read_label_file
+    from training.conversion.convert import ImageSettings, convert_images, default_workers
+    from training.conversion.sources import open_source, read_label_file
 
     opened = [open_source(path, split) for path in sources]
     width, height = resolution or (None, None)
@@ -151,15 +151,16 @@ LATENT_OPTIONS = [
 
 
 def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: str, device: str, **opts: Any) -> None:
-    from torch_utils import distributed, misc
-    from training.dataset import COMPRESSED, ImageFolderDataset
+    from torch_utils import distributed
+    from torch_utils.device import select_device, set_up_device
+    from training.dataset.images import COMPRESSED, ImageFolderDataset
     from training.encoders import StabilityVAEEncoder
-    from training.networks_edm2 import PRECISIONS
+    from training.networks.edm2 import PRECISIONS
 
     distributed.init()
     with distributed.fail_together():
-        target = misc.select_device(device)
-        misc.set_up_device(target)
+        target = select_device(device)
+        set_up_device(target)
         dataset = ImageFolderDataset(source)
         encoder = StabilityVAEEncoder(vae_name=model_url, batch_size=opts["batch"])
         encoder.prepare(target)
@@ -181,7 +182,7 @@ def encode(**opts: Any) -> None:
     Example:
       python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
     """
-    from training.conversion import encode_images
+    from training.conversion.convert import encode_images
 
     run_vae(encode_images, **opts)
 
@@ -190,7 +191,7 @@ def encode(**opts: Any) -> None:
 @with_options(LATENT_OPTIONS)
 def decode(**opts: Any) -> None:
     """Decode latents into images, to look at them or to measure the VAE. Of a distribution, its mean is decoded."""
-    from training.conversion import decode_latents
+    from training.conversion.convert import decode_latents
 
     run_vae(decode_latents, **opts)
 
@@ -203,7 +204,7 @@ def decode(**opts: Any) -> None:
 @click.option("--json", "as_json", help="Print JSON", is_flag=True)
 def check(data: str, grid: Path | None, as_json: bool) -> None:
     """Look through a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it."""
-    from training.dataset_check import check_dataset
+    from training.conversion.check import check_dataset
 
     facts, problems = check_dataset(data, grid)
     if as_json:

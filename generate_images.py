@@ -9,8 +9,8 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.util import CommandLine, UserError, imported_when_used, parse_int_list, parsed_by, with_options
-from training.generation_options import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
-from training.presets import GENERATION_PRESETS, generation_table
+from training.config.edm2 import GENERATION_PRESETS, generation_table
+from training.config.generation import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 
 if TYPE_CHECKING:
     from training.generation import generate_images
@@ -30,13 +30,13 @@ def parse_seeds(text: str) -> list[int]:
 
 def draw_grid(path: Path, files: list[Path]) -> None:
     """Contact sheet of saved images, nearly square."""
-    from torch_utils import misc
+    from torch_utils import pictures
 
     images = [_read(file) for file in files]
     odd = next((file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape), None)
     if odd is not None:
         raise UserError(f"--grid: {odd} differs in size from {files[0]}: generate both with one network")
-    misc.save_image(path, misc.image_grid(np.stack(images), columns=math.ceil(math.sqrt(len(images)))))
+    pictures.save_image(path, pictures.image_grid(np.stack(images), columns=math.ceil(math.sqrt(len(images)))))
 
 
 def _is_there(file: Path) -> bool:

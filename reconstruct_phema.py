@@ -84,7 +84,7 @@ def main(
     if outprefix == inprefix and (outdir or indir).resolve() == indir.resolve():
         raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than --inprefix")
 
-    from training.reconstruction import list_averages, reconstruct_phema
+    from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
     inputs = list_averages(indir, inprefix, instd)
     for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch, suffix):

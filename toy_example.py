@@ -24,13 +24,13 @@ from dnnlib.util import (
     parsed_by,
     with_options,
 )
-from training.choices import TOY_CLASSES
+from training.config.metrics import TOY_CLASSES
 
 if TYPE_CHECKING:
     import torch
 
-    from training.networks_toy import ToyModel
-    from training.toy_data import gt
+    from training.networks.toy import ToyModel
+    from training.toy.data import gt
 
 __all__ = ["ToyModel", "gt"]  # for Python callers
 
@@ -43,7 +43,7 @@ PICTURE = Path("toy_example.png")  # where there is neither a display nor --save
 FIRST_SNAPSHOT = 256  # then at every doubling of the iterations, and at the end
 FRAME_INTERVAL = 64  # iterations
 WEIGHT = click.FloatRange(-MAX_GUIDANCE, MAX_GUIDANCE)
-__getattr__ = imported_when_used({"ToyModel": "training.networks_toy", "gt": "training.toy_data"})
+__getattr__ = imported_when_used({"ToyModel": "training.networks.toy", "gt": "training.toy.data"})
 
 
 def parse_class(text: str) -> str:
@@ -113,7 +113,7 @@ def _are_equal(a: ToyModel, b: ToyModel) -> bool:
 
 
 def load_toy_model(option: str, path: str, device: torch.device) -> tuple[ToyModel, dict[str, Any]]:
-    from training.networks_toy import ToyModel
+    from training.networks.toy import ToyModel
     from training.snapshot import load_network
 
     snapshot = load_network(path, device)
@@ -211,16 +211,16 @@ def train(
     """Train a model by score matching."""
     import torch
 
-    from torch_utils import misc
+    from torch_utils.device import select_device
     from training.encoders import StandardRGBEncoder
     from training.snapshot import save_network
-    from training.toy_figure import TrainingView, check_frames, require_matplotlib
-    from training.toy_training import ToyConfig, train_toy
+    from training.toy.figure import TrainingView, check_frames, require_matplotlib
+    from training.toy.training import ToyConfig, train_toy
 
     if save is not None:
         require_matplotlib()
         check_frames(save)
-    target = misc.select_device(device)
+    target = select_device(device)
     if outdir is not None:
         outdir.mkdir(parents=True, exist_ok=True)
     config = ToyConfig(cls=cls, num_layers=layers, hidden_dim=dim, iterations=iterations, seed=seed)
@@ -287,13 +287,13 @@ def plot(
     save: Path | None,
 ) -> None:
     """Draw the paper's figure: samples with and without guidance, and what guides them."""
-    from torch_utils import misc
-    from training.toy_figure import check_format, draw_paper_figure, new_figure, require_matplotlib, save_figure
+    from torch_utils.device import select_device
+    from training.toy.figure import check_format, draw_paper_figure, new_figure, require_matplotlib, save_figure
 
     require_matplotlib()
     if save is not None:
         check_format(save)
-    models = Models(net, gnet, cfg_net, cls, misc.select_device(device), guidance)
+    models = Models(net, gnet, cfg_net, cls, select_device(device), guidance)
     if models.gnet is None and (cfg_net is not None or cfg_guidance != CFG_GUIDANCE):
         raise UserError("the figure shows classifier-free guidance beside autoguidance: give --gnet, too")
     width = 16 if models.gnet is not None else 8
@@ -365,11 +365,11 @@ def evaluate(
     """
     import torch
 
-    from torch_utils import misc
-    from training.toy_data import gt
-    from training.toy_sampling import measure, sample_toy
+    from torch_utils.device import select_device
+    from training.toy.data import gt
+    from training.toy.sampling import measure, sample_toy
 
-    target = misc.select_device(device)
+    target = select_device(device)
     models = Models(net, gnet, cfg_net, cls, target)
     distribution = gt(models.cls, target)
     noise = torch.randn(samples, 2, generator=torch.Generator(target).manual_seed(seed), device=target)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dnnlib.util import CommandLine, UserError, device_option, parse_int_list, parse_nimg, parsed_by
-from training.choices import PRECISIONS, parse_metrics
-from training.presets import TRAINING_PRESETS, unknown_preset
+from training.config.edm2 import TRAINING_PRESETS, unknown_preset
+from training.config.metrics import PRECISIONS, parse_metrics
 
 if TYPE_CHECKING:
-    from training.config import TrainConfig
-    from training.dataset import ImageFolderDataset
+    from training.config.training import TrainConfig
+    from training.dataset.images import ImageFolderDataset
 
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 
@@ -38,9 +38,9 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
     Raises:
         UserError: an option or the data does not fit; the message names it.
     """
-    from torch_utils import misc
-    from training.config import TrainConfig
-    from training.dataset import ImageFolderDataset
+    from torch_utils.device import select_device
+    from training.config.training import TrainConfig
+    from training.dataset.images import ImageFolderDataset
 
     preset = opts["preset"]
     if preset not in TRAINING_PRESETS:
@@ -50,7 +50,7 @@ def make_config(opts: dict[str, Any]) -> tuple[TrainConfig, ImageFolderDataset]:
         if explicit["precision"] not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={explicit['precision']}: give one of them")
         explicit["precision"] = "fp32"
-    explicit.setdefault("workers", 2 if misc.select_device(explicit["device"]).type == "cuda" else 0)
+    explicit.setdefault("workers", 2 if select_device(explicit["device"]).type == "cuda" else 0)
 
     dataset = ImageFolderDataset(explicit["data"], use_labels=explicit["cond"], xflip=explicit["xflip"])
     if explicit["cache"]:
@@ -130,7 +130,8 @@ def check_numbers(config: TrainConfig) -> None:
 def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset) -> None:
     import torch
 
-    from torch_utils import distributed, misc
+    from torch_utils import distributed
+    from torch_utils.device import select_device
     from training.encoders import final_channels
     from training.training_loop import build_network
 
@@ -143,7 +144,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
     distributed.print0(f"Classes:          {data.label_dim}")
     distributed.print0(f"Network:          {sum(p.numel() for p in net.parameters())} parameters")
-    distributed.print0(f"Processes:        {distributed.get_world_size()} on {misc.select_device(config.device).type}")
+    distributed.print0(f"Processes:        {distributed.get_world_size()} on {select_device(config.device).type}")
 
 
 def note_missing_attention(config: TrainConfig) -> None:
@@ -323,7 +324,7 @@ def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
           --outdir=training-runs/img512-s --data=datasets/img512-sd.zip --preset=edm2-img512-s --batch-gpu=32
     """
     from torch_utils import distributed
-    from training.dataset import COMPRESSED
+    from training.dataset.images import COMPRESSED
     from training.training_loop import training_loop
 
     distributed.init()

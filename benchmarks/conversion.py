@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job
 from benchmarks.textbook import convert_one_by_one
-from training.conversion import ImageSettings, convert_images
-from training.dataset import ImageFolderDataset
-from training.image_sources import open_source
+from training.conversion.convert import ImageSettings, convert_images
+from training.conversion.sources import open_source
+from training.dataset.images import ImageFolderDataset
 
 COUNT, RESOLUTION, WORKERS = 500, 64, 2
 FOLDER = Path("out/benchmark/conversion")

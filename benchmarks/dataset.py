@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job
 from benchmarks.textbook import PlainDataset
-from training.archives import DatasetWriter
-from training.conversion import encode_png, image_name
-from training.dataset import ImageFolderDataset, collate
+from training.conversion.convert import encode_png, image_name
+from training.conversion.writer import DatasetWriter
+from training.dataset.images import ImageFolderDataset, collate
 
 BATCH = 32
 COUNT = 4096

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job
 from benchmarks.textbook import frechet_by_matrix_root
-from training.distances import frechet_distance
+from training.metrics.distances import frechet_distance
 
 DIM = 2048
 

@@ -27,13 +27,14 @@ from benchmarks import textbook
 from benchmarks.run import machine_facts
 from benchmarks.sampling import IMG_CHANNELS, LABEL_DIM, RESOLUTION, call, inputs, network
 from dnnlib.util import atomic_write, one_line
-from torch_utils.misc import channels_last_views, flat_gradients, replace_nonfinite_, set_up_device, use_channels_last
-from training.compiled_inference import CompiledDenoiser, with_fixed_weights
+from torch_utils.device import set_up_device
+from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
+from training.config.edm2 import TRAINING_PRESETS
 from training.flops import count_operations
 from training.losses import EDM2Loss
-from training.networks_edm2 import effective_weights
+from training.networks.edm2 import effective_weights
+from training.networks.edm2_gpu import CompiledDenoiser, with_fixed_weights
 from training.phema import PowerFunctionEMA
-from training.presets import TRAINING_PRESETS
 
 STDS = (0.05, 0.10)
 WARM_UP, SECONDS = 3, 2.0  # calls, and time to measure for

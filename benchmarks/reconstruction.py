@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import textbook
 from benchmarks.harness import Job
 from training.encoders import StandardRGBEncoder
-from training.networks_edm2 import Precond
+from training.networks.edm2 import Precond
 from training.phema import solve_posthoc_coefficients
-from training.reconstruction import list_averages, reconstruct_phema
 from training.snapshot import open_snapshot, save_network
+from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
 FOLDER = Path("out/benchmark/reconstruction")
 TIMES = [i << 20 for i in range(1, 17)]

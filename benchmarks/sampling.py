@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import textbook
 from benchmarks.harness import Job
-from torch_utils.misc import set_up_device
-from training.fast_inference import FastDenoiser
-from training.networks_edm2 import Precond
+from torch_utils.device import set_up_device
+from training.networks.edm2 import Precond
+from training.networks.edm2_cpu import FastDenoiser
 
 RESOLUTION, IMG_CHANNELS, LABEL_DIM = 64, 4, 10
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.run import machine_facts
 from dnnlib.util import atomic_write, code_version
-from training.archives import DatasetWriter
-from training.conversion import encode_png, image_name
-from training.dataset import ImageFolderDataset
+from training.conversion.convert import encode_png, image_name
+from training.conversion.writer import DatasetWriter
+from training.dataset.images import ImageFolderDataset
 from training.flops import count_operations
-from training.networks_edm2 import Precond, effective_weights
+from training.networks.edm2 import Precond, effective_weights
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

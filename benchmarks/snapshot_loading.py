@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from training.config.edm2 import TRAINING_PRESETS, preset_network
 from training.encoders import StandardRGBEncoder
-from training.networks_edm2 import Precond
-from training.presets import TRAINING_PRESETS, preset_network
+from training.networks.edm2 import Precond
 from training.snapshot import load_network, write_snapshot
 from training.snapshot.description import describe
 

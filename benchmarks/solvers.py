@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from dnnlib.util import atomic_write, code_version
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
-from training.networks_edm2 import effective_weights
-from training.samplers import ode_sampler
-from training.schedules import edm_sigmas
+from training.networks.edm2 import effective_weights
+from training.samplers.coefficients import SOLVERS
+from training.samplers.edm import ode_sampler
+from training.samplers.grids import edm_sigmas
 from training.snapshot import load_network
-from training.solvers import SOLVERS
-from training.toy_data import gt
-from training.toy_sampling import denoiser
+from training.toy.data import gt
+from training.toy.sampling import denoiser
 
 ROOT = Path(__file__).parent.parent
 IMAGES, POINTS = 128, 1024

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training.phema import power_function_beta
-from training.toy_data import GaussianMixture
+from training.toy.data import GaussianMixture
 
 # ---------------------------------------------------------------------------------------------------------
 # EDM2's denoiser, arXiv 2312.02696. Its state dict is that of `training.networks_edm2.Precond`.

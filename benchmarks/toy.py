@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job
 from benchmarks.textbook import PlainMixtureScore
-from training.networks_toy import ToyModel
-from training.toy_data import gt
-from training.toy_training import ToyConfig, ToyTrainer, score_matching_loss, train_toy
+from training.networks.toy import ToyModel
+from training.toy.data import gt
+from training.toy.training import ToyConfig, ToyTrainer, score_matching_loss, train_toy
 
 
 def iteration(variant: str) -> Callable[[], np.ndarray]:

@@ -12,15 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import textbook
 from benchmarks.harness import Job
-from torch_utils.misc import (
-    channels_last_views,
-    flat_gradients,
-    replace_nonfinite_,
-    set_up_device,
-    use_channels_last,
-)
+from torch_utils.device import set_up_device
+from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
 from training.losses import EDM2Loss
-from training.networks_edm2 import MPConv, Precond, effective_weights, normalize_weights_
+from training.networks.edm2 import MPConv, Precond, effective_weights, normalize_weights_
 from training.phema import PowerFunctionEMA
 
 BATCH = 16

@@ -544,7 +544,7 @@ def _hub_file(url: str) -> Path:
             if not isinstance(path, str):
                 raise UserError(
                     f"{url} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): fetch it where there is one by "
-                    f"python -m training.snapshot prefetch {url}, and bring the cache of huggingface_hub (HF_HOME)"
+                    f"python snapshot_tool.py prefetch {url}, and bring the cache of huggingface_hub (HF_HOME)"
                 )
             return Path(path)
         return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))

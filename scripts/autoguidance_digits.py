@@ -15,7 +15,7 @@ import torch
 from quickstart import CLASSES, DATA, ROOT, SAMPLES, STEPS, Samples, newest, picture, train
 
 from dnnlib.util import atomic_write, code_version
-from training.dataset import ImageFolderDataset
+from training.dataset.images import ImageFolderDataset
 from training.snapshot import load_network
 
 matplotlib.use("Agg")

@@ -15,10 +15,10 @@ import matplotlib
 import numpy as np
 import torch
 
-from torch_utils.misc import image_grid
-from training.dataset import ImageFolderDataset
+from torch_utils.pictures import image_grid
+from training.dataset.images import ImageFolderDataset
 from training.generation import generate_images
-from training.networks_edm2 import Precond
+from training.networks.edm2 import Precond
 from training.snapshot import load_network
 
 matplotlib.use("Agg")

@@ -15,7 +15,7 @@ COMMANDS = {
     "count_flops": "count_flops.py",
     "dataset_tool": "dataset_tool.py",
     "toy_example": "toy_example.py",
-    "training.snapshot.__main__": "-m training.snapshot",
+    "snapshot_tool": "snapshot_tool.py",
 }
 INTRODUCTION = """# Command line reference
 

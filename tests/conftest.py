@@ -16,9 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
+from servers import server  # noqa: F401 - a fixture
 
 from training.encoders import StandardRGBEncoder
-from training.networks_edm2 import Precond
+from training.networks.edm2 import Precond
 from training.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent

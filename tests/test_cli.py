@@ -34,14 +34,14 @@ from count_flops import main as count_flops
 from dnnlib.util import UserError
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
+from snapshot_tool import main as snapshot_tool
 from train_edm2 import main as train
-from training.config import TrainConfig
+from training.config.edm2 import GENERATION_PRESETS, TRAINING_PRESETS, GenerationPreset
+from training.config.training import TrainConfig
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
-from training.presets import GENERATION_PRESETS, TRAINING_PRESETS, GenerationPreset
-from training.reconstruction import list_averages, reconstruct_phema
+from training.samplers.coefficients import SOLVERS
 from training.snapshot import load_network, open_snapshot, save_network
-from training.snapshot.__main__ import main as snapshot_tool
-from training.solvers import SOLVERS
+from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -675,7 +675,7 @@ def test_memory_per_sample():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# python -m training.snapshot
+# python snapshot_tool.py
 
 
 def test_convert_one(run, tmp_path):

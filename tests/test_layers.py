@@ -4,78 +4,34 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = [
-    {"dnnlib", "dnnlib.util"},
-    {
-        "torch_utils",
-        "torch_utils.distributed",
-        "torch_utils.checkpoint",
-        "torch_utils.training_stats",
-        "torch_utils.misc",
-        "torch_utils.safe_pickle",
-    },
-    {"training", "training.schedules", "training.solvers", "training.choices"},
-    {"training.denoiser"},
-    {
-        "training.networks_edm2",
-        "training.compiled_inference",
-        "training.fast_inference",
-        "training.losses",
-        "training.samplers",
-        "training.guidance",
-        "training.phema",
-        "training.lr",
-        "training.dataset",
-        "training.archives",
-        "training.image_sources",
-        "training.image_transforms",
-        "training.encoders",
-        "training.detectors",
-        "training.distances",
-        "training.snapshot",
-        "training.snapshot.description",
-        "training.snapshot.files",
-        "training.snapshot.hub",
-        "training.snapshot.native",
-        "training.snapshot.published",
-        "training.networks_toy",
-        "training.toy_data",
-        "training.flops",
-    },
-    {"training.config"},
-    {"training.presets", "training.previews"},
-    {
-        "training.training_loop",
-        "training.generation",
-        "training.generation_options",
-        "training.reconstruction",
-        "training.metrics",
-        "training.evaluation",
-        "training.feature_stats",
-        "training.conversion",
-        "training.dataset_check",
-        "training.toy_training",
-        "training.toy_sampling",
-        "training.toy_figure",
-    },
-    {
-        "train_edm2",
-        "generate_images",
-        "reconstruct_phema",
-        "count_flops",
-        "dataset_tool",
-        "calculate_metrics",
-        "toy_example",
-        "training.snapshot.__main__",
-    },
+# From the bottom up: rooms (packages, all of their modules) and single modules. A module imports only what stands
+# in an earlier group, or in its own room.
+ORDER = [
+    {"dnnlib"},
+    {"torch_utils", "training.config", "training"},
+    {"training.schedules", "training.conditioning", "training.phema", "training.lr", "training.flops"},
+    {"training.preconditioning", "training.control", "training.optimizers", "training.dataset"},
+    {"training.denoiser", "training.losses", "training.losses_vae", "training.encoders"},
+    {"training.guidance", "training.networks"},
+    {"training.samplers", "training.networks_edm2"},
+    {"training.likelihood", "training.generators", "training.metrics", "training.conversion", "training.toy"},
+    {"training.families"},
+    {"training.snapshot"},
+    {"training.generation"},
+    {"training.monitoring"},
+    {"training.training_loop"},
+    {"training.launch"},
 ]
-LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
-SCRIPTS = LAYERS[-1]
+GROUP_OF = {room: group for group, rooms in enumerate(ORDER) for room in rooms}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+# Torch's modules that say the rank of a process, and the environment's names for it.
+RANKS = ("torch.distributed", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def module_name(path: Path) -> str:
@@ -89,37 +45,72 @@ SOURCES = {
 }
 
 
+def room(module: str) -> str:
+    """A folder of `training`, a module of it that is in none, `torch_utils`, `dnnlib`, or a script."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "training" else parts[0]
+
+
 def imports(module: str) -> set[str]:
-    """Modules of ours that a module imports."""
+    """Modules of ours that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(SOURCES[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & set(SOURCES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & set(SOURCES)
+            found |= names or {node.module}
+    return found & set(SOURCES) - {module}
 
 
-def test_every_module_has_a_layer():
-    assert set(SOURCES) == set(LAYER_OF)
+def at_import(statements: list[ast.stmt]) -> Iterator[ast.AST]:
+    """What runs when a module is imported: also under module-level `if`, `try` and `with`, in class bodies, in
+    decorators and default arguments; not function bodies."""
+    for statement in statements:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = statement.args
+            yield from [*statement.decorator_list, *arguments.defaults, *filter(None, arguments.kw_defaults)]
+        elif isinstance(statement, ast.If) and ast.unparse(statement.test) in (
+            "TYPE_CHECKING",
+            "__name__ == '__main__'",
+        ):
+            continue
+        elif isinstance(statement, (ast.ClassDef, ast.If, ast.Try, ast.With, ast.For, ast.While)):
+            for _, value in ast.iter_fields(statement):
+                for part in value if isinstance(value, list) else [value]:
+                    if isinstance(part, ast.stmt):
+                        yield from at_import([part])
+                    elif isinstance(part, ast.ExceptHandler):
+                        yield from at_import(part.body)
+                    elif isinstance(part, ast.AST):
+                        yield part
+        else:
+            yield statement
+
+
+def test_every_module_has_a_place():
+    assert {room(module) for module in SOURCES} - SCRIPTS <= set(GROUP_OF)
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_imports_point_down(module):
-    for imported in imports(module) - {module}:
-        assert LAYER_OF[imported] <= LAYER_OF[module], f"{module} imports {imported} from above"
+    for imported in imports(module):
         assert imported not in SCRIPTS, f"{module} imports the script {imported}"
+        if module not in SCRIPTS and room(imported) != room(module):
+            above = GROUP_OF[room(imported)] >= GROUP_OF[room(module)]
+            assert not above, f"{module} imports {imported}, which stands no lower"
 
 
 def test_no_import_cycles():
     graph = {module: imports(module) for module in SOURCES}
-    graph["dnnlib.util"].remove("dnnlib")  # for the version, which setuptools wants there
+    graph["dnnlib.util"].discard("dnnlib")  # for the version, which setuptools wants there
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, f"import cycle {' -> '.join([*path, module])}"
         if module not in done:
-            for imported in graph[module] - {module}:
+            for imported in graph[module]:
                 visit(imported, (*path, module))
             done.add(module)
 
@@ -127,10 +118,18 @@ def test_no_import_cycles():
         visit(module, ())
 
 
+def test_the_desk_needs_no_torch():
+    """All that a user can choose: known without torch, and without the rest of `training`."""
+    for module in (m for m in SOURCES if room(m) == "training.config"):
+        foreign = {name for name in imports(module) if room(name) not in ("dnnlib", "training.config")}
+        assert not foreign, f"{module} imports {foreign}"
+        assert "torch" not in SOURCES[module].read_text().replace("torch_utils", "").split("import ")[1:], module
+
+
 @pytest.mark.parametrize("module", sorted(set(SOURCES) - {"torch_utils.distributed"}))
 def test_only_distributed_knows_ranks(module):
     text = SOURCES[module].read_text()
-    assert "torch.distributed" not in text and "WORLD_SIZE" not in text
+    assert not [name for name in RANKS if name in text]
 
 
 def test_phema_stands_alone():
@@ -139,12 +138,25 @@ def test_phema_stands_alone():
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_nothing_happens_at_import(module):
-    """Module level code reads neither the environment nor the command line, and starts no CUDA."""
-    for node in ast.parse(SOURCES[module].read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
-            continue
+    """Importing reads neither the environment nor the command line, and starts no CUDA."""
+    for node in at_import(ast.parse(SOURCES[module].read_text()).body):
         text = ast.unparse(node)
         assert not any(word in text for word in ("os.environ", "getenv", "sys.argv", "cuda.")), f"{module}: {text}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import os\nif os.environ.get('X'):\n    y = 1",
+        "import os\nclass A:\n    x = os.environ['X']",
+        "import os\ndef f(x=os.getenv('X')): ...",
+        "import os\ntry:\n    x = 1\nexcept ValueError:\n    x = os.environ['X']",
+        "import torch\nwith torch.no_grad():\n    torch.cuda.init()",
+        "import os\nx = [os.environ[k] for k in 'ab']",
+    ],
+)
+def test_what_runs_at_import_is_seen(text):
+    assert any(w in ast.unparse(n) for n in at_import(ast.parse(text).body) for w in ("environ", "getenv", "cuda."))
 
 
 def test_import_starts_no_cuda():
@@ -157,7 +169,7 @@ def test_import_starts_no_cuda():
 
 
 def test_help_needs_no_torch():
-    scripts = sorted(SCRIPTS - {"training.snapshot.__main__"})
+    scripts = sorted(SCRIPTS)
     code = f"import sys, {', '.join(scripts)}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dnnlib.util import OFFLINE_VARIABLE, RunError, UserError, offline, one_line, open_url
-from training.dataset import ImageFolderDataset, evenly_spaced
+from training.dataset.images import ImageFolderDataset, evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
@@ -181,7 +181,7 @@ def _hub_folder(repo: str, files: Sequence[str]) -> str:
     """
     urls = [f"hf://{repo}/{file}" for file in files]
     advice = (
-        f"fetch it where there is a network by python -m training.snapshot prefetch {' '.join(urls)}, "
+        f"fetch it where there is a network by python snapshot_tool.py prefetch {' '.join(urls)}, "
         "and bring the cache of huggingface_hub (HF_HOME) for --offline"
     )
     try:

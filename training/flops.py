@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from training.networks_edm2 import Block, MPConv, Precond, effective_weights
+from training.networks.edm2 import Block, MPConv, Precond, effective_weights
 
 
 def count_operations(net: nn.Module) -> Counter[str]:

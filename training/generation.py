@@ -11,12 +11,12 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.util import EasyDict, UserError, atomic_write
-from torch_utils import distributed, misc
+from torch_utils import distributed, pictures
 from training.denoiser import Denoiser
 from training.encoders import Encoder, StandardRGBEncoder
-from training.fast_inference import for_sampling
-from training.networks_edm2 import Precond
-from training.samplers import StackedRandomGenerator, edm_sampler
+from training.networks.edm2 import Precond
+from training.networks.edm2_cpu import for_sampling
+from training.samplers.edm import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network
 
 
@@ -177,7 +177,7 @@ def generate_images(
 
 def _save(path: Path, image: np.ndarray) -> None:
     if path.suffix == ".png":
-        misc.save_image(path, image)
+        pictures.save_image(path, image)
         return
     with atomic_write(path, sync=False) as f:
         np.save(f, image)

@@ -13,18 +13,21 @@ import psutil
 import torch
 
 from dnnlib.util import RunError, UserError, code_version, format_time
-from torch_utils import checkpoint, distributed, misc
-from torch_utils.training_stats import Collector, Journal
-from training.config import TrainConfig
-from training.dataset import ImageFolderDataset, RunSampler, begin_loader_process, collate
+from torch_utils import checkpoint, distributed
+from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
+from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
+from torch_utils.training_stats import Collector
+from training.config.training import TrainConfig
+from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate
 from training.encoders import encoder_for, final_channels
-from training.evaluation import SnapshotEvaluation
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
-from training.networks_edm2 import Precond, effective_weights
+from training.metrics.evaluation import SnapshotEvaluation
+from training.monitoring.journal import Journal
+from training.monitoring.previews import Previews
+from training.networks.edm2 import Precond, effective_weights
 from training.phema import PowerFunctionEMA
-from training.previews import Previews
-from training.samplers import StackedRandomGenerator
+from training.samplers.edm import StackedRandomGenerator
 from training.snapshot import save_network
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"
@@ -88,9 +91,9 @@ def _train(
     journal: Journal,
     suspend: distributed.SuspendSignals,
 ) -> None:
-    device = misc.select_device(config.device)
+    device = select_device(config.device)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    misc.set_up_device(device, huge_pages=True)
+    set_up_device(device, huge_pages=True)
     torch.backends.cudnn.benchmark = config.bench
 
     # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
@@ -105,18 +108,18 @@ def _train(
         dataset.keep_in_memory()
     encoder = encoder_for(dataset)
     net = build_network(config, final_channels(dataset)).to(device)
-    net.precision = misc.resolve_precision(config.precision, device)
+    net.precision = resolve_precision(config.precision, device)
     if device.type != "mps":
-        misc.use_channels_last(net)
+        use_channels_last(net)
     ema = PowerFunctionEMA(net, config.ema_std)
     net.unet.checkpoint_activations = config.checkpoint_activations
     if config.compile:
-        misc.check_compiler(device)
+        check_compiler(device)
         net.unet.compile(dynamic=False)
     loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
-    gradients = misc.flat_gradients(net.parameters())
+    gradients = flat_gradients(net.parameters())
     fused = device.type != "mps"
-    views = misc.channels_last_views(net.parameters())
+    views = channels_last_views(net.parameters())
     optimizer = torch.optim.Adam(views, lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
     stats = Collector(device)
     nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
@@ -267,7 +270,7 @@ def _train(
         distributed.all_reduce_sum_(gradients)
         if config.ls != 1:
             gradients /= config.ls
-        nonfinite += misc.replace_nonfinite_(gradients)
+        nonfinite += replace_nonfinite_(gradients)
         lr = learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -1,6 +1,6 @@
 """Network snapshots: native safetensors files, published pickles, Hugging Face folders; here or at a URL.
 
-`python -m training.snapshot` converts, inspects, exports and fetches them.
+`python snapshot_tool.py` converts, inspects, exports and fetches them.
 """
 
 from training.snapshot.files import (

@@ -10,8 +10,8 @@ from torch import nn
 from dnnlib.util import UserError, code_version, one_line
 from torch_utils import safe_pickle
 from training.encoders import ENCODERS, Encoder
-from training.networks_edm2 import Precond
-from training.networks_toy import ToyModel
+from training.networks.edm2 import Precond
+from training.networks.toy import ToyModel
 
 FORMAT_VERSION = 1
 METADATA_KEY = "openedm2"  # under which the JSON block stands in a file

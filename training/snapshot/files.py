@@ -14,10 +14,10 @@ from torch import nn
 
 from dnnlib.util import UserError, is_url, one_line, open_url
 from training.encoders import Encoder
-from training.networks_edm2 import PRECISIONS
+from training.networks.edm2 import PRECISIONS
 from training.snapshot.description import build, checked_metadata, describe, misfit
 from training.snapshot.native import NativeFile, write_native
-from training.snapshot.published import PublishedFile, write_published
+from training.snapshot.published_edm2 import PublishedFile, write_published
 
 FOLDER_FILES = ("config.json", "model.safetensors")  # of a Hugging Face folder
 WRITERS: dict[str, Callable[..., None]] = {".safetensors": write_native, ".pkl": write_published}

@@ -9,9 +9,9 @@ import torch
 from dnnlib.util import UserError, atomic_write, one_line
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.flops import count_parameters
-from training.networks_edm2 import Precond
+from training.networks.edm2 import Precond
 from training.snapshot.files import FOLDER_FILES, SnapshotFile, build_for, open_snapshot, weights_dtype, write_snapshot
-from training.snapshot.published import PUBLISHED_LICENSE
+from training.snapshot.published_edm2 import PUBLISHED_LICENSE
 
 OWN_FILES = {*FOLDER_FILES, "README.md", ".gitattributes"}
 

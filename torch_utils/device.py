@@ -1,0 +1,58 @@
+"""Devices and what they compute in."""
+
+import torch
+
+from dnnlib.util import UserError, one_line
+from torch_utils import distributed
+from torch_utils.cpu_memory import keep_freed_memory
+
+
+def select_device(name: str) -> torch.device:
+    """The device called 'cpu', 'cuda' or 'mps', or for 'auto' the first of CUDA, MPS and CPU that is there.
+
+    Under torchrun each process gets its own GPU.
+
+    Raises:
+        UserError: the device is not available.
+    """
+    alone = distributed.get_world_size() == 1  # processes cannot exchange tensors on MPS
+    available = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        there = ", ".join(kind for kind, ok in available.items() if ok)
+        raise UserError(f"--device={name} is not available on this machine (available: {there})")
+    return torch.device("cuda", distributed.get_local_rank()) if name == "cuda" else torch.device(name)
+
+
+def set_up_device(device: torch.device, huge_pages: bool = False) -> None:
+    """Make a GPU the current one, with float32 arithmetic that is float32; on a CPU, `keep_freed_memory`."""
+    if device.type == "cpu":
+        keep_freed_memory(huge_pages)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def check_compiler(device: torch.device) -> None:
+    """
+    Raises:
+        UserError: `torch.compile` does not work here.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as err:  # whatever a compiler can fail with
+        reason = one_line(err)[:100]
+        raise UserError(f"--compile=1: torch.compile does not work here ({reason}): leave it out") from None
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """'fp32', 'bf16' or 'fp16' for a device: 'auto' is fp16 on GPUs and fp32 on CPUs, which have no fast fp16."""
+    if precision == "auto":
+        return "fp32" if device.type == "cpu" else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        distributed.print0("Note: a CPU has no fast fp16 arithmetic; using fp32.")
+        return "fp32"
+    return precision

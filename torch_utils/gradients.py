@@ -1,0 +1,45 @@
+"""Parameters and gradients in one piece of memory, with the channels last."""
+
+from collections.abc import Iterable
+
+import torch
+
+
+def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Give all parameters gradients that are views of one vector, so that one operation reaches them all."""
+    params = [p for p in parameters if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.grad = part.as_strided(p.shape, p.stride())  # in the memory format of the parameter
+    return flat
+
+
+def use_channels_last(net: torch.nn.Module) -> None:
+    """Store the weights of convolutions as their activations are stored, so that none has to be converted."""
+    for p in net.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Parameters and their gradients with the channels last, and so contiguous after `use_channels_last`.
+
+    Of other tensors, fused Adam makes copies.
+    """
+    views = []
+    for p in parameters:
+        if p.grad is not None:
+            order = (0, 2, 3, 1) if p.ndim == 4 else tuple(range(p.ndim))
+            view = p.detach().permute(order)
+            view.grad = p.grad.permute(order)
+            views.append(view)
+    return views
+
+
+def replace_nonfinite_(values: torch.Tensor) -> torch.Tensor:
+    """Set NaN and infinities to 0, in place; returns their number, int64 [], without waiting for a GPU."""
+    if values.device.type == "cpu" and values.sum().isfinite():  # a sum is a quarter of the work, and spoiled by any
+        return torch.zeros([], dtype=torch.int64)
+    count = (~values.isfinite()).sum()
+    torch.nan_to_num(values, nan=0, posinf=0, neginf=0, out=values)
+    return count

@@ -1,0 +1,44 @@
+"""Images as PNG files and grids."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.util import atomic_write
+
+MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
+GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
+
+
+def save_image(path: str | Path, image: np.ndarray) -> None:
+    """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG."""
+    pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    with atomic_write(path, sync=False) as f:
+        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png")
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Arrange uint8 [N, C, H, W] in rows: [C, height, width]. Small images are enlarged and set apart."""
+    N, C, H, W = images.shape
+    rows = math.ceil(N / columns)
+    scale = max(math.ceil(MIN_TILE / H), 1)
+    gap = GRID_GAP if scale > 1 else 0
+    tiles = np.zeros([rows * columns, C, H, W], dtype=np.uint8)
+    tiles[:N] = images
+    tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
+    tiles = np.pad(tiles, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=GRID_GRAY)
+    tiles = tiles.reshape(rows, columns, C, *tiles.shape[2:]).transpose(2, 0, 3, 1, 4)
+    grid = tiles.reshape(C, rows * (H * scale + gap), columns * (W * scale + gap))
+    return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def drawable(images: torch.Tensor) -> np.ndarray:
+    """uint8 [N, 1 or 3 or 4, H, W] for pictures: pixels as they are, latents scaled, extra channels dropped."""
+    if images.dtype != torch.uint8:
+        low, high = images.amin(), images.amax()
+        images = ((images - low) / (high - low).clamp(min=1e-8) * 255).to(torch.uint8)
+    channels = images.shape[1]
+    return images[:, : {1: 1, 2: 1, 4: 4}.get(channels, 3)].cpu().numpy()

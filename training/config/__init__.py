@@ -1,0 +1,1 @@
+"""All that a user can choose: fields that are options, bounds and defaults. Imports no torch."""

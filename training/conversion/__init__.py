@@ -1,0 +1,1 @@
+"""Making datasets from images as people have them."""

@@ -1,0 +1,5 @@
+"""Images and latents in folders and ZIP files."""
+
+from training.dataset.images import ImageFolderDataset
+
+__all__ = ["ImageFolderDataset"]

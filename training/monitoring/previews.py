@@ -1,0 +1,89 @@
+"""Pictures of a training run: what it learns from and what it makes so far."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dnnlib.util import RunError, UserError
+from torch_utils.pictures import drawable, image_grid, save_image
+from training.dataset.images import ImageFolderDataset
+from training.encoders import Encoder
+from training.networks.edm2 import Precond
+from training.networks.edm2_cpu import for_sampling
+from training.samplers.edm import StackedRandomGenerator, edm_sampler
+
+SMALL_RESOLUTION = 64  # below it 10 x 10 images, else 8 x 4
+CANDIDATES = 5000  # items to choose from when the grid is arranged by class
+STEPS = 18
+BATCH = 50
+
+
+class Previews:
+    """Grids of samples with the same noise and labels throughout a run.
+
+    Creating it writes `reals.png`: the images whose labels the samples get, a class per column where there are
+    no more classes than columns.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFolderDataset,
+        encoder: Encoder,
+        device: torch.device,
+        outdir: Path,
+        log: Callable[[str], None],
+    ):
+        self.encoder = encoder
+        self.device = device
+        self.log = log
+        self.columns, rows = (10, 10) if dataset.resolution < SMALL_RESOLUTION else (8, 4)
+        chosen = _choose(dataset, self.columns, rows)
+        images, labels = zip(*(dataset[i] for i in chosen), strict=True)
+        self.labels = torch.from_numpy(np.stack(labels)).to(device)
+        self.rnd_seeds = list(range(len(chosen)))
+        latents = encoder.encode_latents(torch.from_numpy(np.stack(images)).to(device), self._rnd().randn_like)
+        self.latent_shape = latents.shape[1:]
+        self._save(latents, outdir / "reals.png")
+
+    def draw(self, net: Precond, path: Path) -> None:
+        """Sample the grid with `net` and write it."""
+        noise = self._rnd().randn([len(self.rnd_seeds), *self.latent_shape])
+        denoiser = for_sampling(net, min(len(noise), BATCH))
+        with torch.inference_mode():
+            parts = [
+                edm_sampler(denoiser, part_noise, part_labels, num_steps=STEPS)
+                for part_noise, part_labels in zip(noise.split(BATCH), self.labels.split(BATCH), strict=True)
+            ]
+        self._save(torch.cat(parts), path)
+
+    def _rnd(self) -> StackedRandomGenerator:
+        return StackedRandomGenerator(self.device, self.rnd_seeds)
+
+    def _save(self, latents: torch.Tensor, path: Path) -> None:
+        try:
+            images = self.encoder.decode(latents)
+        except (UserError, RunError) as err:
+            self.log(f"Note: {path.name} shows latents, not pixels: {err}")
+            images = latents
+        save_image(path, image_grid(drawable(images), self.columns))
+
+
+def _choose(dataset: ImageFolderDataset, columns: int, rows: int) -> list[int]:
+    order = np.random.default_rng(0).permutation(len(dataset))[:CANDIDATES].tolist()
+    if not 0 < dataset.label_dim <= columns:
+        return order[: rows * columns]
+    by_class = defaultdict(list)
+    for idx in reversed(order):
+        by_class[int(dataset.get_label(idx).argmax())].append(idx)
+    chosen = []
+    for _row in range(rows):
+        for column in range(columns):
+            of_class = by_class[column % dataset.label_dim] or next(
+                (items for items in by_class.values() if items), None
+            )
+            if of_class:
+                chosen.append(of_class.pop())
+    return chosen

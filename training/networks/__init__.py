@@ -1,0 +1,1 @@
+"""Raw networks F, and the denoisers that are published as networks."""

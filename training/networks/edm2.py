@@ -1,0 +1,558 @@
+"""EDM2 networks: magnitude-preserving layers, the U-Net of config G, and its preconditioning.
+
+Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", CVPR 2024
+(arXiv 2312.02696). Equation and figure numbers refer to that paper.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from dnnlib.util import UserError
+from training.denoiser import edm_coefficients
+
+# Pixels up to which a processor is faster with plain attention than with the fused one, above all in bfloat16.
+MAX_PLAIN_TOKENS = 256
+EPS = 1e-4  # in the denominator of normalisations
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# ---------------------------------------------------------------------------------------------------------
+# Magnitude-preserving operations
+
+
+def normalize(x: torch.Tensor, dim: int | Sequence[int] | None = None, eps: float = EPS) -> torch.Tensor:
+    """Scale `x` to unit root mean square over `dim` (default: all dimensions but the first); Eq. 47.
+
+    The magnitude is computed in float32; the result has the dtype and shape of `x`.
+    """
+    dims = list(range(1, x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    if torch.is_grad_enabled():
+        return _Normalize.apply(x, dims, eps)
+    _, _, inverse = _magnitudes(x, dims, eps)
+    return x * inverse.to(x.dtype)
+
+
+def _magnitudes(x: torch.Tensor, dims: list[int], eps: float) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """|x|, sqrt(n) and 1 / (|x| / sqrt(n) + eps), in float32."""
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
+    root = math.sqrt(math.prod([x.shape[d] for d in dims]))
+    return norm, root, (norm * (1 / root)).add_(eps).reciprocal_()
+
+
+class _Normalize(torch.autograd.Function):
+    """x / m with m = |x| / sqrt(n) + eps, and its gradient grad / m - x (x . grad) / (|x| sqrt(n) m^2).
+
+    Written out, it takes a fraction of the memory traffic of autograd's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dims: list[int], eps: float) -> torch.Tensor:
+        norm, root, inverse = _magnitudes(x, dims, eps)
+        ctx.save_for_backward(x, norm, inverse)
+        ctx.dims, ctx.root = dims, root
+        return x * inverse.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, norm, inverse = ctx.saved_tensors
+        dot = (x * grad).sum(ctx.dims, keepdim=True, dtype=torch.float32)
+        # One factor 1 / m comes last: both could be more than float16 holds.
+        along = dot * inverse / (norm * ctx.root).clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.addcmul(grad, x, along.to(x.dtype), value=-1).mul_(inverse.to(x.dtype)), None, None
+
+
+def resample(x: torch.Tensor, f: Sequence[float] = (1, 1), mode: str = "keep") -> torch.Tensor:
+    """Halve ('down'), double ('up') or keep ('keep') the resolution of [N, C, H, W] with the FIR filter `f`.
+
+    `f` has an even number of taps; it is normalised to unit sum and applied along both axes.
+    """
+    if mode == "keep":
+        return x
+    assert len(f) % 2 == 0, f"the filter needs an even number of taps, not {len(f)}"
+    # Filled in place: copying them to a GPU would make it wait.
+    taps = torch.cat([x.new_full([1], tap / sum(f), dtype=torch.float32) for tap in f])
+    channels, pad = x.shape[1], (len(f) - 1) // 2
+    kernel = torch.outer(taps, taps).to(x.dtype).expand(channels, 1, -1, -1)
+    if mode == "down":
+        return F.conv2d(x, kernel, groups=channels, stride=2, padding=pad)
+    assert mode == "up", mode
+    return F.conv_transpose2d(x, kernel * 4, groups=channels, stride=2, padding=pad)
+
+
+def mp_silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU divided by its standard deviation under a unit normal (Eq. 81)."""
+    return F.silu(x).mul_(1 / 0.596)
+
+
+def mp_sum(a: torch.Tensor, b: torch.Tensor, t: float = 0.5) -> torch.Tensor:
+    """Blend of two uncorrelated unit-magnitude tensors, `t` being the share of `b` (Eq. 88)."""
+    norm = math.sqrt((1 - t) ** 2 + t**2)
+    return torch.lerp(a, b, t).mul_(1 / norm)  # in place: quicker than in a tensor of its own
+
+
+def mp_cat(a: torch.Tensor, b: torch.Tensor, dim: int = 1, t: float = 0.5) -> torch.Tensor:
+    """Concatenation in which `a` and `b` contribute in the ratio (1 - t) : t whatever their sizes (Eq. 103)."""
+    Na, Nb = a.shape[dim], b.shape[dim]
+    C = math.sqrt((Na + Nb) / ((1 - t) ** 2 + t**2))
+    return torch.cat([a * (C / math.sqrt(Na) * (1 - t)), b * (C / math.sqrt(Nb) * t)], dim=dim)
+
+
+def _drawn(draw: Callable[..., torch.Tensor], shape: Sequence[int], scale: float = 1) -> torch.Tensor:
+    """draw(*shape) * scale. On the meta device that would take a second, to import most of torch's compiler."""
+    values = torch.empty(*shape)
+    return values if values.is_meta else draw(*shape) * scale
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of unit magnitude (Eq. 75): [N] -> [N, num_channels]."""
+
+    freqs: torch.Tensor
+    phases: torch.Tensor
+
+    def __init__(self, num_channels: int, bandwidth: float = 1):
+        super().__init__()
+        self.register_buffer("freqs", _drawn(torch.randn, [num_channels], 2 * math.pi * bandwidth))
+        self.register_buffer("phases", _drawn(torch.rand, [num_channels], 2 * math.pi))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.outer(x.float(), self.freqs.float()) + self.phases.float()
+        return (math.sqrt(2) * angles.cos()).to(x.dtype)
+
+
+class MPConv(nn.Module):
+    """Bias-free convolution (or linear layer, `kernel=[]`) with normalised weights (Eq. 47).
+
+    The stored weight is [out, in, *kernel]. What multiplies the input is the effective weight
+    normalize(weight) / sqrt(fan_in), times `gain`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()):
+        super().__init__()
+        self.weight = nn.Parameter(_drawn(torch.randn, [out_channels, in_channels, *kernel]))
+        self.shared_weight: torch.Tensor | None = None  # set inside `effective_weights`
+
+    def effective_weight(self) -> torch.Tensor:
+        """normalize(weight) / sqrt(fan_in), that is, w / (|w| + eps sqrt(fan_in))."""
+        (norm,), (root,) = _row_norms([self.weight]), _fan_in_roots([self.weight])
+        return self.weight / (norm + EPS * root)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        gain: float | torch.Tensor = 1,
+        order: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            order: rearranges the rows of the weight, and with them the channels of the output.
+        """
+        w = self.effective_weight() if self.shared_weight is None else self.shared_weight
+        if isinstance(gain, torch.Tensor) or gain != 1:
+            w = w * gain
+        if order is not None:
+            w = order(w)
+        w = w.to(x.dtype)
+        if w.ndim == 2:
+            return x @ w.t()
+        if w.shape[-1] == 1 and x.device.type == "cpu":  # where a product of matrices is quicker, as are its gradients
+            return F.linear(x.permute(0, 2, 3, 1), w.flatten(1)).permute(0, 3, 1, 2)
+        return F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+def _mp_convs(net: nn.Module) -> list[MPConv]:
+    return [m for m in net.modules() if isinstance(m, MPConv)]
+
+
+def _fan_in_roots(weights: Sequence[torch.Tensor]) -> list[float]:
+    return [math.sqrt(w[0].numel()) for w in weights]
+
+
+def _row_norms(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """|w| of each row, [out, 1, ...]."""
+    return [torch.linalg.vector_norm(w, dim=list(range(1, w.ndim)), keepdim=True) for w in weights]
+
+
+@torch.no_grad()
+def normalize_weights_(net: nn.Module) -> None:
+    """Forced weight normalisation (Eq. 66), in place: due once per optimiser step, before its first forward pass."""
+    weights: list[torch.Tensor] = [conv.weight for conv in _mp_convs(net)]
+    _normalize_rows_(weights, _row_norms(weights))
+
+
+@contextmanager
+def effective_weights(net: nn.Module, normalize_first: bool = False) -> Iterator[None]:
+    """Inside, each effective weight of `net` is computed once instead of in every forward pass.
+
+    With `normalize_first`, `normalize_weights_` is done on the way. The parameters must not change inside. Where
+    gradients are recorded, any number of backward passes may run inside; on leaving, what they found is passed on to
+    the parameters' `.grad` in one step, so the gradients are complete only after the block.
+    """
+    convs = _mp_convs(net)
+    weights: list[torch.Tensor] = [conv.weight for conv in convs]
+    with torch.no_grad():
+        norms = _row_norms(weights)
+        if normalize_first:
+            _normalize_rows_(weights, norms)
+        magnitudes = torch._foreach_add(norms, [EPS * root for root in _fan_in_roots(weights)])
+        shared = torch._foreach_div(weights, magnitudes)
+    for conv, w in zip(convs, shared, strict=True):
+        conv.shared_weight = w.requires_grad_(conv.weight.requires_grad and torch.is_grad_enabled())
+    try:
+        yield
+        found = [
+            (w, norm, magnitude, e.grad)
+            for w, norm, magnitude, e in zip(weights, norms, magnitudes, shared, strict=True)
+            if e.grad is not None
+        ]
+        if found:
+            _pass_on_gradients(*map(list, zip(*found, strict=True)))
+    finally:
+        for conv in convs:
+            conv.shared_weight = None
+
+
+# What follows works on lists, which a GPU goes through with few kernels; norms have a value per row, [out, 1, ...].
+
+
+def _normalize_rows_(weights: list[torch.Tensor], norms: list[torch.Tensor]) -> None:
+    """Forced weight normalisation of weights, and of their norms with them."""
+    scales = torch._foreach_div(norms, _fan_in_roots(weights))
+    torch._foreach_add_(scales, EPS)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(weights, scales)
+    torch._foreach_mul_(norms, scales)
+
+
+@torch.no_grad()
+def _pass_on_gradients(
+    weights: list[torch.Tensor], norms: list[torch.Tensor], magnitudes: list[torch.Tensor], found: list[torch.Tensor]
+) -> None:
+    """Add to the `.grad` of weights what the gradients of the effective ones make of it.
+
+    Row by row, the effective weight is e = w / m with m = |w| + eps sqrt(fan_in), so the gradient is
+    grad / m - w (w . grad) / (|w| m^2). Written out, it takes a quarter of the memory traffic of autograd's.
+
+    Args:
+        norms: |w|.
+        magnitudes: m.
+        found: gradients of the effective weights.
+    """
+    grads: list[torch.Tensor] = []
+    for w in weights:
+        if w.grad is None:
+            w.grad = torch.zeros_like(w)
+        grads.append(w.grad)
+    along = [(w * grad).sum(list(range(1, w.ndim)), keepdim=True) for w, grad in zip(weights, found, strict=True)]
+    inverses = torch._foreach_reciprocal(magnitudes)
+    torch._foreach_mul_(along, torch._foreach_mul(inverses, inverses))
+    torch._foreach_div_(along, torch._foreach_clamp_min(norms, torch.finfo(torch.float32).tiny))
+    torch._foreach_addcmul_(grads, found, inverses)
+    torch._foreach_addcmul_(grads, weights, along, value=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# U-Net
+
+
+class Block(nn.Module):
+    """Residual block with optional self-attention (Fig. 21, right).
+
+    Args:
+        flavor: 'enc' normalises its input pixel-wise; 'dec' does not.
+        resample_mode: 'keep', 'down' or 'up', applied first.
+        attention: whether self-attention follows.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        flavor: str = "enc",
+        resample_mode: str = "keep",
+        resample_filter: Sequence[float] = (1, 1),
+        attention: bool = False,
+        channels_per_head: int = 64,
+        dropout: float = 0,
+        res_balance: float = 0.3,
+        attn_balance: float = 0.3,
+        clip_act: float | None = 256,
+    ):
+        super().__init__()
+        self.flavor = flavor
+        self.resample_mode = resample_mode
+        self.resample_filter = resample_filter
+        # At least one head, so that attention asked for on a narrow network is there, and heads of equal size.
+        most_heads = max(out_channels // channels_per_head, 1)
+        self.num_heads = next(h for h in range(most_heads, 0, -1) if out_channels % h == 0) if attention else 0
+        self.dropout = dropout
+        self.res_balance = res_balance
+        self.attn_balance = attn_balance
+        self.clip_act = clip_act
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(out_channels if flavor == "enc" else in_channels, out_channels, kernel=[3, 3])
+        self.emb_linear = MPConv(emb_channels, out_channels)
+        self.conv_res1 = MPConv(out_channels, out_channels, kernel=[3, 3])
+        self.conv_skip = MPConv(in_channels, out_channels, kernel=[1, 1]) if in_channels != out_channels else None
+        self.attn_qkv = MPConv(out_channels, out_channels * 3, kernel=[1, 1]) if attention else None
+        self.attn_proj = MPConv(out_channels, out_channels, kernel=[1, 1]) if attention else None
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        x = resample(x, f=self.resample_filter, mode=self.resample_mode)
+        if self.flavor == "enc":
+            if self.conv_skip is not None:
+                x = self.conv_skip(x)
+            x = normalize(x, dim=1)
+
+        # Residual branch, modulated by the embedding.
+        y = self.conv_res0(mp_silu(x))
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        y = mp_silu(y * c[:, :, None, None].to(y.dtype))
+        y = F.dropout(y, p=self.dropout, training=self.training)
+        y = self.conv_res1(y)
+        if self.flavor == "dec" and self.conv_skip is not None:
+            x = self.conv_skip(x)
+        x = mp_sum(x, y, t=self.res_balance)
+
+        if self.attn_qkv is not None and self.attn_proj is not None:
+            x = mp_sum(x, self.attn_proj(self.attention(self.attn_qkv(x, order=self.qkv_first))), t=self.attn_balance)
+        if self.clip_act is not None:
+            x = F.hardtanh(x, -self.clip_act, self.clip_act)  # clamp, with a cheaper gradient
+        return x
+
+    def qkv_first(self, w: torch.Tensor) -> torch.Tensor:
+        """Rows in the order (head, channel, q|k|v) -> (q|k|v, head, channel), in which channels lie side by side."""
+        return w.unflatten(0, (self.num_heads, -1, 3)).movedim(2, 0).flatten(0, 2)
+
+    def attention(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Cosine attention over all pixels: [N, 3C, H, W], ordered by `qkv_first`, -> [N, C, H, W]."""
+        N, C3, H, W = qkv.shape
+        qkv = qkv.permute(0, 2, 3, 1).reshape(N, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = normalize(qkv, dim=4)  # each [N, heads, pixels, C / heads]
+        if qkv.device.type == "cpu" and H * W <= MAX_PLAIN_TOKENS:
+            weights = (q * (1 / math.sqrt(q.shape[3])) @ k.transpose(2, 3)).softmax(dim=3)
+            y = weights @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        return y.transpose(1, 2).reshape(N, H, W, C3 // 3).permute(0, 3, 1, 2)
+
+
+class UNet(nn.Module):
+    """F(x, c_noise, labels) of EDM2, config G (Fig. 21, left).
+
+    Args:
+        img_resolution: height and width of the images; divisible by 2 ** (levels - 1).
+        img_channels: number of image channels.
+        label_dim: length of the class vectors, 0 = unconditional.
+        model_channels: base number of channels.
+        channel_mult: multiple of `model_channels` at each level, finest first.
+        channel_mult_noise: multiple for the noise embedding (default: that of the finest level).
+        channel_mult_emb: multiple for the final embedding (default: the largest of all levels).
+        num_blocks: residual blocks per level.
+        attn_resolutions: resolutions at which blocks have self-attention.
+        label_balance: share of the class embedding against the noise embedding.
+        concat_balance: share of the skip connections against the main path.
+        block_kwargs: passed on to every `Block`.
+
+    Set `checkpoint_activations` to keep only what the blocks pass on for the backward pass, and compute what is inside
+    of them once more (Chen et al. 2016, arXiv 1604.06174): the same gradients in less memory and more time.
+
+    Raises:
+        UserError: the resolution cannot be halved as often as there are levels.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_noise: int | None = None,
+        channel_mult_emb: int | None = None,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (16, 8),
+        label_balance: float = 0.5,
+        concat_balance: float = 0.5,
+        **block_kwargs,
+    ):
+        super().__init__()
+        if img_resolution % 2 ** (len(channel_mult) - 1) != 0:
+            raise UserError(
+                f"resolution {img_resolution} is not divisible by {2 ** (len(channel_mult) - 1)}, "
+                f"as a network of {len(channel_mult)} levels needs: use fewer levels (--channel-mult)"
+            )
+        self.checkpoint_activations = False
+        self.label_dim = label_dim
+        self.label_balance = label_balance
+        self.concat_balance = concat_balance
+        cblock = [model_channels * m for m in channel_mult]
+        cnoise = model_channels * channel_mult_noise if channel_mult_noise is not None else cblock[0]
+        cemb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(cblock)
+        self.out_gain = nn.Parameter(torch.zeros([]))
+
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb)
+        self.emb_label = MPConv(label_dim, cemb) if label_dim > 0 else None
+
+        def block(cin: int, cout: int, **kwargs) -> Block:
+            return Block(cin, cout, cemb, **kwargs, **block_kwargs)
+
+        # Encoder. The image gets a constant channel in place of biases.
+        self.enc = nn.ModuleDict()
+        cout = img_channels + 1
+        skip_channels = []
+        for level, channels in enumerate(cblock):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = MPConv(cout, channels, kernel=[3, 3])
+                cout = channels
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, flavor="enc", resample_mode="down")
+            skip_channels.append(cout)
+            for idx in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{idx}"] = block(cout, channels, flavor="enc", attention=attention)
+                cout = channels
+                skip_channels.append(cout)
+
+        # Decoder: mirrors the encoder, with one more block per level to consume all skips.
+        self.dec = nn.ModuleDict()
+        for level, channels in reversed(list(enumerate(cblock))):
+            res = img_resolution >> level
+            if level == len(cblock) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, flavor="dec", attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout, flavor="dec")
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, flavor="dec", resample_mode="up")
+            for idx in range(num_blocks + 1):
+                cin = cout + skip_channels.pop()
+                attention = res in attn_resolutions
+                self.dec[f"{res}x{res}_block{idx}"] = block(cin, channels, flavor="dec", attention=attention)
+                cout = channels
+        self.out_conv = MPConv(cout, img_channels, kernel=[3, 3])
+
+    def forward(self, x: torch.Tensor, noise_labels: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            x: c_in * noisy image, [N, C, H, W] in the dtype to compute in.
+            noise_labels: c_noise, float32 [N] or [1].
+            class_labels: [N, label_dim] or [1, label_dim]; None if unconditional.
+        """
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        if self.emb_label is not None:
+            assert class_labels is not None
+            # One-hot labels scaled to unit magnitude.
+            emb = mp_sum(emb, self.emb_label(class_labels * math.sqrt(self.label_dim)), t=self.label_balance)
+        emb = mp_silu(emb).to(x.dtype)
+
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        if x.device.type != "mps":  # channels_last lets pixel norms and convolutions run along contiguous memory
+            x = x.contiguous(memory_format=torch.channels_last)
+
+        def run(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                return checkpoint(block, x, emb, use_reentrant=False)
+            return block(x, emb)
+
+        skips = []
+        for module in self.enc.values():
+            x = module(x) if isinstance(module, MPConv) else run(module, x)
+            skips.append(x)
+        for name, module in self.dec.items():
+            if "block" in name:
+                x = mp_cat(x, skips.pop(), t=self.concat_balance)
+            x = run(module, x)
+        return self.out_conv(x, gain=self.out_gain)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Preconditioning and uncertainty
+
+
+class Precond(nn.Module):
+    """The EDM2 denoiser D(x; sigma, labels) around a `UNet`, with the uncertainty u(sigma) of Eq. 17.
+
+    Args:
+        img_resolution, img_channels, label_dim: shape of images and class vectors (0 = unconditional).
+        precision: 'fp32', 'bf16' or 'fp16': what the U-Net computes in. Processors have no fast float16
+            arithmetic, so on a CPU 'fp16' computes in float32. Weights stay float32.
+        sigma_data: standard deviation of the data.
+        logvar_channels: width of the uncertainty estimator.
+        unet_kwargs: passed on to `UNet`.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        img_channels: int,
+        label_dim: int,
+        precision: str = "fp16",
+        sigma_data: float = 0.5,
+        logvar_channels: int = 128,
+        **unet_kwargs,
+    ):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.init_kwargs = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            sigma_data=sigma_data,
+            logvar_channels=logvar_channels,
+            **unet_kwargs,
+        )
+        self.img_resolution = img_resolution
+        self.img_channels = img_channels
+        self.label_dim = label_dim
+        self.precision = precision
+        self.sigma_data = sigma_data
+        self.unet = UNet(img_resolution, img_channels, label_dim, **unet_kwargs)
+        self.logvar_fourier = MPFourier(logvar_channels)
+        self.logvar_linear = MPConv(logvar_channels, 1)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What the U-Net computes in on a device."""
+        return torch.float32 if device.type == "cpu" and self.precision == "fp16" else PRECISIONS[self.precision]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_logvar: bool = False,
+    ):
+        """
+        Args:
+            x: noisy images [N, img_channels, img_resolution, img_resolution].
+            sigma: noise level, one element or [N].
+            class_labels: [N, label_dim] or [1, label_dim]. None on a conditional network means the zero vector.
+            return_logvar: also return u(sigma).
+
+        Returns:
+            D(x; sigma), float32, shaped like `x`; with `return_logvar` also float32 [N, 1, 1, 1] (or [1, 1, 1, 1]).
+        """
+        x = x.float()
+        sigma = torch.as_tensor(sigma).float().to(x.device).reshape(-1, 1, 1, 1)
+        if self.label_dim == 0:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros([1, self.label_dim], device=x.device)
+        else:
+            class_labels = class_labels.float().reshape(-1, self.label_dim)
+        c = edm_coefficients(sigma, self.sigma_data)
+        F_x = self.unet((c.c_in * x).to(self.compute_dtype(x.device)), c.c_noise.flatten(), class_labels)
+        D_x = c.c_skip * x + c.c_out * F_x.float()
+        if return_logvar:
+            logvar = self.logvar_linear(self.logvar_fourier(c.c_noise.flatten())).reshape(-1, 1, 1, 1)
+            return D_x, logvar
+        return D_x

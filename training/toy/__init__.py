@@ -1,0 +1,1 @@
+"""The two-dimensional example of the autoguidance paper."""
