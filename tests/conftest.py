@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 from servers import server  # noqa: F401 - a fixture
 
+import train_edm2
 from training.encoders import StandardRGBEncoder
 from training.networks.edm2 import Precond
 from training.snapshot import save_network
@@ -139,7 +140,31 @@ def fails_with(result: Result, *fragments: str, exit_code: int = 2) -> None:
         assert fragment in lines[0], f"{fragment!r} is not in {lines[0]!r}"
 
 
-GOLDEN = ROOT / "tests" / "golden"
+def images_in(folder: Path) -> dict[str, np.ndarray]:
+    return {str(p.relative_to(folder)): np.asarray(PIL.Image.open(p)) for p in sorted(folder.rglob("*.png"))}
+
+
+def options_of(command, args: list[str]) -> set[str]:
+    """Names of the parameters that a command line sets."""
+    names = {option: p.name for p in command.params for option in [*p.opts, *p.secondary_opts]}
+    return {names[arg.split("=")[0]] for arg in args if arg.startswith("-")}
+
+
+def assert_all_options(command, args: list[str]) -> None:
+    assert options_of(command, args) == {p.name for p in command.params if p.name != "help"}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """A finished run with snapshots at three times."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    result = run_cli(train_edm2.main, f"--outdir={path}", f"--data={DIGITS}", *TINY, "--duration=3Ki")
+    assert result.exit_code == 0, result.output
+    return path
+
+
+# Another set of golden files of the same layout can be named.
+GOLDEN = Path(os.environ.get("OPENEDM2_GOLDEN") or ROOT / "tests" / "golden")
 
 
 class Golden:

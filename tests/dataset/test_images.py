@@ -7,14 +7,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, make_dataset, npy, png, random_images
+from conftest import DIGITS, GOLDEN, make_dataset, npy, png, random_images
 
 import training.dataset.images
 from dnnlib.util import UserError
 from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate, dataset_indices
 from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for, final_channels
 
-GOLDEN_SUBSETS = np.load(DIGITS.parent.parent / "tests" / "golden" / "dataset_tool.npz")
+GOLDEN_SUBSETS = np.load(GOLDEN / "dataset_tool.npz")
 
 
 def test_digits():

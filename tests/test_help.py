@@ -1,0 +1,37 @@
+"""Help texts."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import (
+    ROOT,
+)
+from write_cli_docs import render
+
+from count_flops import main as count_flops
+from generate_images import main as generate
+from reconstruct_phema import main as reconstruct
+from train_edm2 import main as train
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+COMMANDS = {
+    "train_edm2": train,
+    "generate_images": generate,
+    "reconstruct_phema": reconstruct,
+    "count_flops": count_flops,
+}
+
+
+def test_help_equals_docs():
+    assert (ROOT / "docs" / "cli.md").read_text() == render(), "run python scripts/write_cli_docs.py"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_through_the_shell(name):
+    done = subprocess.run([sys.executable, f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Usage: {name}.py [OPTIONS]")
+    assert done.stderr == ""

@@ -1,0 +1,150 @@
+"""reconstruct_phema.py: every option, and bad input."""
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_all_options,
+    fails_with,
+    run_cli,
+    tiny_network,
+)
+
+from dnnlib.util import UserError
+from reconstruct_phema import main as reconstruct
+from snapshot_tool import main as snapshot_tool
+from training.encoders import StandardRGBEncoder
+from training.snapshot import load_network, save_network
+from training.snapshot.reconstruction import list_averages, reconstruct_phema
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def test_all_reconstruction_options(run, tmp_path):
+    args = [
+        f"--indir={run}", "--inprefix=network-snapshot", "--instd=0.05,0.1", f"--outdir={tmp_path}", "--outprefix=posthoc",
+        "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2", "--format=safetensors",
+    ]  # fmt: skip
+    result = run_cli(reconstruct, *args)
+    assert result.exit_code == 0, result.output
+    assert_all_options(reconstruct, args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"posthoc-0000002-0.{std}.safetensors" for std in ("050", "100", "150", "200")
+    ]
+    metadata = load_network(tmp_path / "posthoc-0000002-0.150.safetensors").metadata
+    assert metadata["ema_std"] == 0.15
+    assert metadata["nimg"] == 2048
+    # Skipped when there.
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    run_cli(reconstruct, *args)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == times
+
+
+@pytest.mark.parametrize("kimg", [2, 3])
+def test_tracked_width_is_reproduced(run, tmp_path, kimg):
+    run_cli(reconstruct, f"--indir={run}", f"--outdir={tmp_path}", "--outstd=0.05,0.1", f"--outkimg={kimg}")
+    for std in ("0.050", "0.100"):
+        made, stored = (
+            load_network(d / f"{p}-{kimg:07d}-{std}.safetensors").net
+            for d, p in [(tmp_path, "phema"), (run, "network-snapshot")]
+        )
+        for name, tensor in stored.state_dict().items():
+            torch.testing.assert_close(made.state_dict()[name], tensor, rtol=2**-10, atol=2**-14)
+
+
+def test_batch_of_outputs_does_not_matter(run, tmp_path):
+    for batch in (1, 8):
+        run_cli(
+            reconstruct, f"--indir={run}", f"--outdir={tmp_path / str(batch)}", "--outstd=0.03,0.15", f"--batch={batch}"
+        )
+    for std in ("0.030", "0.150"):
+        a, b = (load_network(tmp_path / batch / f"phema-0000003-{std}.safetensors").net.state_dict() for batch in "18")
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=2**-10, atol=2**-14)
+
+
+@pytest.mark.parametrize("preadv", [True, False])
+def test_reconstruction_from_snapshots_of_several_kinds(run, tmp_path, monkeypatch, preadv):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(run, mixed)
+    for name, suffix, dtype in [("0000001-0.050", ".safetensors", "fp32"), ("0000002-0.100", ".pkl", "fp16")]:
+        old = mixed / f"network-snapshot-{name}.safetensors"
+        old.unlink()
+        source = run / old.name
+        result = run_cli(snapshot_tool, "convert", source, old.with_suffix(suffix), f"--dtype={dtype}")
+        assert result.exit_code == 0, result.output
+    if not preadv:  # as on Windows
+        monkeypatch.delattr(os, "preadv")
+    made = []
+    for indir in (run, mixed):
+        outdir = tmp_path / f"of-{indir.name}"
+        result = run_cli(reconstruct, f"--indir={indir}", f"--outdir={outdir}", "--outstd=0.07", "--format=safetensors")
+        assert result.exit_code == 0, result.output
+        made.append(load_network(outdir / "phema-0000003-0.070.safetensors").net.state_dict())
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, rtol=2**-10, atol=2**-14)
+
+
+def test_snapshot_that_becomes_shorter(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    inputs = list_averages(tmp_path / "run", "network-snapshot")
+    with open(inputs[1].path, "r+b") as f:
+        f.truncate(inputs[1].path.stat().st_size - 100)
+    with pytest.raises(UserError, match="cannot be read.*copy it again"):
+        reconstruct_phema(inputs, tmp_path / "out", "phema", [0.07])
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--outstd=0.5"], ["--outstd", "between 0.001 and 0.289"]),
+        (["--outstd=0.1,0.2,...,0.25"], ["--outstd", "even steps"]),
+        (["--outstd=0.1,0.1001"], ["two widths share a file name"]),
+        (["--outstd=0.1", "--outkimg=7"], ["--outkimg=7: there is no snapshot of that time (there are 1, 2, 3)"]),
+        (["--outstd=0.1", "--instd=0.07"], ["--instd: no snapshots of width 0.070", "(there are 0.050, 0.100)"]),
+        (["--outstd=0.1", "--inprefix=bogus"], ["no snapshots named bogus-"]),
+        (["--outstd=0.1", "--outprefix=network-snapshot"], ["results in --indir need another prefix"]),
+        (["--outstd=0.1", "--indir=nowhere"], ["--indir=nowhere: no such directory"]),
+        ([], ["--outstd"]),
+    ],
+)
+def test_bad_reconstruction_options(run, options, fragments):
+    before = set(run.iterdir())
+    fails_with(run_cli(reconstruct, f"--indir={run}", *options), *fragments)
+    assert set(run.iterdir()) == before
+
+
+def test_reconstruction_overwrites_nothing_but_reconstructions(run, tmp_path):
+    for name in ("0000003-0.050", "0000003-0.100"):
+        shutil.copy(run / f"network-snapshot-{name}.safetensors", tmp_path)
+    args = [f"--indir={run}", f"--outdir={tmp_path}", "--instd=0.05", "--outstd=0.1"]
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    fails_with(
+        run_cli(reconstruct, *args, "--outprefix=network-snapshot"),
+        "network-snapshot-0000003-0.100.safetensors exists and is no reconstruction",
+    )
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    for _again in range(2):
+        assert run_cli(reconstruct, *args).exit_code == 0
+
+
+def test_snapshots_of_two_runs(run, tmp_path):
+    shutil.copy(run / "network-snapshot-0000003-0.050.safetensors", tmp_path)
+    save_network(
+        tmp_path / "network-snapshot-0000001-0.050.safetensors",
+        tiny_network(),
+        StandardRGBEncoder(),
+        {"nimg": 1024, "ema_std": 0.05},
+    )
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "holds another network")
+    save_network(tmp_path / "network-snapshot-0000001-0.050.safetensors", tiny_network(), StandardRGBEncoder(), {})
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "does not say its training time")
+    shutil.copy(
+        run / "network-snapshot-0000003-0.050.safetensors", tmp_path / "network-snapshot-0000001-0.050.safetensors"
+    )
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "are of the same time and width")

@@ -1,0 +1,177 @@
+"""snapshot_tool.py: convert, inspect, export."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import safetensors.torch
+import torch
+from conftest import (
+    GOLDEN,
+    ROOT,
+    fails_with,
+    run_cli,
+    tiny_network,
+)
+
+from generate_images import main as generate
+from reconstruct_phema import main as reconstruct
+from snapshot_tool import main as snapshot_tool
+from training.encoders import StandardRGBEncoder
+from training.snapshot import load_network, open_snapshot, save_network
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def test_convert_one(run, tmp_path):
+    source = run / "network-snapshot-0000003-0.100.safetensors"
+    half = tmp_path / "half.safetensors"
+    assert run_cli(snapshot_tool, "convert", source, half, "--dtype=bf16").exit_code == 0
+    stored = {name: open_snapshot(half).get_tensor(name) for name in open_snapshot(half).names}
+    assert stored["unet.out_conv.weight"].dtype == torch.bfloat16
+    assert stored["unet.emb_fourier.freqs"].dtype == torch.float32
+    assert open_snapshot(half).metadata == open_snapshot(source).metadata
+
+
+def test_convert_directory(run, tmp_path):
+    result = run_cli(snapshot_tool, "convert", run, tmp_path / "pkl", "--format=pkl")
+    assert result.exit_code == 0, result.output
+    names = sorted(path.stem for path in run.glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "pkl").iterdir()) == [f"{name}.pkl" for name in names]
+    assert result.output.split() == [str(tmp_path / "pkl" / f"{name}.pkl") for name in names]
+    result = run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "back", "--skip")
+    for name in names:
+        before, after = (open_snapshot(folder / f"{name}.safetensors") for folder in (run, tmp_path / "back"))
+        for tensor in before.names:
+            assert before.dtype(tensor) == after.dtype(tensor)
+            assert torch.equal(before.get_tensor(tensor), after.get_tensor(tensor))
+    (tmp_path / "back" / f"{names[0]}.safetensors").write_bytes(b"mine")
+    result = run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "back", "--skip")
+    assert (tmp_path / "back" / f"{names[0]}.safetensors").read_bytes() == b"mine"
+    # In place; a second time there is nothing to do for those that are there.
+    assert run_cli(snapshot_tool, "convert", tmp_path / "pkl", tmp_path / "pkl").exit_code == 0
+    assert len(list((tmp_path / "pkl").iterdir())) == 2 * len(names)
+
+
+def test_conversions_that_cannot_be(run, snapshot_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails_with(run_cli(snapshot_tool, "convert", tmp_path / "empty", tmp_path / "x"), "empty: no .safetensors or .pkl")
+    fails_with(run_cli(snapshot_tool, "convert", snapshot_file, tmp_path / "x.bin"), "x.bin: snapshots are")
+    fails_with(
+        run_cli(snapshot_tool, "convert", tmp_path / "no.pkl", tmp_path / "x.pkl"), "no.pkl: no such file or directory"
+    )
+    fails_with(run_cli(snapshot_tool, "convert", run, snapshot_file), "a directory is converted into a directory")
+    both = tmp_path / "both"
+    both.mkdir()
+    for suffix in (".pkl", ".safetensors"):
+        assert run_cli(snapshot_tool, "convert", snapshot_file, both / f"a{suffix}").exit_code == 0
+    fails_with(run_cli(snapshot_tool, "convert", both, tmp_path / "c"), "another file of that name")
+    fails_with(run_cli(snapshot_tool, "bogus"), "No such command 'bogus'")
+    assert run_cli(snapshot_tool).output.startswith("Usage:")
+    # Nothing is written over what it is made of, or over another original.
+    kept = {suffix: (both / f"a{suffix}").read_bytes() for suffix in (".pkl", ".safetensors")}
+    fails_with(run_cli(snapshot_tool, "convert", both / "a.pkl", both / "a.pkl"), "is what is converted")
+    for suffix in ("pkl", "safetensors"):
+        result = run_cli(snapshot_tool, "convert", both, both, f"--format={suffix}", "--dtype=bf16")
+        assert "Nothing to convert." in result.output
+    assert kept == {suffix: (both / f"a{suffix}").read_bytes() for suffix in (".pkl", ".safetensors")}
+
+
+def test_spoiled_weights_go_no_further(run, tmp_path):
+    for path in run.glob("*.safetensors"):
+        shutil.copy(path, tmp_path)
+    spoiled = tmp_path / "network-snapshot-0000002-0.050.safetensors"
+    snapshot = load_network(spoiled)
+    snapshot.net.get_parameter("unet.out_conv.weight")[0, 0, 0, 0] = float("inf")
+    save_network(spoiled, snapshot.net, snapshot.encoder, snapshot.metadata)
+    message = "0000002-0.050.safetensors: unet.out_conv.weight holds NaN or infinity"
+    fails_with(run_cli(snapshot_tool, "convert", spoiled, tmp_path / "out.pkl"), message)
+    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.07"), message)
+    assert not (tmp_path / "out.pkl").exists() and not list(tmp_path.glob("phema*"))
+
+
+def test_inspect(run, tmp_path):
+    path = run / "network-snapshot-0000003-0.100.safetensors"
+    text = run_cli(snapshot_tool, "inspect", path).output
+    for fragment in (
+        "edm2.Precond",
+        "ema_std:            0.1",
+        "nimg:               3072",
+        "dtype:              float16",
+    ):
+        assert fragment in text
+    facts = json.loads(run_cli(snapshot_tool, "inspect", path, "--json").output)
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["parameters"] == sum(p.numel() for p in load_network(path).net.parameters())
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
+    facts = json.loads(run_cli(snapshot_tool, "inspect", tmp_path / "ref.npz", "--json").output)
+    assert facts["fid"] == "mean and covariance of 3 features"
+
+
+def test_export(run, tmp_path):
+    source = run / "network-snapshot-0000003-0.100.safetensors"
+    folder = tmp_path / "model"
+    fails_with(run_cli(snapshot_tool, "export", source, folder), "under which licence? Give --license")
+    assert run_cli(snapshot_tool, "export", source, folder, "--license=mit", "--dtype=fp32").exit_code == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    card = (folder / "README.md").read_text()
+    assert (
+        card.startswith("---\nlicense: mit\n")
+        and "8 x 8 x 1 images" in card
+        and "| Trained on | 3,072 images |" in card
+    )
+    before, after = load_network(source), load_network(folder)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(before.net(x, torch.tensor(1.0)), after.net(x, torch.tensor(1.0)))
+    assert after.metadata == {**before.metadata, "license": "mit"}
+    result = run_cli(generate, f"--net={folder}", f"--outdir={tmp_path / 'out'}", "--seeds=1", "--steps=1")
+    assert result.exit_code == 0, result.output
+    # Weights without the JSON block in their header are enough, with config.json beside them.
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    assert load_network(folder).metadata == after.metadata
+    # Over an export, whole or not.
+    (folder / "config.json").unlink()
+    assert run_cli(snapshot_tool, "export", folder / "model.safetensors", folder).exit_code == 2  # names no network
+    assert run_cli(snapshot_tool, "export", source, folder, "--license=mit").exit_code == 0
+    assert run_cli(snapshot_tool, "export", folder, folder).exit_code == 0  # knows its licence
+    assert load_network(folder).metadata == after.metadata
+    # Not over the model of another project.
+    (folder / "config.json").write_text('{"model_type": "dinov2"}')
+    weights = (folder / "model.safetensors").read_bytes()
+    fails_with(run_cli(snapshot_tool, "export", source, folder, "--license=mit"), "config.json: format version None")
+    assert (folder / "model.safetensors").read_bytes() == weights
+    toy = GOLDEN / "official" / "toy-clsA-layers03-dim32.pkl"
+    fails_with(run_cli(snapshot_tool, "export", toy, tmp_path / "toy", "--license=mit"), "ToyModel makes no images")
+
+
+def test_licence_of_published_networks(tmp_path):
+    source = GOLDEN / "official" / "edm2-img512-xs-uncond-2147483-0.015.pkl"
+    assert run_cli(snapshot_tool, "convert", source, tmp_path / "a.safetensors").exit_code == 0
+    assert run_cli(snapshot_tool, "export", tmp_path / "a.safetensors", tmp_path / "model").exit_code == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "license: cc-by-nc-sa-4.0" in card and "NVIDIA's" in card and "latents of stabilityai/sd-vae-ft-mse" in card
+    # A network of our own is not NVIDIA's, whatever its name.
+    save_network(tmp_path / "edm2-img64-mine.pkl", tiny_network(), StandardRGBEncoder(), {"license": "mit"})
+    assert run_cli(snapshot_tool, "export", tmp_path / "edm2-img64-mine.pkl", tmp_path / "mine").exit_code == 0
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "license: mit" in card and "NVIDIA" not in card
+    save_network(tmp_path / "edm2-img64-mine.pkl", tiny_network(), StandardRGBEncoder(), {})
+    fails_with(
+        run_cli(snapshot_tool, "export", tmp_path / "edm2-img64-mine.pkl", tmp_path / "m"), "under which licence?"
+    )
+
+
+def test_folders_that_are_no_snapshots(run, tmp_path):
+    fails_with(run_cli(snapshot_tool, "inspect", tmp_path), "a folder without config.json is no snapshot")
+    source = run / "network-snapshot-0000003-0.100.safetensors"
+    fails_with(run_cli(snapshot_tool, "export", source, run, "--license=mit"), "holds other files")
+    folder = tmp_path / "model"
+    assert run_cli(snapshot_tool, "export", source, folder, "--license=mit").exit_code == 0
+    for text, message in [
+        ("{", "not JSON"),
+        ("[]", "config.json: its description is not that"),
+        ('{"architecture": 1}', "format version"),
+    ]:
+        (folder / "config.json").write_text(text)
+        fails_with(run_cli(snapshot_tool, "inspect", folder), message)
