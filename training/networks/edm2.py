@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib.util import UserError
-from training.denoiser import edm_coefficients
+from training.preconditioning import edm_coefficients
 
 # Pixels up to which a processor is faster with plain attention than with the fused one, above all in bfloat16.
 MAX_PLAIN_TOKENS = 256
