@@ -17,7 +17,7 @@ from benchmarks.harness import Job, Timing, measure
 from dnnlib.util import atomic_write, code_version
 
 # Each has a list JOBS.
-MODULES = ("sampling", "training_step", "frechet", "dataset", "conversion", "reconstruction", "toy")
+MODULES = ("sampling", "training_step", "uvit", "frechet", "dataset", "conversion", "reconstruction", "toy")
 
 
 def all_jobs() -> list[Job]:
