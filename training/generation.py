@@ -16,7 +16,8 @@ from training.denoiser import Denoiser
 from training.encoders import Encoder, StandardRGBEncoder
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
-from training.samplers.edm import StackedRandomGenerator, edm_sampler
+from training.samplers.edm import edm_sampler
+from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import Snapshot, load_network
 
 

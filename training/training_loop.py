@@ -27,7 +27,7 @@ from training.monitoring.journal import Journal
 from training.monitoring.previews import Previews
 from training.networks.edm2 import Precond, effective_weights
 from training.phema import PowerFunctionEMA
-from training.samplers.edm import StackedRandomGenerator
+from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"

@@ -9,7 +9,8 @@ from training import phema
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
 from training.networks import edm2
-from training.samplers.edm import StackedRandomGenerator, edm_sampler
+from training.samplers.edm import edm_sampler
+from training.samplers.noise import StackedRandomGenerator
 
 FORWARD, TRAJECTORY = 1e-5, 1e-4
 

@@ -13,7 +13,8 @@ from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
-from training.samplers.edm import StackedRandomGenerator, edm_sampler
+from training.samplers.edm import edm_sampler
+from training.samplers.noise import StackedRandomGenerator
 
 SMALL_RESOLUTION = 64  # below it 10 x 10 images, else 8 x 4
 CANDIDATES = 5000  # items to choose from when the grid is arranged by class
