@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.config.metrics import METRIC_FILES
 
 Mi = 1 << 20

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.util import UserError, device_option, file_sha256, given_options, is_url, offline_option, parsed_by
+from dnnlib.cli import device_option, given_options, offline_option, parsed_by
+from dnnlib.download import is_url
+from dnnlib.errors import UserError
+from dnnlib.files import file_sha256
 from training.config.edm2 import GENERATION_PRESETS, unknown_preset
 from training.config.metrics import PRECISIONS
 from training.samplers.coefficients import SOLVERS, check_solver

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 from training.dataset.images import DatasetInfo
 
 # Fields that may differ between the stored and the given options when a run is resumed.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # exact to rounding for steps between neighbouring noise levels
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
 from training.samplers.coefficients import MULTISTEP, check_solver

@@ -2,7 +2,7 @@
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 
 def edm_sigmas(
