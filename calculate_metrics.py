@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.util import (
-    CommandGroup,
-    UserError,
-    device_option,
-    imported_when_used,
-    offline_option,
-    parsed_by,
-    with_options,
-)
+from dnnlib.cli import CommandGroup, device_option, imported_when_used, offline_option, parsed_by, with_options
+from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.generation import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics

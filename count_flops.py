@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.util import CommandLine, UserError, is_url, offline_option
+from dnnlib.cli import CommandLine, offline_option
+from dnnlib.download import is_url
+from dnnlib.errors import UserError
 from training.config.edm2 import TRAINING_PRESETS, preset_network, unknown_preset
 
 if TYPE_CHECKING:

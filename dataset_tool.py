@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
+from dnnlib.cli import CommandGroup, device_option, offline_option, parsed_by, with_options
+from dnnlib.errors import UserError
 from training.config.metrics import PRECISIONS, SPLITS
 from training.conversion.transforms import TRANSFORMS
 

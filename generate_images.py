@@ -8,7 +8,8 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, imported_when_used, parse_int_list, parsed_by, with_options
+from dnnlib.cli import CommandLine, imported_when_used, parse_int_list, parsed_by, with_options
+from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, generation_table
 from training.config.generation import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from dnnlib.util import CommandLine, UserError, parsed_by
+from dnnlib.cli import CommandLine, parsed_by
+from dnnlib.errors import UserError
 
 
 def parse_stds(text: str) -> list[float]:

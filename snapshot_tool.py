@@ -9,7 +9,9 @@ import click
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import CommandGroup, UserError, is_url, offline_option, one_line, open_url
+from dnnlib.cli import CommandGroup, offline_option
+from dnnlib.download import is_url, open_url
+from dnnlib.errors import UserError, one_line
 from torch_utils import safe_pickle
 from training.config.edm2 import files_for
 from training.flops import count_parameters

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.util import CommandLine, UserError, device_option, parse_int_list, parse_nimg, parsed_by
+from dnnlib.cli import CommandLine, device_option, parse_int_list, parse_nimg, parsed_by
+from dnnlib.errors import UserError
 from training.config.edm2 import TRAINING_PRESETS, unknown_preset
 from training.config.metrics import PRECISIONS, parse_metrics
 

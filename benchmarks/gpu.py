@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import textbook
 from benchmarks.run import machine_facts
 from benchmarks.sampling import IMG_CHANNELS, LABEL_DIM, RESOLUTION, call, inputs, network
-from dnnlib.util import atomic_write, one_line
+from dnnlib.errors import one_line
+from dnnlib.files import atomic_write
 from torch_utils.device import set_up_device
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
 from training.config.edm2 import TRAINING_PRESETS

@@ -20,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.run import machine_facts
-from dnnlib.util import atomic_write, code_version
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
 from training.conversion.convert import encode_png, image_name
 from training.conversion.writer import DatasetWriter
 from training.dataset.images import ImageFolderDataset

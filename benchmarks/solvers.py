@@ -16,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dnnlib.util import atomic_write, code_version
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
 from training.config.generation import SOLVERS
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser

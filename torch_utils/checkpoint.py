@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:

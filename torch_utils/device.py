@@ -2,7 +2,7 @@
 
 import torch
 
-from dnnlib.util import UserError, one_line
+from dnnlib.errors import UserError, one_line
 from torch_utils import distributed
 from torch_utils.cpu_memory import keep_freed_memory
 

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import atomic_write
+from dnnlib.files import atomic_write
 
 MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
 GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.util import OFFLINE_VARIABLE, RunError, UserError, offline, one_line, open_url
+from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
+from dnnlib.errors import RunError, UserError, one_line
 from training.dataset.images import ImageFolderDataset, evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]

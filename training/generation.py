@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import EasyDict, UserError, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
+from dnnlib.util import EasyDict
 from torch_utils import distributed, pictures
 from training.denoiser import Denoiser
 from training.encoders import Encoder, StandardRGBEncoder

@@ -12,7 +12,9 @@ import numpy as np
 import psutil
 import torch
 
-from dnnlib.util import RunError, UserError, code_version, format_time
+from dnnlib.cli import format_time
+from dnnlib.errors import RunError, UserError
+from dnnlib.util import code_version
 from torch_utils import checkpoint, distributed
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last

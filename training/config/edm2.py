@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.config.data import MAX_CHANNELS, MAX_RESOLUTION
 from training.config.fields import Config, option
 from training.config.metrics import METRIC_FILES

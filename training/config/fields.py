@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from dnnlib.util import UserError, one_line, parsed_by
+from dnnlib.cli import parsed_by
+from dnnlib.errors import UserError, one_line
 
 C = TypeVar("C", bound="Config")
 APART = {"apart": True}  # metadata of a dataclass field that is no option and no section

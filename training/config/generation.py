@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from dnnlib.util import UserError, given_options
+from dnnlib.cli import given_options
+from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS
 from training.config.fields import Config, all_fields, option
 from training.config.metrics import PRECISIONS

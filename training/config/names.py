@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 
 def unknown_preset(option: str, name: str, known: Iterable[str]) -> UserError:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from dnnlib.util import UserError, atomic_write, parse_int_list, parse_nimg
+from dnnlib.cli import parse_int_list, parse_nimg
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
 from training.config.fields import APART, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics

@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import UserError, one_line
+from dnnlib.errors import UserError, one_line
 
 try:
     import pyspng  # decodes PNG files three times as fast as Pillow

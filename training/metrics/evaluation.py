@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import EasyDict, UserError, append_line, code_version, file_sha256, open_url
+from dnnlib.download import open_url
+from dnnlib.errors import UserError
+from dnnlib.files import append_line, file_sha256
+from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed
 from training.encoders import Encoder
 from training.generation import generate_images, image_resolution

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dnnlib.util import UserError, append_line, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import append_line, atomic_write
 from torch_utils import distributed
 
 

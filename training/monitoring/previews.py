@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnnlib.util import RunError, UserError
+from dnnlib.errors import RunError, UserError
 from torch_utils.pictures import drawable, image_grid, save_image
 from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder

@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.preconditioning import edm_coefficients
 
 # Pixels up to which a processor is faster with plain attention than with the fused one, above all in bfloat16.

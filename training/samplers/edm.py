@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.config.generation import Churn, EDMGrid, SamplerConfig
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.config.generation import EDMGrid
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dnnlib.util import EasyDict, UserError, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.util import EasyDict
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
 from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardRGBEncoder

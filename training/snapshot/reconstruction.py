@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.edm2 import PRECISIONS
 from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
 from training.snapshot.files import (

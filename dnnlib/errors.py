@@ -1,0 +1,16 @@
+"""Failures that a user sees as one line."""
+
+OUT_OF_MEMORY = "out of memory: use smaller batches (--batch-gpu in training, --batch elsewhere) or a smaller network"
+
+
+class UserError(ValueError):
+    """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
+
+
+class RunError(RuntimeError):
+    """A failure at run time that the user has to know about, told in one line."""
+
+
+def one_line(text: object) -> str:
+    """At most 300 printable characters of a message from elsewhere."""
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]
