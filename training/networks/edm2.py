@@ -16,12 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dnnlib.errors import UserError
-from training.preconditioning import edm_coefficients
+from training.preconditioning import PRECISIONS, compute_dtype, edm_coefficients
 
 # Pixels up to which a processor is faster with plain attention than with the fused one, above all in bfloat16.
 MAX_PLAIN_TOKENS = 256
 EPS = 1e-4  # in the denominator of normalisations
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # ---------------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations
@@ -483,8 +482,8 @@ class Precond(nn.Module):
 
     Args:
         img_resolution, img_channels, label_dim: shape of images and class vectors (0 = unconditional).
-        precision: 'fp32', 'bf16' or 'fp16': what the U-Net computes in. Processors have no fast float16
-            arithmetic, so on a CPU 'fp16' computes in float32. Weights stay float32.
+        precision: 'fp32', 'bf16' or 'fp16': what the U-Net computes in (see `preconditioning.compute_dtype`).
+            Weights stay float32.
         sigma_data: standard deviation of the data.
         logvar_channels: width of the uncertainty estimator.
         unet_kwargs: passed on to `UNet`.
@@ -522,7 +521,7 @@ class Precond(nn.Module):
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What the U-Net computes in on a device."""
-        return torch.float32 if device.type == "cpu" and self.precision == "fp16" else PRECISIONS[self.precision]
+        return compute_dtype(self.precision, device)
 
     def forward(
         self,
