@@ -156,7 +156,7 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
     from torch_utils.device import select_device, set_up_device
     from training.dataset.images import COMPRESSED, ImageFolderDataset
     from training.encoders import StabilityVAEEncoder
-    from training.networks.edm2 import PRECISIONS
+    from training.preconditioning import PRECISIONS
 
     distributed.init()
     with distributed.fail_together():

@@ -16,7 +16,7 @@ from torch_utils import safe_pickle
 from training.config.edm2 import files_for
 from training.flops import count_parameters
 from training.metrics.files import ENTRIES, load_stats, published_stats
-from training.networks.edm2 import PRECISIONS
+from training.preconditioning import PRECISIONS
 from training.snapshot.files import (
     WRITERS,
     SnapshotFile,

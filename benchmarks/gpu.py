@@ -33,8 +33,8 @@ from torch_utils.gradients import channels_last_views, flat_gradients, replace_n
 from training.config.edm2 import TRAINING_PRESETS
 from training.flops import count_operations
 from training.losses import EDM2Loss
-from training.networks.edm2 import effective_weights
 from training.networks.edm2_gpu import CompiledDenoiser, with_fixed_weights
+from training.networks.edm2_layers import effective_weights
 from training.phema import PowerFunctionEMA
 
 STDS = (0.05, 0.10)

@@ -26,7 +26,8 @@ from training.conversion.convert import encode_png, image_name
 from training.conversion.writer import DatasetWriter
 from training.dataset.images import ImageFolderDataset
 from training.flops import count_operations
-from training.networks.edm2 import Precond, effective_weights
+from training.networks.edm2 import Precond
+from training.networks.edm2_layers import effective_weights
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

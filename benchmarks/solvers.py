@@ -21,7 +21,7 @@ from dnnlib.util import code_version
 from training.config.generation import SOLVERS
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
-from training.networks.edm2 import effective_weights
+from training.networks.edm2_layers import effective_weights
 from training.samplers.edm import ode_sampler
 from training.samplers.grids import edm_sigmas
 from training.snapshot import load_network

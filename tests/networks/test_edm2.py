@@ -5,10 +5,9 @@ import torch
 from conftest import tiny_network
 
 from training.config.edm2 import TRAINING_PRESETS
-from training.networks.edm2 import (
+from training.networks.edm2 import Precond, UNet
+from training.networks.edm2_layers import (
     MPConv,
-    Precond,
-    UNet,
     effective_weights,
     mp_cat,
     mp_silu,

@@ -107,6 +107,7 @@ class EDM2Training(TrainConfig):
             )
 
     def notes(self) -> list[str]:
+        assert self.dataset is not None
         levels = [self.dataset.resolution >> level for level in range(len(self.network.channel_mult))]
         wanted = self.network.attn_resolutions
         if not wanted or set(levels) & set(wanted):

@@ -18,6 +18,9 @@ class StackedRandomGenerator:
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
         self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
 
+    def __len__(self) -> int:
+        return len(self.generators)
+
     def _stack(self, draw: Callable[..., torch.Tensor], size: Sequence[int], **kwargs) -> torch.Tensor:
         assert size[0] == len(self.generators), f"{len(self.generators)} generators cannot fill size {list(size)}"
         return torch.stack(
@@ -26,6 +29,9 @@ class StackedRandomGenerator:
 
     def randn(self, size: Sequence[int], **kwargs) -> torch.Tensor:
         return self._stack(torch.randn, size, **kwargs)
+
+    def rand(self, size: Sequence[int], **kwargs) -> torch.Tensor:
+        return self._stack(torch.rand, size, **kwargs)
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         return self.randn(x.shape, dtype=x.dtype)

@@ -15,7 +15,7 @@ from torch import nn
 from dnnlib.download import is_url, open_url
 from dnnlib.errors import UserError, one_line
 from training.encoders import Encoder
-from training.networks.edm2 import PRECISIONS
+from training.preconditioning import PRECISIONS
 from training.snapshot.description import build, checked_metadata, describe, misfit
 from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published_edm2 import PublishedFile, write_published
