@@ -168,14 +168,14 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
 
 
 @main.command()
-@with_options(list(click_options(NetworksConfig)))
+@with_options(click_options(NetworksConfig))
 @click.option(
     "--ref", help="Reference statistics: a file or URL  [default: the published ones of --preset]", metavar="FILE"
 )
 @METRICS_OPTION
 @with_options(MEASURING_OPTIONS)
 @BATCH_OPTION
-@with_options(list(click_options(SamplingConfig)))
+@with_options(click_options(SamplingConfig))
 @offline_option
 @with_options(DETECTOR_OPTIONS)
 @click.option(

@@ -19,16 +19,12 @@ def open_network(name: str) -> Any:
     """The network of a file, URL or training preset, without its values."""
     import torch
 
-    from training.conditioning import Conditioning, DataSpec
-    from training.families import ARCHITECTURES
+    from training.families import preset_network
     from training.snapshot import build_for, open_snapshot
 
     if name in TRAINING_PRESETS:
-        preset = TRAINING_PRESETS[name]
-        conditioning = Conditioning.of_labels(preset.classes)
-        data = DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
         with torch.device("meta"):
-            return ARCHITECTURES[preset.config.architecture].build(preset.config.network, data).eval()
+            return preset_network(TRAINING_PRESETS[name]).eval()
     if not is_url(name) and not Path(name).suffix and not Path(name).exists():
         raise unknown_preset("NET", name, TRAINING_PRESETS)
     return build_for(open_snapshot(name))[0].eval()

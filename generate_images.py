@@ -63,7 +63,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 
 
 @click.command(cls=CommandLine, epilog=PRESETS_HELP)
-@with_options(list(click_options(NetworksConfig)))
+@with_options(click_options(NetworksConfig))
 @click.option(
     "--outdir",
     help="Where to save the images",
@@ -89,7 +89,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     default=32,
     show_default=True,
 )
-@with_options(list(click_options(SamplingConfig)))
+@with_options(click_options(SamplingConfig))
 @offline_option
 @click.option("--skip-existing", help="Skip seeds whose image is there", is_flag=True)
 @click.option(

@@ -16,7 +16,7 @@ Examples:
       --outdir=training-runs/img512-s --data=datasets/img512-sd.zip --preset=edm2-img512-s --batch-gpu=32
 """
 
-main = training_command("train_edm2", HELP, EDM2Training, TRAINING_PRESETS, default_preset="edm2-img512-s")
+main = training_command(EDM2Training, TRAINING_PRESETS, "edm2-img512-s", HELP)
 
 if __name__ == "__main__":
     main()

@@ -21,8 +21,7 @@ from conftest import (
 
 from calculate_metrics import main as metrics_tool
 from train_edm2 import main as train
-from training.config.edm2 import TRAINING_PRESETS
-from training.config.training import TrainConfig
+from training.config.edm2 import TRAINING_PRESETS, EDM2Training
 from training.snapshot import load_network
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -60,7 +59,7 @@ def test_all_training_options(tmp_path):
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
     assert_all_options(train, [*args, "-n"])
-    config = TrainConfig.load(tmp_path / "training_options.json")
+    config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
@@ -68,7 +67,7 @@ def test_all_training_options(tmp_path):
         cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
         checkpoint_activations=True,
     )  # fmt: skip
-    assert {key: getattr(config, key) for key in expected} == expected
+    assert {key: config.flat()[key] for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4
     net = load_network(tmp_path / "network-snapshot-0000000-0.010.safetensors").net
     assert "unet.enc.4x4_block1.attn_qkv.weight" in net.state_dict()

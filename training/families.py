@@ -3,9 +3,9 @@
 A new family is an entry here, `networks/x.py`, `config/x.py` and `train_x.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from dnnlib.errors import UserError
-from training.conditioning import DataSpec
-from training.config.edm2 import EDM2Network, EDM2Training
+from training.conditioning import Conditioning, DataSpec
+from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
 from training.config.toy import ToyNetwork
-from training.config.training import TrainConfig
+from training.config.training import Preset, TrainConfig
 from training.denoiser import Denoiser
 from training.flops import Inputs
 from training.generators import Generator, diffusion_generator
@@ -60,7 +60,8 @@ class Architecture:
         network: its arguments beside the data, and how large they may be in a file.
         build: arguments and data -> a freshly initialised network in float32.
         inputs: (net, batch, device) -> arguments of one evaluation.
-        training: configuration of a training run; None = `train_*.py` has no part in its training.
+        training: configuration of a training run; None = it is not trained by the training loop.
+        presets: of training, by name.
         objective: configuration -> what is made small.
         optimizer, ema: (net, configuration) -> what changes the weights, and what averages them.
         core: the module that --compile and --checkpoint-activations act on.
@@ -76,6 +77,7 @@ class Architecture:
     build: Callable[[Any, DataSpec], nn.Module]
     inputs: Callable[[Any, int, torch.device | str], Inputs] = denoiser_inputs
     training: type[TrainConfig] | None = None
+    presets: Mapping[str, Preset] = field(default_factory=dict)
     objective: Callable[[Any], Objective] | None = None
     optimizer: Callable[[nn.Module, Any], Any] | None = None
     ema: Callable[[nn.Module, Any], Any] | None = None
@@ -129,6 +131,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         network=EDM2Network,
         build=_edm2_network,
         training=EDM2Training,
+        presets=TRAINING_PRESETS,
         objective=_edm2_objective,
         optimizer=_adam,
         ema=_power_function_ema,
@@ -145,6 +148,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         makes_images=False,
     ),
 }
+
+
+def preset_network(preset: Preset) -> Any:
+    """A freshly initialised network of a training preset, for the data that the preset is meant for."""
+    conditioning = Conditioning.of_labels(preset.classes)
+    data = DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
+    return ARCHITECTURES[preset.config.architecture].build(preset.config.network, data)
 
 
 def architecture_name(net: Any) -> str:

@@ -24,19 +24,18 @@ if TYPE_CHECKING:
 
 
 def training_command(
-    name: str, help_text: str, config_class: type[TrainConfig], presets: Mapping[str, Preset], default_preset: str
+    config_class: type[TrainConfig], presets: Mapping[str, Preset], default_preset: str, help_text: str
 ) -> click.Command:
     """The command that trains networks of a family.
 
     Args:
-        name: of the script.
-        help_text: what it does, with examples.
         config_class: the family's configuration, whose fields are the options.
         presets: its presets by name.
         default_preset: what is trained where no preset is given.
+        help_text: what the command does, with examples.
     """
 
-    @click.command(name, cls=CommandLine, help=help_text)
+    @click.command(config_class.script, cls=CommandLine, help=help_text)
     @click.option(
         "--outdir",
         help="Where to save the run",
@@ -44,8 +43,8 @@ def training_command(
         type=click.Path(file_okay=False, path_type=Path),
         required=True,
     )
-    @with_options(list(click_options(config_class)))
-    @click.option("--fp16", help="Published alias: 0 = --precision=fp32", metavar="BOOL", type=bool)
+    @with_options(click_options(config_class, {"preset": default_preset}))
+    @click.option("--fp16", help="Published alias: 0 = --precision=fp32  [default: True]", metavar="BOOL", type=bool)
     @click.option(
         "--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True
     )

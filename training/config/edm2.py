@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from dnnlib.errors import UserError
 from training.config.data import MAX_CHANNELS, MAX_RESOLUTION
-from training.config.fields import Config, option
+from training.config.fields import FROM_PRESET, Config, option
 from training.config.metrics import METRIC_FILES
 from training.config.names import unknown_preset
-from training.config.training import FROM_PRESET, Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
+from training.config.training import Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
 
 TINY, HUGE = 1e-12, 1e12  # what scales are believed to lie between
 
@@ -92,6 +92,7 @@ class EDM2Training(TrainConfig):
     """A training run of EDM2."""
 
     architecture: ClassVar[str] = "edm2.Precond"
+    script: ClassVar[str] = "train_edm2"
     network: EDM2Network = EDM2Network()
     objective: EDM2Objective = EDM2Objective()
     optimizer: EDM2Optimizer = EDM2Optimizer()

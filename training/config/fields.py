@@ -11,7 +11,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ from dnnlib.errors import UserError, one_line
 
 C = TypeVar("C", bound="Config")
 APART = {"apart": True}  # metadata of a dataclass field that is no option and no section
+FROM_PRESET, REQUIRED = "from preset", "required"  # default texts
 MAX_TEXT = 4096  # characters of a value; more is no name of anything
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "STR", tuple: "LIST"}
 
@@ -287,14 +288,17 @@ def show(value: Any) -> str:
 # The command line
 
 
-def click_options(cls: type[Config]) -> Iterator[Callable]:
-    """click's options for the fields of a configuration. Those that are not given are None."""
-    for field in all_fields(cls):
-        if field.option.flag is not None:
-            yield _click_option(field)
+def click_options(cls: type[Config], defaults: Mapping[str, str] | None = None) -> list[Callable]:
+    """click's options for the fields of a configuration. Those that are not given are None.
+
+    Args:
+        defaults: what the help shows as the default of some options, by their names.
+    """
+    fields = [field for field in all_fields(cls) if field.option.flag is not None]
+    return [_click_option(field, (defaults or {}).get(field.key, _default_text(field))) for field in fields]
 
 
-def _click_option(field: Field) -> Callable:
+def _click_option(field: Field, default: str | None) -> Callable:
     described = field.option
     kind = typing.get_origin(field.type) or field.type
     keywords: dict[str, Any] = {"type": kind, "metavar": described.metavar or METAVARS[kind]}
@@ -302,11 +306,32 @@ def _click_option(field: Field) -> Callable:
         keywords = {"type": click.Choice(described.choices)}
     elif described.parse is not None:
         keywords = {"callback": parsed_by(described.parse), "metavar": described.metavar or METAVARS[kind]}
-    default = described.default_text
-    if default is None and field.default is dataclasses.MISSING:
-        default = "from preset"
-    if default is None and field.default is not None and field.default != "" and field.default != ():
-        default = field.default if isinstance(field.default, bool) else show(field.default)
-    text = described.help if default is None else f"{described.help}  [default: {default}]"
-    # click would make names small.
+    notes = [REQUIRED if default == REQUIRED else f"default: {default}"] if default is not None else []
+    notes += [_range_text(described)] if kind in (int, float) and described.parse is None else []
+    notes = [note for note in notes if note]
+    text = f"{described.help}  [{'; '.join(notes)}]" if notes else described.help
+    # Named, since click would make the letters small.
     return click.option(field.flag, field.key, help=text, **keywords)
+
+
+def _default_text(field: Field) -> str | None:
+    """What the help shows as the default; None = nothing."""
+    if field.option.default_text is not None:
+        return field.option.default_text
+    if field.default is dataclasses.MISSING:
+        return FROM_PRESET
+    if field.default is None or field.default in ("", ()):
+        return None
+    return str(field.default) if isinstance(field.default, bool) else show(field.default)
+
+
+def _range_text(described: Option) -> str:
+    """'x>=1', '0<=x<1' and the like; '' = any number."""
+    left = f"{described.low:.10g}<=" if described.low > -math.inf else ""
+    left = left or (f"{described.above:.10g}<" if described.above > -math.inf else "")
+    right = f"<={described.high:.10g}" if described.high < math.inf else ""
+    right = right or (f"<{described.below:.10g}" if described.below < math.inf else "")
+    if left and not right:
+        number = left.rstrip("<=")
+        return f"x>={number}" if left.endswith("<=") else f"x>{number}"
+    return f"{left}x{right}" if left or right else ""

@@ -11,7 +11,7 @@ from dnnlib.cli import parse_int_list, parse_nimg
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
-from training.config.fields import APART, Config, all_fields, check_known, option, show
+from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
 
 Mi = 1 << 20
@@ -20,7 +20,6 @@ MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 MIN_STD = 0.001  # file names of EMA profiles have three decimals
 MAX_STD = 12**-0.5  # of the flat average (`phema`)
 MAX_LIST = 1000
-FROM_PRESET = "from preset"  # the default, in help texts
 T = TypeVar("T", bound="TrainConfig")
 
 
@@ -62,7 +61,9 @@ def parse_std_list(text: str) -> tuple[float, ...]:
 class DataConfig(Config):
     """The images that a run learns from."""
 
-    data: str = option("", "Training images: folder or ZIP file", metavar="ZIP|DIR", may_change=True)
+    data: str = option(
+        "", "Training images: folder or ZIP file", metavar="ZIP|DIR", default_text=REQUIRED, may_change=True
+    )
     cond: bool = option(True, "Train a class-conditional model")
     xflip: bool = option(False, "Train on mirrored images, too")
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
@@ -182,6 +183,7 @@ class TrainConfig(Config):
     """
 
     architecture: ClassVar[str]  # its name in `families.ARCHITECTURES`
+    script: ClassVar[str]  # that trains it
     preset: str = option("", "Configuration preset", may_change=True)
     data: DataConfig = DataConfig()
     network: Any = None
