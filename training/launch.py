@@ -93,7 +93,9 @@ def make_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
-    config = config_class.from_flat(given, presets[opts["preset"]].config)
+    preset = presets[opts["preset"]].config
+    check_processes(given.get("batch", preset.run.batch), given.get("batch_gpu", preset.run.batch_gpu))
+    config = config_class.from_flat(given, preset)
     if config.data.workers is None:
         workers = 2 if select_device(config.run.device).type == "cuda" else 0
         config = config_class.from_flat({"workers": workers}, config)
@@ -106,7 +108,6 @@ def make_config(
         check_memory(dataset, config.data.workers or 0)
     if data.cond and not dataset.has_labels:
         raise UserError(f"--cond=1 needs labels, and {data.data} has none: use --cond=0, or add dataset.json")
-    check_processes(config)
     config = dataclasses.replace(config, dataset=dataset.info())
     dataset.verify()
     return config, dataset
@@ -131,7 +132,7 @@ def check_memory(dataset: ImageFolderDataset, workers: int) -> None:
         )
 
 
-def check_processes(config: TrainConfig) -> None:
+def check_processes(batch: int, batch_gpu: int) -> None:
     """Check that processes and rounds can share the batch.
 
     Raises:
@@ -139,9 +140,9 @@ def check_processes(config: TrainConfig) -> None:
     """
     from torch_utils import distributed
 
-    processes, batch = distributed.get_world_size(), config.run.batch
-    batch_gpu = min(config.run.batch_gpu or batch, batch // processes)
-    if batch_gpu == 0 or batch % (processes * batch_gpu) != 0:
+    processes = distributed.get_world_size()
+    batch_gpu = min(batch_gpu or batch, batch // processes)
+    if batch > 0 and (batch_gpu == 0 or batch % (processes * batch_gpu) != 0):
         raise UserError(
             f"--batch={batch} is not divisible by processes x --batch-gpu = {processes} x {batch_gpu}: "
             f"change one of them"

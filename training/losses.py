@@ -1,6 +1,5 @@
 """Training objectives and the distribution of noise levels seen in training."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -92,12 +91,11 @@ class EDM2Loss(Stateless):
             rnd: what they are drawn from (`StackedRandomGenerator`); None = torch's own generator.
             nimg: not used; this loss is the same throughout training.
         """
-        own: Callable[..., torch.Tensor] = functools.partial(torch.randn, device=images.device)
-        randn = own if rnd is None else rnd.randn
+        randn: Callable[..., torch.Tensor] = torch.randn if rnd is None else rnd.randn
         if sigma is None:
-            sigma = self.noise_levels(randn([images.shape[0]]))
+            sigma = self.noise_levels(randn([images.shape[0]], device=images.device))
         if noise is None:
-            noise = randn(images.shape)
+            noise = randn(images.shape, device=images.device)
         sigma = sigma.reshape(-1, 1, 1, 1)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         denoised, logvar = net(images + sigma * noise, sigma, labels, return_logvar=True)

@@ -4,6 +4,7 @@ from training.networks.edm2 import Block, Precond, UNet
 from training.networks.edm2_layers import (
     MPConv,
     MPFourier,
+    effective_weights,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -18,6 +19,7 @@ __all__ = [
     "MPFourier",
     "Precond",
     "UNet",
+    "effective_weights",
     "mp_cat",
     "mp_silu",
     "mp_sum",

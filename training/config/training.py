@@ -242,6 +242,13 @@ class TrainConfig(Config):
         Raises:
             UserError: an option that a running training cannot change differs from the stored one.
         """
+        ours, theirs = self.flat(), stored.flat()
+        for field in all_fields(type(self)):
+            if not field.option.may_change and ours[field.key] != theirs[field.key]:
+                raise UserError(
+                    f"{outdir} was trained with {field.flag}={show(theirs[field.key])}, not {show(ours[field.key])}: "
+                    f"repeat its options or choose another --outdir"
+                )
         assert self.dataset is not None and stored.dataset is not None
         before, now = stored.dataset.to_json(), self.dataset.to_json()
         for name in (name for name in before if before[name] != now[name]):
@@ -250,13 +257,6 @@ class TrainConfig(Config):
                 f"{outdir} was trained on other data than --data={self.data.data} ({change}): "
                 f"restore the data or choose another --outdir"
             )
-        ours, theirs = self.flat(), stored.flat()
-        for field in all_fields(type(self)):
-            if not field.option.may_change and ours[field.key] != theirs[field.key]:
-                raise UserError(
-                    f"{outdir} was trained with {field.flag}={show(theirs[field.key])}, not {show(ours[field.key])}: "
-                    f"repeat its options or choose another --outdir"
-                )
 
 
 @dataclass(frozen=True)
