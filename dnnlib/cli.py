@@ -15,7 +15,7 @@ from dnnlib.download import OFFLINE_VARIABLE
 from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-MAX_RANGE = 10_000_000
+MAX_RANGE = 10_000_000  # numbers in one range of parse_int_list
 
 
 class CommandLine(click.Command):
@@ -51,6 +51,7 @@ class CommandGroup(click.Group):
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
+    """Inside, every expected failure becomes a click error of one line."""
     try:
         yield
     except click.UsageError as err:
@@ -58,12 +59,9 @@ def _one_line_errors() -> Iterator[None]:
             raise  # prints the help
         raise _BadInput(err.format_message()) from err
     except UserError as err:
-        text = str(err).strip()
-        if "Traceback" in text:  # from a loader process; the message follows
-            text = text.splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
-        raise _BadInput(" ".join(text.splitlines())) from err
+        raise _BadInput(_message(err)) from err
     except RunError as err:
-        raise click.ClickException(str(err)) from err
+        raise click.ClickException(_message(err)) from err
     except MemoryError as err:
         raise click.ClickException(OUT_OF_MEMORY) from err
     except RuntimeError as err:
@@ -79,11 +77,21 @@ def _one_line_errors() -> Iterator[None]:
 
 
 class _BadInput(click.ClickException):
+    """An error of the user, which ends the process with exit code 2."""
+
     exit_code = 2
 
 
+def _message(error: Exception) -> str:
+    """The message in one line, without the traceback that torch puts before it where a loader process failed."""
+    text = str(error).strip()
+    if "Traceback" in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return " ".join(text.splitlines())
+
+
 def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
-    """click callback that parses an option's text; where that fails (ValueError), the error names the option."""
+    """A click callback that parses an option's text; where that fails (ValueError), the error names the option."""
 
     def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
         ctx.meta[f"{__name__}.text.{param.name}"] = value
@@ -107,7 +115,7 @@ def with_options(options: Sequence[Callable]) -> Callable[[Command], Command]:
 
 
 def given_options(ctx: click.Context, leave_out: Iterable[str] = ()) -> list[str]:
-    """The options that the user has given, as text in which a shell finds them again."""
+    """The options that the user has given, as words that a shell reads as the same options."""
     options = []
     for param in ctx.command.params:
         name = param.name or ""
@@ -129,6 +137,7 @@ device_option = click.option(
 
 
 def _set_offline(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Pass the choice on to this process and those that it starts."""
     if value:
         os.environ[OFFLINE_VARIABLE] = "1"
 
@@ -143,7 +152,7 @@ offline_option = click.option(
 
 
 def imported_when_used(module_of: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that offers names from others, importing those when a name is asked for.
+    """The `__getattr__` of a module that offers names of others and imports those when a name is used.
 
     For commands, whose help need not wait for the import of torch, which takes a second.
 
@@ -197,7 +206,7 @@ def parse_int_list(text: str) -> list[int]:
 
 
 def format_time(seconds: float) -> str:
-    """'42s', '3m 07s', '2h 05m' or '4d 03h'."""
+    """A duration as '42s', '3m 07s', '2h 05m' or '4d 03h'."""
     s = round(seconds)
     if s < 60:
         return f"{s}s"

@@ -1,4 +1,4 @@
-"""The published names: EasyDict, open_url; and the version of this code."""
+"""The published names EasyDict and open_url, and the version of this code."""
 
 import functools
 import subprocess

@@ -8,7 +8,7 @@ from torch_utils.cpu_memory import keep_freed_memory
 
 
 def select_device(name: str) -> torch.device:
-    """The device called 'cpu', 'cuda' or 'mps', or for 'auto' the first of CUDA, MPS and CPU that is there.
+    """The device named 'cpu', 'cuda' or 'mps', or for 'auto' the first of CUDA, MPS and CPU that is available.
 
     Under torchrun each process gets its own GPU.
 
@@ -21,7 +21,7 @@ def select_device(name: str) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         there = ", ".join(kind for kind, ok in available.items() if ok)
-        raise UserError(f"--device={name} is not available on this machine (available: {there})")
+        raise UserError(f"--device={name} is not available on this machine (available: {there}): choose one of those")
     return torch.device("cuda", distributed.get_local_rank()) if name == "cuda" else torch.device(name)
 
 
@@ -37,7 +37,8 @@ def set_up_device(device: torch.device, huge_pages: bool = False) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """
+    """Check that `torch.compile` works on a device, by a small function.
+
     Raises:
         UserError: `torch.compile` does not work here.
     """

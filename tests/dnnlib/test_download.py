@@ -14,6 +14,7 @@ from conftest import ROOT, fails_with, run_cli, torchrun
 from servers import DATA, headers, hub_file, packed, partial, serve, status
 
 import dnnlib.download
+import dnnlib.transfer
 from dnnlib.download import open_url
 from dnnlib.errors import RunError, UserError
 from generate_images import main as generate
@@ -23,8 +24,8 @@ from training.config.edm2 import GENERATION_PRESETS, files_for
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(dnnlib.download, "BACK_OFF", 0.01)
-    monkeypatch.setattr(dnnlib.download, "TIMEOUT", (2, 0.5))
+    monkeypatch.setattr(dnnlib.transfer, "BACK_OFF", 0.01)
+    monkeypatch.setattr(dnnlib.transfer, "TIMEOUT", (2, 0.5))
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -417,7 +418,7 @@ def test_hub(server, tmp_path, snapshot_file):
     assert len(server.requests) == fetched
 
     for source, fragment in [
-        ("hf://me/digits/other.safetensors", "not to be had from the hub"),
+        ("hf://me/digits/other.safetensors", "not found on the hub"),
         ("hf://me/none --offline", "prefetch"),
     ]:
         done = on_the_hub(server, tmp_path, "inspect", *source.split())
