@@ -16,7 +16,7 @@ from training.conditioning import DataSpec
 from training.config.fields import all_fields
 from training.config.generation import SOLVERS, EDMGrid, SamplerConfig, SamplingConfig
 from training.encoders import StandardRGBEncoder
-from training.families import ARCHITECTURES, architecture_name, architecture_of, preset_network
+from training.families import ARCHITECTURES, architecture_name, architecture_of, preset_network, trained_by
 from training.flops import count_operations, count_parameters
 from training.samplers import StackedRandomGenerator
 from training.snapshot import load_network, save_network
@@ -122,7 +122,7 @@ def test_hostile_values_of_every_field_are_refused(name):
 def test_presets_are_complete_and_go_to_json_and_back(name, preset):
     architecture = ARCHITECTURES[name]
     config = architecture.presets[preset].config
-    assert type(config) is architecture.training and config.architecture == name
+    assert type(config) is architecture.training and trained_by(config) is architecture
     assert type(config).from_flat(config.flat()) == config
     for part in (config.network, config.objective, config.optimizer, config.ema, config.run):
         assert type(part).from_json(json.loads(json.dumps(part.to_json()))) == part
@@ -145,7 +145,7 @@ def training(request, tmp_path_factory):
     data = make_dataset(folder / "data.zip", files, {file: i % max(preset.classes, 1) for i, file in enumerate(files)})
     intervals = ["--batch=512", "--status=512", "--snapshot=1024", "--checkpoint=1024", "--device=cpu"]
     options = [f"--data={data}", f"--preset={digits_preset(name)}", *intervals]
-    command = importlib.import_module(ARCHITECTURES[name].training.script).main
+    command = importlib.import_module(f"train_{ARCHITECTURES[name].training.family}").main
     return name, command, options, folder
 
 

@@ -154,7 +154,12 @@ def preset_network(preset: Preset) -> Any:
     """A freshly initialised network of a training preset, for the data that the preset is meant for."""
     conditioning = Conditioning.of_labels(preset.classes)
     data = DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
-    return ARCHITECTURES[preset.config.architecture].build(preset.config.network, data)
+    return trained_by(preset.config).build(preset.config.network, data)
+
+
+def trained_by(config: TrainConfig) -> Architecture:
+    """The registry's entry for what a training configuration trains."""
+    return next(entry for entry in ARCHITECTURES.values() if entry.training is type(config))
 
 
 def architecture_name(net: Any) -> str:

@@ -35,7 +35,7 @@ def training_command(
         help_text: what the command does, with examples.
     """
 
-    @click.command(config_class.script, cls=CommandLine, help=help_text)
+    @click.command(f"train_{config_class.family}", cls=CommandLine, help=help_text)
     @click.option(
         "--outdir",
         help="Where to save the run",

@@ -22,7 +22,7 @@ from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate
 from training.encoders import data_spec, encoder_for
-from training.families import ARCHITECTURES
+from training.families import trained_by
 from training.monitoring.journal import Journal
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
@@ -38,7 +38,7 @@ SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in m
 def build_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
     """A freshly initialised network: the same for the same seed, on every device and process."""
     torch.manual_seed(config.run.seed)
-    return ARCHITECTURES[config.architecture].build(config.network, data_spec(dataset))
+    return trained_by(config).build(config.network, data_spec(dataset))
 
 
 def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ class TrainingRun:
             dataset.keep_in_memory()
         self.share = Share.of(config)
         self.encoder = encoder_for(dataset)
-        self.architecture = architecture = ARCHITECTURES[config.architecture]
+        self.architecture = architecture = trained_by(config)
         self.net = net = build_network(config, dataset).to(device)
         net.precision = resolve_precision(config.run.precision, device)
         if device.type != "mps":

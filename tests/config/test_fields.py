@@ -135,7 +135,7 @@ def test_options_of_a_run_by_an_earlier_version(tmp_path):
     config.save(path)
     values = json.loads(path.read_text())
     for name in (
-        "architecture",
+        "family",
         "xflip",
         "cache",
         "metrics",
@@ -151,7 +151,7 @@ def test_options_of_a_run_by_an_earlier_version(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"bogus": 1}, {"batch": "many"}, {"dataset": None}, {"architecture": "x.Y"}, {"lr": None}]
+    "change", [{"bogus": 1}, {"batch": "many"}, {"dataset": None}, {"family": "nvae"}, {"lr": None}]
 )
 def test_damaged_options(tmp_path, change):
     config = dataclasses.replace(TRAINING_PRESETS["digits"].config, dataset=DATASET)

@@ -15,7 +15,7 @@ TINY, HUGE = 1e-12, 1e12  # what scales are believed to lie between
 
 @dataclass(frozen=True, kw_only=True)
 class EDM2Network(Config):
-    """Arguments of `networks.edm2.Precond` beside the shape of the data. The bounds are a few times the largest
+    """Arguments of the network beside the shape of the data. The bounds are a few times the largest
     published network: a hostile file could otherwise ask for one that takes hours to build.
     """
 
@@ -91,8 +91,7 @@ class EDM2Optimizer(Config):
 class EDM2Training(TrainConfig):
     """A training run of EDM2."""
 
-    architecture: ClassVar[str] = "edm2.Precond"
-    script: ClassVar[str] = "train_edm2"
+    family: ClassVar[str] = "edm2"
     network: EDM2Network = EDM2Network()
     objective: EDM2Objective = EDM2Objective()
     optimizer: EDM2Optimizer = EDM2Optimizer()

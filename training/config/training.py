@@ -179,11 +179,10 @@ class RunConfig(Config):
 class TrainConfig(Config):
     """A training run. A family derives its own, with the classes of its network, objective and optimiser.
 
-    Its JSON is flat: every option under its name, beside `architecture` and `dataset`.
+    Its JSON is flat: every option under its name, beside `family` and `dataset`.
     """
 
-    architecture: ClassVar[str]  # its name in `families.ARCHITECTURES`
-    script: ClassVar[str]  # that trains it
+    family: ClassVar[str]  # train_{family}.py trains it
     preset: str = option("", "Configuration preset", may_change=True)
     data: DataConfig = DataConfig()
     network: Any = None
@@ -198,23 +197,23 @@ class TrainConfig(Config):
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values: all options, `architecture` and `dataset`."""
+        """Plain JSON values: all options, `family` and `dataset`."""
         dataset = None if self.dataset is None else self.dataset.to_json()
-        return {"architecture": self.architecture, **self.flat(), "dataset": dataset}
+        return {"family": self.family, **self.flat(), "dataset": dataset}
 
     @classmethod
     def from_json(cls: type[T], values: Any) -> T:
         """The inverse of `to_json`; options of an earlier version that are missing have their defaults.
 
         Raises:
-            UserError: another architecture, unknown or missing names, or values that the fields do not allow.
+            UserError: another family, unknown or missing names, or values that the fields do not allow.
         """
         if not isinstance(values, dict) or not isinstance(values.get("dataset"), dict):
             raise UserError("no dictionary of options")
-        architecture = values.get("architecture", "edm2.Precond")  # the only one before there was a choice
-        if architecture != cls.architecture:
-            raise UserError(f"of a network of another kind, {architecture}")
-        check_known(values, {"architecture", "dataset", *(field.key for field in all_fields(cls))})
+        family = values.get("family", cls.family)  # earlier versions had only one
+        if family != cls.family:
+            raise UserError(f"those of train_{family}.py")
+        check_known(values, {"family", "dataset", *(field.key for field in all_fields(cls))})
         config = cls.from_flat(values)
         return dataclasses.replace(config, dataset=DatasetInfo.from_json(values["dataset"]))
 
