@@ -54,7 +54,7 @@ def test_all_training_options(tmp_path):
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
-        "--checkpoint-activations=1",
+        "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
@@ -65,7 +65,7 @@ def test_all_training_options(tmp_path):
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
         cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
-        checkpoint_activations=True,
+        checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn",
     )  # fmt: skip
     assert {key: config.flat()[key] for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4
@@ -79,6 +79,28 @@ def test_units(tmp_path):
     )
     assert "duration:         1610612736" in result.output
     assert "snapshot:         2097152" in result.output
+
+
+def test_intervals_of_the_preset_become_multiples_of_the_batch(tmp_path):
+    common = [f"--outdir={tmp_path / 'run'}", f"--data={DIGITS}", "--preset=digits", "-n"]
+    output = run_cli(train, *common, "--batch=100", "--snapshot=1000").output
+    assert "Note: --status=4100, the next multiple of --batch=100" in output
+    assert "Note: --checkpoint=49200, the next multiple of --batch=100" in output
+    assert "snapshot:         1000" in output and "Note: --snapshot" not in output
+    assert "Note: --" not in run_cli(train, *common).output
+
+
+def test_dry_run_looks_at_outdir(run, tmp_path):
+    def dry(outdir, *options):
+        return run_cli(train, f"--outdir={outdir}", f"--data={DIGITS}", *TINY, *options, "-n")
+
+    before = sorted(path.name for path in run.iterdir())
+    assert "Would start at 0 images" in dry(tmp_path / "new").output
+    assert "Would resume at 3072 images" in dry(run, "--duration=4Ki").output
+    assert "Would do nothing" in dry(run, "--duration=3Ki").output
+    fails_with(dry(run, "--duration=3Ki", "--lr=1"), "was trained with --lr=0.04, not 1.0")
+    fails_with(dry(run, "--duration=4Ki", "--no-resume"), "already holds a run")
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_fp16_alias(tmp_path):

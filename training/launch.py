@@ -17,7 +17,7 @@ from dnnlib.cli import CommandLine, with_options
 from dnnlib.errors import UserError
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
-from training.config.training import Preset, TrainConfig
+from training.config.training import INTERVALS, Preset, TrainConfig
 
 if TYPE_CHECKING:
     from training.dataset.images import ImageFolderDataset
@@ -52,6 +52,7 @@ def training_command(
     def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
         from torch_utils import distributed
         from training.dataset.images import COMPRESSED
+        from training.monitoring.outdir import plan
         from training.training_loop import training_loop
 
         distributed.init()
@@ -63,6 +64,8 @@ def training_command(
             distributed.print0(f"Note: --data={config.data.data} is compressed: {COMPRESSED}")
         if dry_run:
             print_config(config, outdir, dataset)
+            with distributed.fail_together():
+                distributed.print0(f"Would {plan(config, outdir, resume)}")
             distributed.print0("Dry run; exiting.")
         else:
             training_loop(config, dataset, outdir, resume)
@@ -94,8 +97,9 @@ def make_config(
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
     preset = presets[opts["preset"]].config
-    check_processes(given.get("batch", preset.run.batch), given.get("batch_gpu", preset.run.batch_gpu))
-    config = config_class.from_flat(given, preset)
+    batch = given.get("batch", preset.run.batch)
+    check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))
+    config = config_class.from_flat({**rounded_intervals(preset, batch, given), **given}, preset)
     if config.data.workers is None:
         workers = 2 if select_device(config.run.device).type == "cuda" else 0
         config = config_class.from_flat({"workers": workers}, config)
@@ -111,6 +115,19 @@ def make_config(
     config = dataclasses.replace(config, dataset=dataset.info())
     dataset.verify()
     return config, dataset
+
+
+def rounded_intervals(preset: TrainConfig, batch: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """The intervals that come from the preset, each the next multiple of the batch; says which are others now."""
+    from torch_utils import distributed
+
+    intervals = {}
+    for name in INTERVALS:
+        interval = getattr(preset.run, name)
+        if name not in given and interval and batch > 0 and interval % batch != 0:
+            intervals[name] = -(-interval // batch) * batch
+            distributed.print0(f"Note: --{name}={intervals[name]}, the next multiple of --batch={batch}")
+    return intervals
 
 
 def check_memory(dataset: ImageFolderDataset, workers: int) -> None:

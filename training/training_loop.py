@@ -1,7 +1,6 @@
 """The training loop. It knows no family: what it trains comes from the registry."""
 
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ import numpy as np
 import psutil
 import torch
 
-from dnnlib.cli import format_time
-from dnnlib.errors import RunError, UserError
+from dnnlib.errors import RunError
 from dnnlib.util import code_version
 from torch_utils import checkpoint, distributed
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
@@ -23,15 +21,14 @@ from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate
 from training.encoders import data_spec, encoder_for
 from training.families import trained_by
-from training.monitoring.journal import Journal
+from training.monitoring.health import Divergence, weight_beyond_float16
+from training.monitoring.journal import Journal, status_line
+from training.monitoring.outdir import OPTIONS_NAME, STATE_PATTERN, check_outdir, snapshot_name, state_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 
-STATE_PATTERN = r"training-state-(\d+)\.pt"
-OPTIONS_NAME = "training_options.json"
-SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
 
 
@@ -88,24 +85,12 @@ def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path
         journal = Journal(outdir)
     with journal, distributed.SuspendSignals() as suspend:
         with distributed.fail_together():
-            _check_outdir(outdir, config, resume)
+            check_outdir(outdir, config, resume)
         if distributed.get_rank() == 0:
             config.save(outdir / OPTIONS_NAME)
         run = TrainingRun(config, dataset, outdir, journal)
         if run.restore():
             run.train(suspend)
-
-
-def _check_outdir(outdir: Path, config: TrainConfig, resume: bool) -> None:
-    """Check that `outdir` holds this run or none."""
-    options_path = outdir / OPTIONS_NAME
-    results = [path for path in outdir.iterdir() if re.fullmatch(f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}", path.name)]
-    if results:  # a run that failed before it had any may start again with other options
-        if not resume:
-            raise UserError(f"{outdir} already holds a run: choose another --outdir, or continue it with --resume")
-        if not options_path.is_file():
-            raise UserError(f"{outdir} holds {results[0].name}, but no {options_path.name}: choose another --outdir")
-        config.check_resumable(type(config).load(options_path), outdir)
 
 
 class TrainingRun:
@@ -144,6 +129,7 @@ class TrainingRun:
         self.optimizer = architecture.optimizer(net, config)
         self.stats = Collector(device)
         self.nimg, self.seconds = 0, 0.0
+        self.preview_seconds = 0.0  # that the last preview took
 
     def restore(self) -> bool:
         """Continue from the newest training state; False if there is nothing left to do."""
@@ -181,13 +167,23 @@ class TrainingRun:
             evaluation = SnapshotEvaluation(
                 run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
             )
+        previews = None
         with distributed.fail_together():
-            first = distributed.get_rank() == 0
-            previews = Previews(self.dataset, self.encoder, self.device, self.outdir, journal.log) if first else None
+            if distributed.get_rank() == 0 and self.preview_interval != 0:
+                previews = Previews(
+                    self.dataset,
+                    self.encoder,
+                    self.device,
+                    self.outdir,
+                    journal.log,
+                    run.preview_images,
+                    run.preview_steps,
+                )
         journal.start(self.nimg, run.duration)
         start_nimg = self.nimg
         self.start_time = time.time() - self.seconds
         self.tick = Tick(self.nimg, time.time(), int(self.optimizer.nonfinite))
+        self.diverged = Divergence(self.outdir)
         self.net.train()
         batches = self.load_batches()  # last, since loader processes do not like it when the start fails
 
@@ -197,15 +193,21 @@ class TrainingRun:
 
         while True:
             done = self.nimg >= run.duration
-            suspended = distributed.any_rank(suspend.received)
             if due(run.status):
                 self.report_status()
             if due(run.snapshot):
-                self.save_snapshots(previews)
-            if due(run.checkpoint) or (suspended and self.nimg > start_nimg):
+                self.save_snapshots()
+            saved = due(run.checkpoint)
+            if saved:
                 self.save_state()
-            if evaluation is not None and due(run.snapshot):  # takes long: the state is safe
+            # What takes long comes after the state, and is left where a signal asks to stop.
+            if self.preview_interval != 0 and due(self.preview_interval):
+                self.draw_preview(previews, suspend)
+            if evaluation is not None and due(run.snapshot) and not distributed.any_rank(suspend.received):
                 self.measure_snapshots(evaluation)
+            suspended = distributed.any_rank(suspend.received)
+            if suspended and not saved and self.nimg > start_nimg:
+                self.save_state()
             if done or suspended:
                 break
             self.step(batches)
@@ -214,6 +216,12 @@ class TrainingRun:
             if done
             else f"Suspended at {self.nimg} images; repeat the command to continue"
         )
+
+    @property
+    def preview_interval(self) -> int:
+        """Images between previews; 0 = none."""
+        run = self.config.run
+        return run.snapshot if run.preview is None else run.preview
 
     def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels of each round from here on."""
@@ -277,7 +285,7 @@ class TrainingRun:
             "time": now,
         }
         self.journal.report(fields)
-        self.journal.log(status_line(fields, self.config.run.duration))
+        self.journal.log(status_line(fields, self.config.run.duration, self.seconds_of_previews_left()))
         if fields["nonfinite_gradients"] > 0:
             self.journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
         if math.isnan(fields["loss"]):
@@ -285,25 +293,61 @@ class TrainingRun:
                 f"the loss is not finite at {self.nimg} images: start in a new --outdir with a lower --lr or --ls; "
                 f"or repeat the command with --precision=bf16 or fp32 to continue from the last training state"
             )
+        self.object_to(self.diverged(fields["loss"]))
         self.tick = Tick(self.nimg, now, nonfinite)
 
-    def save_snapshots(self, previews: Previews | None) -> None:
-        """Write the averaged networks, and a picture of what the last of them makes; on the first process."""
+    def object_to(self, problem: str | None) -> None:
+        """Say that the run has gone wrong; with --on-divergence=stop, before anything more is saved of it.
+
+        Raises:
+            RunError: it has, and is to stop.
+        """
+        if problem is None:
+            return
+        text = f"training has diverged at {self.nimg} images: {problem}"
+        if self.config.run.on_divergence == "stop":
+            raise RunError(
+                f"{text}. The training state before that is kept; start in a new --outdir with a lower --lr, "
+                f"or go on regardless with --on-divergence=warn"
+            )
+        self.journal.log(f"Warning: {text}")
+
+    def save_snapshots(self) -> None:
+        """Write the averaged networks; on the first process."""
         average_batch_statistics_(self.net)
-        if previews is None:
+        averaged = list(zip(self.ema.stds, self.ema.get(), strict=True))
+        with distributed.fail_together():
+            for _, (ema_net, _) in averaged:
+                name = weight_beyond_float16(ema_net)
+                self.object_to(None if name is None else f"{name} holds values that float16 cannot")
+        if distributed.get_rank() != 0:
             return
         config = self.config
         assert config.dataset is not None
-        averaged = self.ema.get()
-        for std, (ema_net, suffix) in zip(self.ema.stds, averaged, strict=True):
+        for std, (ema_net, suffix) in averaged:
             metadata = {
                 "nimg": self.nimg,
                 "ema_std": std,
                 "config": config.to_json(),
                 "dataset": config.dataset.to_json(),
             }
-            save_network(self.outdir / snapshot_name(self.nimg, suffix), ema_net, self.encoder, metadata)
-        previews.draw(averaged[-1][0], self.outdir / f"fakes-{self.nimg // 1000:07d}.png")
+            path = self.outdir / snapshot_name(self.nimg, suffix)
+            dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32
+            save_network(path, ema_net, self.encoder, metadata, dtype)
+
+    def draw_preview(self, previews: Previews | None, suspend: distributed.SuspendSignals) -> None:
+        """Draw what the last averaged network makes; on the first process."""
+        if previews is not None:
+            ema_net, _ = self.ema.get()[-1]
+            begin = time.time()
+            previews.draw(ema_net, self.outdir / f"fakes-{self.nimg // 1000:07d}.png", lambda: suspend.received)
+            self.preview_seconds = time.time() - begin
+            self.tick.time += self.preview_seconds
+
+    def seconds_of_previews_left(self) -> float:
+        """How long the previews still to come will take, going by the last one."""
+        interval, left = self.preview_interval, self.config.run.duration - self.nimg
+        return -(-left // interval) * self.preview_seconds if interval > 0 else 0.0
 
     def measure_snapshots(self, evaluation: SnapshotEvaluation) -> None:
         """Measure the snapshots that were just saved."""
@@ -316,7 +360,7 @@ class TrainingRun:
         """Write all that a resumed run needs; to be called by all processes."""
         state = self.state_dict()
         if distributed.get_rank() == 0:
-            checkpoint.save_state(self.outdir / f"training-state-{self.nimg // 1000:07d}.pt", state)
+            checkpoint.save_state(self.outdir / state_name(self.nimg), state)
 
     def state_dict(self) -> dict[str, Any]:
         objective = self.objective.state_dict()
@@ -358,19 +402,3 @@ def average_batch_statistics_(net: torch.nn.Module) -> None:
             for buffer in (module.running_mean, module.running_var):
                 if buffer is not None:
                     distributed.all_reduce_sum_(buffer).div_(distributed.get_world_size())
-
-
-def snapshot_name(nimg: int, suffix: str) -> str:
-    """File name of a snapshot; `suffix` names the EMA profile."""
-    return f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
-
-
-def status_line(fields: dict[str, float], duration: int) -> str:
-    """The line that the terminal and the log show for a status report."""
-    left = (duration - fields["nimg"]) / fields["images_per_second"]
-    gpu = f"  gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else ""
-    return (
-        f"nimg {fields['nimg']:<10d} loss {fields['loss']:<8.4f} lr {fields['lr']:<8.5f} "
-        f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(fields['seconds'])}  "
-        f"left {format_time(left)}  mem {fields['cpu_mem_gb']:.1f} GB{gpu}"
-    )

@@ -104,10 +104,6 @@ class SamplerConfig(Config):
         return facts
 
 
-# What previews of training runs are drawn with: quick, and good enough to see what is learned.
-PREVIEW_SAMPLER = SamplerConfig(grid=EDMGrid(num_steps=18))
-
-
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig(Config):
     """The weight of guidance, and the noise levels lo < sigma <= hi at which it acts."""

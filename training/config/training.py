@@ -16,6 +16,7 @@ from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
 
 Mi = 1 << 20
 Ki = 1 << 10
+INTERVALS = ("status", "snapshot", "preview", "checkpoint")  # options, in images
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 MIN_STD = 0.001  # file names of EMA profiles have three decimals
 MAX_STD = 12**-0.5  # of the flat average (`phema`)
@@ -137,6 +138,19 @@ class RunConfig(Config):
         default_text="8Mi; digits: 16Ki",
         may_change=True,
     )
+    preview: int | None = option(
+        None,
+        "Interval of pictures of what is learned, 0 = none",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        default_text="as --snapshot",
+        may_change=True,
+    )
+    preview_images: int | None = option(
+        None, "Images per picture", low=1, high=1024, default_text="100 below 64x64, else 32", may_change=True
+    )
+    preview_steps: int = option(18, "Sampling steps of pictures", low=1, may_change=True)
     checkpoint: int = option(
         128 * Mi,
         "Interval of training states",
@@ -154,6 +168,12 @@ class RunConfig(Config):
     )
     metrics_ref: str = option("", "Reference statistics for --metrics: a file or URL", metavar="FILE", may_change=True)
     metrics_num: int = option(50000, "Images to generate for --metrics", low=2, may_change=True)
+    on_divergence: str = option(
+        "stop",
+        "What to do when the loss is far above its start, or weights are too large for snapshots",
+        choices=("stop", "warn"),
+        may_change=True,
+    )
     seed: int = option(0, "Random seed", low=0, high=2**32 - 1)
 
     def __post_init__(self) -> None:
@@ -161,14 +181,14 @@ class RunConfig(Config):
         check_metrics(self.metrics)
         if bool(self.metrics) != bool(self.metrics_ref):
             raise UserError("--metrics and --metrics-ref belong together: give both")
-        intervals = {name: getattr(self, name) for name in ("status", "snapshot", "checkpoint")}
+        intervals = {name: getattr(self, name) or 0 for name in INTERVALS}
         uneven = [f"--{name}={interval}" for name, interval in intervals.items() if interval % self.batch != 0]
         if uneven:
             raise UserError(
                 f"{', '.join(uneven)} must be multiples of --batch={self.batch} (or 0 = only at the end); "
                 f"what is not given comes from the preset"
             )
-        for name in ("snapshot", "checkpoint"):
+        for name in ("snapshot", "preview", "checkpoint"):
             if 0 < intervals[name] < MIN_INTERVAL:
                 raise UserError(
                     f"--{name} must be at least {MIN_INTERVAL} images (names count thousands), or 0 = only at the end"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dnnlib.cli import format_time
 from dnnlib.errors import UserError
 from dnnlib.files import append_line, atomic_write, leftovers, locked
 from torch_utils import distributed
@@ -90,6 +91,24 @@ class Journal:
 
     def __exit__(self, *exc_info) -> None:
         self._resources.close()
+
+
+def status_line(fields: dict[str, float], duration: int, pauses: float) -> str:
+    """What the terminal and the log show of a status report; `pauses` = seconds without training that are to come."""
+    left = (duration - fields["nimg"]) / fields["images_per_second"] + pauses
+    gpu = f"  gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else ""
+    return (
+        f"nimg {fields['nimg']:<10d} loss {fields['loss']:<8.4f} lr {fields['lr']:<8.5f} "
+        f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(fields['seconds'])}  "
+        f"left {format_time(left)}  mem {fields['cpu_mem_gb']:.1f} GB{gpu}"
+    )
+
+
+def first_report(outdir: Path) -> dict[str, float]:
+    """The first status report of a run; empty if there is none."""
+    path = outdir / "stats.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return next((json.loads(line) for line in lines if _is_status(line, sys.maxsize)), {})
 
 
 def _is_status(line: str, nimg: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from dnnlib.errors import RunError, UserError
 from torch_utils.pictures import drawable, image_grid, save_image
-from training.config.generation import PREVIEW_SAMPLER, SamplingConfig
+from training.config.generation import EDMGrid, SamplerConfig, SamplingConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder
 from training.families import architecture_of
@@ -26,6 +26,14 @@ class Previews:
 
     Creating it writes `reals.png`: the images whose labels the samples get, a class per column where there are
     no more classes than columns.
+
+    Args:
+        dataset, encoder: the images, and what makes the network's latents of them.
+        device: where to sample.
+        outdir: where pictures are written.
+        log: shows a line.
+        images: per picture; None = 100 below 64x64 pixels, else 32.
+        steps: of the sampler.
     """
 
     def __init__(
@@ -35,25 +43,33 @@ class Previews:
         device: torch.device,
         outdir: Path,
         log: Callable[[str], None],
+        images: int | None = None,
+        steps: int = 18,
     ):
         self.encoder = encoder
         self.device = device
         self.log = log
+        self.sampling = SamplingConfig(sampler=SamplerConfig(grid=EDMGrid(num_steps=steps)))
         self.columns, rows = (10, 10) if dataset.resolution < SMALL_RESOLUTION else (8, 4)
+        if images is not None:
+            self.columns = min(self.columns, images)
+            rows = -(-images // self.columns)
         chosen = _choose(dataset, self.columns, rows)
-        images, labels = zip(*(dataset[i] for i in chosen), strict=True)
+        chosen = chosen[:images]
+        reals, labels = zip(*(dataset[i] for i in chosen), strict=True)
         self.labels = torch.from_numpy(np.stack(labels)).to(device)
         self.seeds = list(range(len(chosen)))
         rnd = StackedRandomGenerator(device, self.seeds)
-        latents = encoder.encode_latents(torch.from_numpy(np.stack(images)).to(device), rnd.randn_like)
+        latents = encoder.encode_latents(torch.from_numpy(np.stack(reals)).to(device), rnd.randn_like)
         self._save(latents, outdir / "reals.png")
 
-    def draw(self, net: Any, path: Path) -> None:
-        """Sample the grid with `net` and write it."""
-        sampling = SamplingConfig(sampler=PREVIEW_SAMPLER)
-        generator = architecture_of(net).generator(net, sampling, min(len(self.seeds), BATCH))
+    def draw(self, net: Any, path: Path, stop: Callable[[], bool] = lambda: False) -> None:
+        """Sample the grid with `net` and write it; nothing where `stop` says so between two batches."""
+        generator = architecture_of(net).generator(net, self.sampling, min(len(self.seeds), BATCH))
         parts = []
         for first, labels in enumerate(self.labels.split(BATCH)):
+            if stop():
+                return
             seeds = self.seeds[first * BATCH : (first + 1) * BATCH]
             rnd = StackedRandomGenerator(self.device, seeds)
             noise = generator.noise(rnd)
