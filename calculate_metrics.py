@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.util import (
-    CommandGroup,
-    UserError,
-    device_option,
-    imported_when_used,
-    offline_option,
-    parsed_by,
-    with_options,
-)
+from dnnlib.cli import CommandGroup, device_option, imported_when_used, offline_option, parsed_by, with_options
+from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, files_for
-from training.config.generation import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from training.config.fields import click_options
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
 from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
 
 if TYPE_CHECKING:
@@ -174,14 +168,15 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
 
 
 @main.command()
-@with_options(NETWORK_OPTIONS)
+@with_options(click_options(NetworksConfig))
 @click.option(
     "--ref", help="Reference statistics: a file or URL  [default: the published ones of --preset]", metavar="FILE"
 )
 @METRICS_OPTION
 @with_options(MEASURING_OPTIONS)
 @BATCH_OPTION
-@with_options(SAMPLING_OPTIONS)
+@with_options(click_options(SamplingConfig))
+@offline_option
 @with_options(DETECTOR_OPTIONS)
 @click.option(
     "--save-images",
@@ -201,20 +196,21 @@ def gen(
       # A published result
       torchrun --standalone --nproc_per_node=8 calculate_metrics.py gen --preset=edm2-img512-s-guid-fid --repeat=3
     """
-    device, preset = opts["device"], opts["preset"]
-    options = GenerationOptions.take(opts)
+    preset = opts["preset"]
+    config = GenerationConfig.take(opts)
     if ref is None and preset is None:
         raise UserError("which reference? Give --ref, or a --preset that has one")
-    opts.update(device=device, ref=ref if ref is not None else files_for(preset)[-1])
+    opts.update(device=config.sampling.device, ref=ref if ref is not None else files_for(preset)[-1])
 
     from torch_utils import distributed
+    from training.generation import fetch, load
 
     distributed.init()
-    options.fetch()
+    fetch(config.networks)
     with distributed.fail_together():
-        generator = options.load()
+        generator = load(config)
         if generator.suffix != ".png":
-            raise UserError(f"{options.net}: makes latents, not images; metrics need pixels")
+            raise UserError(f"{config.networks.net}: makes latents, not images; metrics need pixels")
         if save_images is not None:
             save_images.mkdir(parents=True, exist_ok=True)
         resolution = generator.resolution

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dnnlib.util import CommandGroup, UserError, device_option, offline_option, parsed_by, with_options
+from dnnlib.cli import CommandGroup, device_option, offline_option, parsed_by, with_options
+from dnnlib.errors import UserError
 from training.config.metrics import PRECISIONS, SPLITS
 from training.conversion.transforms import TRANSFORMS
 
@@ -155,7 +156,7 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
     from torch_utils.device import select_device, set_up_device
     from training.dataset.images import COMPRESSED, ImageFolderDataset
     from training.encoders import StabilityVAEEncoder
-    from training.networks.edm2 import PRECISIONS
+    from training.preconditioning import PRECISIONS
 
     distributed.init()
     with distributed.fail_together():

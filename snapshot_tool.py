@@ -9,12 +9,14 @@ import click
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import CommandGroup, UserError, is_url, offline_option, one_line, open_url
+from dnnlib.cli import CommandGroup, offline_option
+from dnnlib.download import is_url, open_url
+from dnnlib.errors import UserError, one_line
 from torch_utils import safe_pickle
 from training.config.edm2 import files_for
 from training.flops import count_parameters
 from training.metrics.files import ENTRIES, load_stats, published_stats
-from training.networks.edm2 import PRECISIONS
+from training.preconditioning import PRECISIONS
 from training.snapshot.files import (
     WRITERS,
     SnapshotFile,

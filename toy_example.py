@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from tqdm import tqdm
 
-from dnnlib.util import (
+from dnnlib.cli import (
     CommandGroup,
-    UserError,
-    atomic_write,
-    code_version,
     device_option,
     given_options,
     imported_when_used,
@@ -24,6 +21,9 @@ from dnnlib.util import (
     parsed_by,
     with_options,
 )
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
 from training.config.metrics import TOY_CLASSES
 
 if TYPE_CHECKING:

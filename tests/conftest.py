@@ -39,7 +39,7 @@ TINY = [
 
 
 def pytest_configure(config):
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     os.environ["HF_HUB_OFFLINE"] = "1"  # tests need no network
 
 

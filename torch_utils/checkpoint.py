@@ -1,13 +1,15 @@
 """Training state on disk: tensors and plain containers, whole files only."""
 
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 
 
 def save_state(path: str | Path, state: dict[str, Any]) -> None:
@@ -37,7 +39,7 @@ def restore_newest_state(
     Args:
         pattern: regular expression that the whole file name matches, its first group a number that grows.
         restore: puts a state (on the CPU) into effect; may fail on one that is incomplete.
-        log: told about damaged files, which are skipped.
+        log: gets a line about each damaged file, which is skipped.
 
     Returns:
         Whether there was a state.
@@ -48,6 +50,7 @@ def restore_newest_state(
     found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := re.fullmatch(pattern, path.name))]
     for _number, path in sorted(found, reverse=True):
         try:
+            _check_sums(path)
             restore(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
             return True
         except (MemoryError, torch.OutOfMemoryError):
@@ -58,3 +61,15 @@ def restore_newest_state(
     if found:
         raise UserError(f"{directory}: no training state can be read: bring one back, or choose another --outdir")
     return False
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the checksums in a state file with its content, which torch does not do.
+
+    Raises:
+        ValueError: they differ; or another error where the file is no state at all.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum mismatch in {damaged}")

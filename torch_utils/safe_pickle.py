@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from dnnlib.util import UserError, atomic_write, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
 
 # Limits against hostile files. The largest published network takes about a hundredth of the steps.
 MAX_STEPS = 4_000_000  # instructions, and items that they handle

@@ -1,8 +1,13 @@
-"""The one contract that networks, guidance and samplers share."""
+"""The one contract that networks, guidance and samplers share, and how a raw network comes to meet it."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import nn
+
+from dnnlib.errors import UserError
+from training.preconditioning import PRECISIONS, Coefficients, Preconditioning, compute_dtype
+from training.schedules import wide
 
 
 class Denoiser(Protocol):
@@ -18,3 +23,60 @@ class Denoiser(Protocol):
     """
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None, /) -> torch.Tensor: ...
+
+
+class Preconditioned(nn.Module):
+    """The denoiser D(x; sigma, cond) = c_skip x + c_out F(c_in x, c_noise, cond) around a raw network F.
+
+    Args:
+        net: F, called as net(images, labels, cond): images [N, C, H, W] in the type to compute in, labels c_noise
+            float32 [N] or [1]. A module, whose state dict has the published names.
+        preconditioning: the coefficients as functions of sigma.
+        spec: what the images and conditions look like; kept for those who ask the denoiser.
+        precision: 'fp32', 'bf16' or 'fp16': what F computes in (see `preconditioning.compute_dtype`). Weights and
+            all that is outside of F stay float32.
+
+    `sigma_min` and `sigma_max` are those of the preconditioning.
+
+    Raises:
+        UserError: no such precision.
+    """
+
+    def __init__(self, net: nn.Module, preconditioning: Preconditioning, spec: Any, precision: str = "fp32"):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.net = net
+        self.preconditioning = preconditioning
+        self.spec = spec
+        self.precision = precision
+        self.sigma_min = preconditioning.sigma_min
+        self.sigma_max = preconditioning.sigma_max
+
+    def forward(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, cond: torch.Tensor | None = None, /
+    ) -> torch.Tensor:
+        """
+        Args:
+            x: noisy images y + sigma * n, [N, C, H, W].
+            sigma: noise level, one element or [N].
+            cond: conditions, as F takes them.
+
+        Returns:
+            D(x; sigma, cond), float32, shaped like `x`.
+        """
+        F_x, c = self.raw(x, sigma, cond)
+        return c.c_skip * x.float() + c.c_out * F_x
+
+    def raw(
+        self, x: torch.Tensor, sigma: torch.Tensor | float, cond: torch.Tensor | None = None, /
+    ) -> tuple[torch.Tensor, Coefficients]:
+        """F(c_in x, c_noise, cond) as float32, and the coefficients as float32 [N, 1, 1, 1] or [1, 1, 1, 1].
+
+        Arguments are those of `forward`. For objectives, which would lose digits by way of D.
+        """
+        # Worked out where sigma is, in float64, and moved in one piece.
+        exact = self.preconditioning(wide(sigma).flatten())
+        c = Coefficients(*torch.stack(exact).float().to(x.device).reshape(4, -1, 1, 1, 1))
+        x_in = (c.c_in * x.float()).to(compute_dtype(self.precision, x.device))
+        return self.net(x_in, c.c_noise.flatten(), cond).float(), c

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.util import OFFLINE_VARIABLE, RunError, UserError, offline, one_line, open_url
+from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
+from dnnlib.errors import RunError, UserError, one_line
+from training.conditioning import Conditioning, DataSpec
 from training.dataset.images import ImageFolderDataset, evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
@@ -273,3 +275,9 @@ def final_channels(dataset: ImageFolderDataset) -> int:
     """Number of channels the model sees."""
     vae_latents = dataset.dtype != np.uint8 and dataset.num_channels == 8
     return dataset.num_channels // 2 if vae_latents else dataset.num_channels
+
+
+def data_spec(dataset: ImageFolderDataset) -> DataSpec:
+    """What the model sees of a dataset."""
+    conditioning = Conditioning.of_labels(dataset.label_dim)
+    return DataSpec(channels=final_channels(dataset), resolution=dataset.resolution, conditioning=conditioning)

@@ -10,7 +10,7 @@ import torch
 from conftest import DIGITS, GOLDEN, make_dataset, npy, png, random_images
 
 import training.dataset.images
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate, dataset_indices
 from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for, final_channels
 

@@ -13,8 +13,10 @@ import pytest
 from conftest import ROOT, fails_with, run_cli, torchrun
 from servers import DATA, headers, hub_file, packed, partial, serve, status
 
-import dnnlib.util
-from dnnlib.util import RunError, UserError, open_url
+import dnnlib.download
+import dnnlib.transfer
+from dnnlib.download import open_url
+from dnnlib.errors import RunError, UserError
 from generate_images import main as generate
 from snapshot_tool import main as snapshot_tool
 from training.config.edm2 import GENERATION_PRESETS, files_for
@@ -22,8 +24,8 @@ from training.config.edm2 import GENERATION_PRESETS, files_for
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(dnnlib.util, "BACK_OFF", 0.01)
-    monkeypatch.setattr(dnnlib.util, "TIMEOUT", (2, 0.5))
+    monkeypatch.setattr(dnnlib.transfer, "BACK_OFF", 0.01)
+    monkeypatch.setattr(dnnlib.transfer, "TIMEOUT", (2, 0.5))
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(tmp_path / "cache"))
 
 
@@ -176,7 +178,7 @@ def test_copies_of_the_published_tools_are_used(server, cache):
 FETCH = """
 import sys
 sys.path.insert(0, {root!r})
-from dnnlib.util import open_url
+from dnnlib.download import open_url
 print(len(open_url({url!r}).read()))
 """
 
@@ -292,7 +294,7 @@ def test_checksum(server, cache):
 
 
 def test_known_checksums(server, cache, monkeypatch):
-    monkeypatch.setitem(dnnlib.util.KNOWN_SHA256, f"{server.url}/a.pkl", "0" * 64)
+    monkeypatch.setitem(dnnlib.download.KNOWN_SHA256, f"{server.url}/a.pkl", "0" * 64)
     with pytest.raises(UserError, match="wrong checksum"):
         open_url(f"{server.url}/a.pkl")
     url = f"{server.url}/a.pkl"
@@ -416,7 +418,7 @@ def test_hub(server, tmp_path, snapshot_file):
     assert len(server.requests) == fetched
 
     for source, fragment in [
-        ("hf://me/digits/other.safetensors", "not to be had from the hub"),
+        ("hf://me/digits/other.safetensors", "not found on the hub"),
         ("hf://me/none --offline", "prefetch"),
     ]:
         done = on_the_hub(server, tmp_path, "inspect", *source.split())

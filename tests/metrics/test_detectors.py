@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, Golden, run_cli, write_dinov2
 from servers import hub_file, serve
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from snapshot_tool import main as snapshot_tool
 from training.metrics.detectors import METRIC_FILES, load_detector
 
@@ -286,7 +286,7 @@ def test_without_transformers(dinov2_folder, monkeypatch):
 
 ON_THE_HUB = """
 import os, sys, torch
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.metrics.detectors import load_detector
 
 images = torch.arange(3 * 32 * 32).remainder(251).reshape(1, 3, 32, 32).byte()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.metrics import distances
 from training.metrics.distances import (
     frechet_distance,

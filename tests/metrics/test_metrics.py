@@ -14,7 +14,8 @@ from conftest import DIGITS, TINY, fails_with, make_dataset, npy, random_images,
 
 import calculate_metrics
 from calculate_metrics import main as metrics_tool
-from dnnlib.util import EasyDict, UserError
+from dnnlib.errors import UserError
+from dnnlib.util import EasyDict
 from generate_images import main as generate
 from train_edm2 import main as train
 from training.generation import generate_images

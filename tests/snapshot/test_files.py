@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny_network
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 from torch_utils import checkpoint
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.snapshot import load_network, read_metadata, save_network

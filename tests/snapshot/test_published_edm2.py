@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, Golden, fails_with, run_cli, tiny_network
 
-from dnnlib.util import EasyDict, UserError
+from dnnlib.errors import UserError
+from dnnlib.util import EasyDict
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from snapshot_tool import main as snapshot_tool

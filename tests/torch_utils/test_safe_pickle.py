@@ -21,7 +21,8 @@ import safetensors.torch
 import torch
 from conftest import GOLDEN, fails_with, npy, run_cli, tiny_network
 
-from dnnlib.util import EasyDict, UserError
+from dnnlib.errors import UserError
+from dnnlib.util import EasyDict
 from snapshot_tool import main as snapshot_tool
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject

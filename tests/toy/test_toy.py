@@ -14,7 +14,7 @@ import torch
 from conftest import GOLDEN, ROOT, Golden, fails_with, run_cli, tiny_network
 
 import toy_example
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from toy_example import CFG_NET, GNET, NET, ToyModel, gt, main
 from training.encoders import StandardRGBEncoder
 from training.snapshot import load_network, read_metadata, save_network

@@ -14,7 +14,8 @@ import PIL.ImageDraw
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import UserError, atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 from torch_utils.pictures import drawable
 from training.dataset.images import COMPRESSED, ImageFolderDataset, evenly_spaced
 from training.encoders import FINAL_STD, StandardRGBEncoder, encoder_for, final_channels

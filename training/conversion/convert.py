@@ -26,7 +26,7 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import RunError, UserError, one_line
+from dnnlib.errors import RunError, UserError, one_line
 from torch_utils import distributed
 from training.conversion.sources import Label, Source, SourceImage
 from training.conversion.transforms import decode_image, make_transform

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.util import RunError, UserError, one_line
+from dnnlib.errors import RunError, UserError, one_line
 from torch_utils import safe_pickle
 from training.config.metrics import SPLITS
 from training.dataset.images import files_below, image_suffixes, parse_labels_json

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 Transform = Callable[[np.ndarray], np.ndarray | None]
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")

@@ -12,7 +12,8 @@ from typing import Any
 
 import filelock
 
-from dnnlib.util import UserError, atomic_write, naming_errors
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write, naming_errors
 
 # ZIP records (APPNOTE 4.3): local file header, entry of the central directory, end of it in both sizes.
 LOCAL = struct.Struct("<4s5H3I2H")

@@ -13,7 +13,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import UserError, one_line
+from dnnlib.errors import UserError, one_line
+from training.config.data import DatasetInfo
 
 try:
     import pyspng  # decodes PNG files three times as fast as Pillow
@@ -135,21 +135,6 @@ class _Zip:
 
     def crc(self, idx: int) -> int:
         return int(self.crcs[idx])
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What identifies a dataset.
-
-    `content_hash` is the SHA-256 of all names, sizes and labels and of the CRC-32 of up to 1024 evenly spaced images;
-    a folder and a ZIP file of the same files agree.
-    """
-
-    count: int
-    resolution: int
-    channels: int
-    label_dim: int
-    content_hash: str
 
 
 class ImageFolderDataset(torch.utils.data.Dataset):
@@ -326,7 +311,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             digest.update(struct.pack("<I", self._source.crc(int(self._files[base]))))
         if self._labels is not None:
             digest.update(np.ascontiguousarray(self._labels).tobytes())
-        return DatasetInfo(len(self), self.resolution, self.num_channels, self.label_dim, digest.hexdigest())
+        return DatasetInfo(
+            count=len(self),
+            resolution=self.resolution,
+            channels=self.num_channels,
+            label_dim=self.label_dim,
+            content_hash=digest.hexdigest(),
+        )
 
     def _name(self, base: int) -> str:
         return self._source.names[int(self._files[base])]

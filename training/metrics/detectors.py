@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from dnnlib.util import UserError, file_sha256, offline, one_line, open_url
+from dnnlib.download import offline, open_url
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import file_sha256
 from training.config.metrics import DETECTORS, METRIC_FILES, RESIZE_MODES
 
 DINOV2_SETTINGS = (  # what config.json may say, as far as it concerns the features

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 Array = np.ndarray | torch.Tensor
 ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB

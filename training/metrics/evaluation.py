@@ -1,6 +1,5 @@
 """Metrics of images against a reference, with a record of what produced each figure."""
 
-import copy
 import datetime
 import json
 import zipfile
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import EasyDict, UserError, append_line, code_version, file_sha256, open_url
+from dnnlib.download import open_url
+from dnnlib.errors import UserError
+from dnnlib.files import append_line, file_sha256
+from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed
-from training.encoders import Encoder
-from training.generation import generate_images, image_resolution
 from training.metrics.detectors import Detector
 from training.metrics.statistics import (
     METRICS,
@@ -28,17 +28,6 @@ from training.metrics.statistics import (
     refuse,
     small_sample_note,
 )
-from training.networks.edm2 import Precond
-
-SNAPSHOT_BATCH = 64
-SNAPSHOT_SAMPLER = {
-    "solver": "heun",
-    "num_steps": 32,
-    "sigma_min": 0.002,
-    "sigma_max": 80.0,
-    "rho": 7.0,
-    "guidance": 1.0,
-}
 
 
 class Evaluation:
@@ -190,52 +179,3 @@ def format_results(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
         lines.append(f"{name:20s}{text}{summary}")
     lines += [f"Note: {record['note']}" for record in runs[0] if "note" in record]
     return "\n".join(lines)
-
-
-class SnapshotEvaluation:
-    """Metrics of the snapshots of a training run: of the same seeds each time.
-
-    Args:
-        num_images: how many to generate.
-        net: network whose snapshots they are.
-
-    Raises:
-        UserError: as `Evaluation` and its `check`, or the encoder cannot make pixels.
-    """
-
-    def __init__(
-        self, metrics: Sequence[str], ref: str, num_images: int, net: Precond, encoder: Encoder, device: torch.device
-    ):
-        self.evaluation = Evaluation(metrics, ref, device)
-        self.num_images, self.encoder, self.device = num_images, encoder, device
-        with distributed.fail_together():
-            encoder.prepare(device)
-            resolution = image_resolution(net, encoder, device)
-        self.evaluation.check(num_images, resolution)
-
-    def __call__(self, net: Precond, path: Path, nimg: int) -> dict[str, float]:
-        """Results of a network that was saved at `path`, recorded beside it; on the first process only."""
-        saved = copy.deepcopy(net)
-        for parameter in saved.parameters():
-            parameter.copy_(parameter.half())  # as in the file, so that the file gives the same results
-        images = generate_images(
-            saved,
-            encoder=self.encoder,
-            seeds=range(self.num_images),
-            max_batch_size=SNAPSHOT_BATCH,
-            device=self.device,
-            verbose=False,
-            **SNAPSHOT_SAMPLER,
-        )
-        provenance = {
-            "nimg": nimg,
-            "net": path.name,
-            "net_sha256": file_sha256(path) if distributed.get_rank() == 0 else "",
-            "seeds": f"0-{self.num_images - 1}",
-            "labels": "drawn from the seed" if net.label_dim > 0 else "none",
-            "sampler": SNAPSHOT_SAMPLER,
-            "precision": net.precision,
-        }
-        records = self.evaluation(images, provenance)
-        save_records(path.parent, records)
-        return {name: value for record in records for name, value in record["results"].items()}

@@ -25,7 +25,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dnnlib.util import EasyDict, UserError, atomic_write, one_line, open_url
+from dnnlib.download import open_url
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
+from dnnlib.util import EasyDict
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import StoredArray
 

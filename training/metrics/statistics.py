@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import EasyDict, UserError, file_sha256, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import file_sha256
+from dnnlib.util import EasyDict
 from torch_utils import distributed
 from training.config.metrics import DEFAULT_METRICS, METRICS, check_metrics, parse_metrics
 from training.dataset.images import ImageFolderDataset, collate, subset

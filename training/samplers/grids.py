@@ -1,12 +1,55 @@
-"""Noise schedules: the grid of noise levels that a sampler visits."""
+"""Grids: the noise levels that a sampler visits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
+from training.config.generation import EDMGrid
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The noise levels that a solver visits.
+
+    Args:
+        sigmas: float64 [steps + 1] on the CPU, decreasing.
+        times: the schedule's times of these levels, float64 [steps + 1]; None = the levels are times.
+        start: where a solution begins: x = start * noise; None = the first level.
+        end: what the result is multiplied by, for networks whose samples are of another scale.
+    """
+
+    sigmas: torch.Tensor
+    times: torch.Tensor | None = None
+    start: float | None = None
+    end: float = 1.0
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.sigmas) - 1
+
+    def steps(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The levels that each step begins and ends at."""
+        return zip(self.sigmas[:-1], self.sigmas[1:], strict=True)
+
+    def without_repeats(self) -> "Grid":
+        """The same levels, each one once: for solvers that divide by their distances."""
+        kept = torch.cat([self.sigmas.new_ones(1, dtype=torch.bool), self.sigmas.diff() != 0])
+        times = None if self.times is None else self.times[kept]
+        return Grid(self.sigmas[kept], times, self.start, self.end)
+
+
+def edm_grid(config: EDMGrid) -> Grid:
+    """The grid of EDM that a configuration describes."""
+    return Grid(edm_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho))
 
 
 def edm_sigmas(
-    num_steps: int = 32, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    num_steps: int = EDMGrid.num_steps,
+    sigma_min: float = EDMGrid.sigma_min,
+    sigma_max: float = EDMGrid.sigma_max,
+    rho: float = EDMGrid.rho,
 ) -> torch.Tensor:
     """Noise levels of EDM (Karras et al. 2022, Eq. 5), where sigma(t) = t and s(t) = 1.
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.util import UserError, code_version, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.util import code_version
 from torch_utils import safe_pickle
 from training.encoders import ENCODERS, Encoder
 from training.networks.edm2 import Precond

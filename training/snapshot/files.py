@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.util import UserError, is_url, one_line, open_url
+from dnnlib.download import is_url, open_url
+from dnnlib.errors import UserError, one_line
 from training.encoders import Encoder
-from training.networks.edm2 import PRECISIONS
+from training.preconditioning import PRECISIONS
 from training.snapshot.description import build, checked_metadata, describe, misfit
 from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published_edm2 import PublishedFile, write_published

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import UserError, atomic_write, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
 from training.encoders import Encoder, StabilityVAEEncoder
 from training.flops import count_parameters
 from training.networks.edm2 import Precond

@@ -15,7 +15,8 @@ from typing import Any
 import safetensors
 import torch
 
-from dnnlib.util import UserError, atomic_write, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
 from training.snapshot.description import METADATA_KEY, checked_metadata
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dnnlib.util import EasyDict, UserError, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.util import EasyDict
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
 from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardRGBEncoder
-from training.networks.edm2 import Block, MPConv, Precond, UNet
+from training.networks.edm2 import Block, Precond, UNet
+from training.networks.edm2_layers import MPConv
 from training.networks.toy import ToyModel
 from training.snapshot.description import FORMAT_VERSION, METADATA_KEY, build, checked_metadata
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dnnlib.util import UserError
-from training.networks.edm2 import PRECISIONS
-from training.phema import MAX_STD, MIN_STD, solve_posthoc_coefficients
+from dnnlib.errors import UserError
+from training.config.training import MAX_STD, MIN_STD
+from training.phema import solve_posthoc_coefficients
+from training.preconditioning import PRECISIONS
 from training.snapshot.files import (
     SnapshotFile,
     build_for,

@@ -14,7 +14,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import UserError, atomic_write, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
 from training.networks.toy import ToyModel
 from training.toy.data import gt
 from training.toy.sampling import Quality, measure, sample_toy, support_level

@@ -11,10 +11,10 @@ from typing import NamedTuple, cast
 
 import torch
 
-from dnnlib.util import one_line
+from dnnlib.errors import one_line
 from torch_utils.device import set_up_device
 from training.lr import learning_rate_schedule
-from training.networks.edm2 import normalize_weights_
+from training.networks.edm2_layers import normalize_weights_
 from training.networks.toy import ToyModel
 from training.phema import PowerFunctionEMA
 from training.toy.data import GaussianMixture, gt

@@ -1,0 +1,24 @@
+"""What identifies a dataset."""
+
+from dataclasses import dataclass
+
+from training.config.fields import Config, option
+
+MAX_CHANNELS = 1 << 12
+MAX_RESOLUTION = 1 << 14
+MAX_CLASSES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo(Config):
+    """Number, size and labels of a dataset's images, and a hash of their content.
+
+    `content_hash` is the SHA-256 of all names, sizes and labels and of the CRC-32 of up to 1024 evenly spaced images;
+    a folder and a ZIP file of the same files agree.
+    """
+
+    count: int = option(low=1)
+    resolution: int = option(low=1, high=MAX_RESOLUTION)
+    channels: int = option(low=1, high=MAX_CHANNELS)
+    label_dim: int = option(low=0, high=MAX_CLASSES)
+    content_hash: str = option()
