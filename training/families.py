@@ -69,12 +69,13 @@ class Architecture:
         accelerate: (net, batch size, compiled) -> the fastest form of a finished network for sampling, which does not
             follow its later changes.
         makes_images: whether it can be asked for images.
+        take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
     """
 
     family: str
     network_class: type[nn.Module]
     network: type[Config]
-    build: Callable[[Any, DataSpec], nn.Module]
+    build: Callable[[Any, Any], nn.Module]
     inputs: Callable[[Any, int, torch.device | str], Inputs] = denoiser_inputs
     training: type[TrainConfig] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
@@ -85,6 +86,19 @@ class Architecture:
     step: Callable[[nn.Module], AbstractContextManager] = no_context
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
+    take_data: Callable[[dict[str, Any]], DataSpec] | None = None
+
+    def rebuild(self, kwargs: Mapping[str, Any], data: DataSpec | None) -> Any:
+        """A network of the arguments and data that a file names.
+
+        Raises:
+            UserError: an argument is unknown, of the wrong type, or larger than a network can be.
+            KeyError: one is missing.
+        """
+        arguments = dict(kwargs)
+        if self.take_data is not None:
+            data = self.take_data(arguments)
+        return self.build(self.network.from_json(arguments), data)
 
     def generator(
         self, net: Any, sampling: SamplingConfig, batch_size: int | None, guide: Denoiser | None = None
@@ -116,7 +130,14 @@ def _edm2_network(network: EDM2Network, data: DataSpec) -> Precond:
     return Precond(data.resolution, data.channels, size, precision="fp32", **network.to_json())
 
 
-def _toy_network(network: ToyNetwork, data: DataSpec) -> ToyModel:
+def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
+    conditioning = Conditioning.of_labels(kwargs.pop("label_dim"))
+    return DataSpec(
+        channels=kwargs.pop("img_channels"), resolution=kwargs.pop("img_resolution"), conditioning=conditioning
+    )
+
+
+def _toy_network(network: ToyNetwork, _data: None) -> ToyModel:
     return ToyModel(**network.to_json())
 
 
@@ -138,6 +159,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         core=lambda net: net.unet,
         step=partial(effective_weights, normalize_first=True),
         accelerate=for_sampling,
+        take_data=_take_edm2_data,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",
