@@ -20,7 +20,8 @@ from torch_utils.device import check_compiler, resolve_precision, select_device,
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
-from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import RunSampler, begin_loader_process, collate
 from training.encoders import encoder_for, final_channels
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule

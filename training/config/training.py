@@ -8,7 +8,7 @@ from typing import Any
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
-from training.dataset.images import DatasetInfo
+from training.config.data import DatasetInfo
 
 # Fields that may differ between the stored and the given options when a run is resumed.
 MAY_CHANGE = {
