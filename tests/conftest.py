@@ -250,3 +250,33 @@ def write_dinov2(folder, state: dict[str, torch.Tensor] | None = None, **changes
 @pytest.fixture(scope="session")
 def dinov2_folder(tmp_path_factory):
     return write_dinov2(tmp_path_factory.mktemp("dinov2"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Latents
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A small AutoencoderKL with random weights that makes latents of an eighth of the size."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pixels(tmp_path_factory) -> Path:
+    """A dataset of ten RGB images in three classes."""
+    path = tmp_path_factory.mktemp("pixels") / "pixels.zip"
+    labels = {f"00000/img{i:08d}.png": i % 3 for i in range(10)}
+    return make_dataset(path, random_images(10, size=16), labels)

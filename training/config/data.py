@@ -1,9 +1,10 @@
-"""What identifies a dataset."""
+"""What identifies a dataset, and how images can be made square."""
 
 from dataclasses import dataclass
 
 from training.config.fields import Config, option
 
+TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 MAX_CHANNELS = 1 << 12
 MAX_RESOLUTION = 1 << 14
 MAX_CLASSES = 1 << 20

@@ -15,7 +15,8 @@ from dnnlib.files import file_sha256
 from dnnlib.util import EasyDict
 from torch_utils import distributed
 from training.config.metrics import DEFAULT_METRICS, METRICS, check_metrics, parse_metrics
-from training.dataset.images import ImageFolderDataset, collate, subset
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import collate, subset
 from training.metrics.detectors import Detector, InceptionDetector, load_detector
 from training.metrics.distances import (
     K_DENSITY,
