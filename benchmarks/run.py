@@ -18,7 +18,7 @@ from dnnlib.files import atomic_write
 from dnnlib.util import code_version
 
 # Each has a list JOBS.
-MODULES = ("sampling", "training_step", "frechet", "dataset", "conversion", "reconstruction", "toy")
+MODULES = ("sampling", "training_step", "uvit", "frechet", "dataset", "conversion", "reconstruction", "toy")
 
 
 def all_jobs() -> list[Job]:
