@@ -55,10 +55,11 @@ class Architecture:
 
     Args:
         family: its name in texts.
+        paper: where it is described, in Markdown.
         network_class: of its networks, which say in `spec` what their data look like, and in `precision` what they
             compute in. None of these where it makes no images.
         network: its arguments beside the data, and how large they may be in a file.
-        build: arguments and data -> a freshly initialised network in float32.
+        make: arguments by name, and data -> a freshly initialised network in float32.
         inputs: (net, batch, device) -> arguments of one evaluation.
         training: configuration of a training run; None = it is not trained by the training loop.
         presets: of training, by name.
@@ -73,9 +74,10 @@ class Architecture:
     """
 
     family: str
+    paper: str
     network_class: type[nn.Module]
     network: type[Config]
-    build: Callable[[Any, Any], nn.Module]
+    make: Callable[[dict[str, Any], Any], nn.Module]
     inputs: Callable[[Any, int, torch.device | str], Inputs] = denoiser_inputs
     training: type[TrainConfig] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
@@ -88,6 +90,10 @@ class Architecture:
     makes_images: bool = True
     take_data: Callable[[dict[str, Any]], DataSpec] | None = None
 
+    def build(self, network: Config, data: DataSpec) -> Any:
+        """A freshly initialised network."""
+        return self.make(network.to_json(), data)
+
     def rebuild(self, kwargs: Mapping[str, Any], data: DataSpec | None) -> Any:
         """A network of the arguments and data that a file names.
 
@@ -98,7 +104,8 @@ class Architecture:
         arguments = dict(kwargs)
         if self.take_data is not None:
             data = self.take_data(arguments)
-        return self.build(self.network.from_json(arguments), data)
+        self.network.from_json(arguments)
+        return self.make(arguments, data)
 
     def generator(
         self, net: Any, sampling: SamplingConfig, batch_size: int | None, guide: Denoiser | None = None
@@ -125,9 +132,8 @@ def _edm2_objective(config: EDM2Training) -> EDM2Loss:
     return EDM2Loss(config.objective.P_mean, config.objective.P_std, config.network.sigma_data)
 
 
-def _edm2_network(network: EDM2Network, data: DataSpec) -> Precond:
-    size = data.conditioning.size
-    return Precond(data.resolution, data.channels, size, precision="fp32", **network.to_json())
+def _edm2_network(arguments: dict[str, Any], data: DataSpec) -> Precond:
+    return Precond(data.resolution, data.channels, data.conditioning.size, precision="fp32", **arguments)
 
 
 def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
@@ -137,8 +143,8 @@ def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
     )
 
 
-def _toy_network(network: ToyNetwork, _data: None) -> ToyModel:
-    return ToyModel(**network.to_json())
+def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
+    return ToyModel(**arguments)
 
 
 def _toy_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
@@ -148,9 +154,11 @@ def _toy_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
 ARCHITECTURES: dict[str, Architecture] = {
     "edm2.Precond": Architecture(
         family="EDM2",
+        paper="Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models* (CVPR 2024, "
+        "[arXiv 2312.02696](https://arxiv.org/abs/2312.02696))",
         network_class=Precond,
         network=EDM2Network,
-        build=_edm2_network,
+        make=_edm2_network,
         training=EDM2Training,
         presets=TRAINING_PRESETS,
         objective=_edm2_objective,
@@ -163,9 +171,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "toy.ToyModel": Architecture(
         family="toy example",
+        paper="Karras et al., *Guiding a Diffusion Model with a Bad Version of Itself* (NeurIPS 2024, "
+        "[arXiv 2406.02507](https://arxiv.org/abs/2406.02507))",
         network_class=ToyModel,
         network=ToyNetwork,
-        build=_toy_network,
+        make=_toy_network,
         inputs=_toy_inputs,
         makes_images=False,
     ),
