@@ -153,7 +153,7 @@ class Config:
             UserError: unknown or missing names, or values that the fields do not allow.
         """
         if not isinstance(values, dict):
-            raise UserError(f"a {type(values).__name__} where a dictionary of options belongs")
+            raise UserError(f"{type(values).__name__} where a dictionary of options belongs")
         parts = sections(cls)
         check_known(values, {field.name for field in own_fields(cls)} | parts.keys())
         made = {name: parts[name].from_json(value) if name in parts else value for name, value in values.items()}
