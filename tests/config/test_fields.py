@@ -21,7 +21,7 @@ from training.config.training import RunConfig
 class Inner(Config):
     width: int = option(4, "Width", low=1, high=64)
     share: float = option(0.5, "Share", flag="--S_share", above=0, below=1)
-    limit: float = option(math.inf, "Limit", low=0)
+    limit: float = option(math.inf, "Limit", low=0, infinite=True)
     hidden: int = option(3, flag=None, low=0)
 
 
