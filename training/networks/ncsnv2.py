@@ -71,6 +71,10 @@ def _instance_norm_plus(x: torch.Tensor, gamma: torch.Tensor, alpha: torch.Tenso
 class InstanceNormPlus(nn.Module):
     """InstanceNorm++ (NCSN, Appendix A.1): it keeps what instance normalisation loses, the means of the channels."""
 
+    alpha: nn.Parameter
+    gamma: nn.Parameter
+    beta: nn.Parameter
+
     def __init__(self, channels: int):
         super().__init__()
         for name, mean, std in [("alpha", 1, 0.02), ("gamma", 1, 0.02), ("beta", 0, 0)]:
@@ -354,9 +358,9 @@ class NCSNv2(nn.Module):
             for block in getattr(self, stage.name):
                 h = run(block, h, labels)
             outputs.append(h)
-        below: tuple[torch.Tensor, ...] = ()
+        below: list[torch.Tensor] = []
         for stage in reversed(self.stages):
-            below = (run(getattr(self, stage.refine), labels, outputs.pop(), *below),)
+            below = [run(getattr(self, stage.refine), labels, outputs.pop(), *below)]
         h = self.end_conv(self.act(self.normalizer(below[0], labels)))
         if self.conditional:
             return h
