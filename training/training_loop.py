@@ -309,7 +309,7 @@ class TrainingRun:
         if self.config.run.on_divergence == "stop":
             raise RunError(
                 f"{text}. The training state before that is kept; start in a new --outdir with a lower --lr, "
-                f"or go on regardless with --on-divergence=warn"
+                f"or continue regardless with --on-divergence=warn"
             )
         self.journal.log(f"Warning: {text}")
 
