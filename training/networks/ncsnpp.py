@@ -76,7 +76,8 @@ class Parts(NamedTuple):
 
 
 def check_option(name: str, value: str, known: Sequence[str]) -> None:
-    """
+    """Check the value of an option.
+
     Raises:
         UserError: the value is none of those known.
     """
