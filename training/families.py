@@ -27,7 +27,7 @@ from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
 from training.networks.toy import ToyModel
-from training.optimizers import AdamOptimizer
+from training.optimizers import EMA, AdamOptimizer, Optimizer
 from training.phema import PowerFunctionEMA
 
 
@@ -82,8 +82,8 @@ class Architecture:
     training: type[TrainConfig] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
     objective: Callable[[Any], Objective] | None = None
-    optimizer: Callable[[nn.Module, Any], Any] | None = None
-    ema: Callable[[nn.Module, Any], Any] | None = None
+    optimizer: Callable[[nn.Module, Any], Optimizer] | None = None
+    ema: Callable[[nn.Module, Any], EMA] | None = None
     core: Callable[[Any], nn.Module] = lambda net: net
     step: Callable[[nn.Module], AbstractContextManager] = no_context
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
