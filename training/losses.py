@@ -5,7 +5,11 @@ from typing import Any, Protocol
 
 import torch
 
+from dnnlib.errors import UserError
 from training.config.edm2 import EDM2Network, EDM2Objective
+from training.preconditioning import DataPrediction
+from training.schedules import Schedule, wide
+from training.schedules_uvit import InterpolatedVP
 
 
 class Objective(Protocol):
@@ -100,3 +104,64 @@ class EDM2Loss(Stateless):
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         denoised, logvar = net(images + sigma * noise, sigma, labels, return_logvar=True)
         return weight / logvar.exp() * (denoised - images) ** 2 + logvar
+
+
+class NoiseLoss(Stateless):
+    """The objective of U-ViT (Bao et al. 2023, Section 2): squared error of the noise, or of the clean image.
+
+    Times are uniform, in continuous time from 0 to 1, over the steps of an `InterpolatedVP`. Networks estimate one of
+    the two by their preconditioning, `Epsilon` or `DataPrediction`; the error of the other follows from it.
+
+    Args:
+        schedule: of the noise.
+        prediction: 'noise' or 'data', whose error counts.
+
+    Raises:
+        UserError: another prediction.
+    """
+
+    def __init__(self, schedule: Schedule, prediction: str = "noise"):
+        if prediction not in ("noise", "data"):
+            raise UserError(f"prediction must be noise or data, not {prediction!r}")
+        self.schedule = schedule
+        self.prediction = prediction
+
+    def times(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Times of training from draws in [0, 1), elementwise, float64."""
+        return self.schedule.training_times(uniform) if isinstance(self.schedule, InterpolatedVP) else wide(uniform)
+
+    def __call__(
+        self,
+        net: Any,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        rnd: Any = None,
+        nimg: int = 0,
+    ) -> torch.Tensor:
+        """Loss of each image, float32 [N]: the mean over its elements.
+
+        Args:
+            net: the denoiser (`Preconditioned`), whose preconditioning is that of the schedule.
+            images: clean images x_0, float32 [N, C, H, W].
+            labels: conditions [N, ...] or None.
+            t: times [N]; drawn if None.
+            noise: unit-variance noise shaped like `images`; drawn if None.
+            rnd: what they are drawn from (`StackedRandomGenerator`); None = torch's own generator.
+            nimg: not used; this loss is the same throughout training.
+        """
+        rand: Callable[..., torch.Tensor] = torch.rand if rnd is None else rnd.rand
+        randn: Callable[..., torch.Tensor] = torch.randn if rnd is None else rnd.randn
+        if t is None:
+            t = self.times(rand([images.shape[0]], device=images.device))
+        if noise is None:
+            noise = randn(images.shape, device=images.device)
+        sigma = self.schedule.sigma(t)
+        F_x, _ = net.raw(images + sigma.reshape(-1, 1, 1, 1).to(images) * noise, sigma, labels)
+        estimated = "data" if isinstance(net.preconditioning, DataPrediction) else "noise"
+        error = (F_x - (images if estimated == "data" else noise)).square().flatten(1).mean(1)
+        # x = x_0 + sigma n is known, so the errors of x_0 and n differ by the factor sigma.
+        powers = {"noise": 0, "data": 2}
+        return error * (sigma ** (powers[self.prediction] - powers[estimated])).to(error)

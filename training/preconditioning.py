@@ -68,6 +68,29 @@ class Epsilon:
         )
 
 
+class DataPrediction:
+    """Preconditioning of networks that estimate the clean image: D = F(s(t(sigma)) x, label(t(sigma))).
+
+    Args:
+        schedule: of the noise that the network is trained on.
+    """
+
+    def __init__(self, schedule: Schedule):
+        self.schedule = schedule
+        self.sigma_min = schedule.sigma_min
+        self.sigma_max = schedule.sigma_max
+
+    def __call__(self, sigma: torch.Tensor) -> Coefficients:
+        """Coefficients, shaped like `sigma` and in the type of the schedule (float64)."""
+        t = self.schedule.time(sigma)
+        return Coefficients(
+            c_skip=torch.zeros_like(t),
+            c_out=torch.ones_like(t),
+            c_in=self.schedule.scale(t),
+            c_noise=self.schedule.label(t),
+        )
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What a network of a precision ('fp32', 'bf16' or 'fp16') computes in on a device.
 
