@@ -17,7 +17,7 @@ from dnnlib.cli import CommandGroup, device_option, imported_when_used, offline_
 from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
 
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ def gen(
     config = GenerationConfig.take(opts)
     if ref is None and preset is None:
         raise UserError("which reference? Give --ref, or a --preset that has one")
+    check_seed(seed + repeat * num_images - 1)
     opts.update(device=config.sampling.device, ref=ref if ref is not None else files_for(preset)[-1])
 
     from torch_utils import distributed

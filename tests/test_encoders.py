@@ -149,3 +149,22 @@ def test_vae_of_the_hub(vae, tmp_path, monkeypatch, caplog):
     for model in models:
         torch.testing.assert_close(dict(model.state_dict()), expected)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e14, 1e-14])
+def test_latents_whose_statistics_no_snapshot_can_hold(tmp_path, scale):
+    """Case robust/16: one flipped bit in one latent, and nothing could load what was trained on it."""
+    rng = np.random.default_rng(0)
+    small = scale < 1
+    files = {
+        f"{i}.npy": npy((rng.normal(size=[4, 8, 8]) * (scale if small else 1)).astype(np.float32)) for i in range(8)
+    }
+    if not small:
+        spoiled = rng.normal(size=[4, 8, 8]).astype(np.float32)
+        spoiled[0, 0, 0] = scale
+        files["5.npy"] = npy(spoiled)
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "data.zip", files))
+    with pytest.raises(
+        UserError, match=r"data.zip: \d.npy holds .*: convert it again" if small else r"5.npy holds 1e\+"
+    ):
+        encoder_for(dataset)

@@ -11,6 +11,7 @@ import torch
 from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
 from dnnlib.errors import RunError, UserError, one_line
 from training.conditioning import Conditioning, DataSpec
+from training.config.data import EncoderArguments
 from training.dataset.images import ImageFolderDataset
 from training.dataset.order import evenly_spaced
 
@@ -257,7 +258,7 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
     the statistics of up to `max_items` evenly spaced items.
 
     Raises:
-        UserError: a channel of the latents is constant or not finite.
+        UserError: a channel of the latents is constant, not finite, or far larger or smaller than latents are.
     """
     if dataset.dtype == np.uint8:
         return StandardRGBEncoder()
@@ -265,15 +266,24 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
         return StabilityVAEEncoder()
     indices = evenly_spaced(len(dataset), max_items)
     moments = np.zeros([2, dataset.num_channels])
-    for idx in indices:
-        image = dataset[int(idx)][0].astype(np.float64)
+    largest, where = 0.0, 0
+    for idx in map(int, indices):
+        image = dataset[idx][0].astype(np.float64)
         moments += [image.mean(axis=(1, 2)), np.square(image).mean(axis=(1, 2))]
+        if np.abs(image).max() > largest:
+            largest, where = float(np.abs(image).max()), idx
     mean, mean_square = moments / len(indices)
     std = np.sqrt(mean_square - mean**2)
     if not np.all(np.isfinite(std)) or np.any(std == 0):
         raise UserError(
             f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)"
         )
+    try:
+        EncoderArguments(raw_mean=tuple(mean.tolist()), raw_std=tuple(std.tolist()))
+    except UserError as err:  # a snapshot with these could not be read
+        raise UserError(
+            f"{dataset.path}: {dataset.name(where)} holds {largest:.3g}: convert it again, or leave it out ({err})"
+        ) from None
     return RawLatentEncoder(mean.tolist(), std.tolist())
 
 

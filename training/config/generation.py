@@ -16,6 +16,16 @@ from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
 
 
+def check_seed(largest: int) -> None:
+    """Check the largest of some seeds.
+
+    Raises:
+        UserError: random generators would take it for a smaller one.
+    """
+    if largest >= 2**32:
+        raise UserError(f"seed {largest} is too large: seeds are less than 2^32, beyond which images would repeat")
+
+
 def parse_interval(text: str) -> tuple[float, float]:
     """Noise levels of the form 'LO,HI'.
 
