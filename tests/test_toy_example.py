@@ -78,22 +78,17 @@ def test_animation(no_compiler, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-def test_plot(tmp_path, monkeypatch, suffix):
+def test_plot(tmp_path, monkeypatch):
     monkeypatch.setattr("training.toy.figure.SAMPLES", 500)
     monkeypatch.setattr("training.toy.figure.GRID", 40)
-    path = tmp_path / f"toy.{suffix}"
+    path = tmp_path / "toy.png"
     options = ["--guidance=2", "--cfg-guidance=3", "--cls=A", "--seed=1", "--device=cpu"]
     result = run_cli(main, "plot", f"--save={path}", *options)
     assert result.exit_code == 0, result.output
-    data = path.read_bytes()
-    assert data.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix])
-    if suffix == "png":
-        with PIL.Image.open(path) as image:
-            assert image.size[0] == 1600
-            assert image.text["Description"].startswith("python toy_example.py plot --cls=A --seed=1 ")
-    elif suffix == "svg":
-        assert b"--cfg-guidance=3" in data
+    with PIL.Image.open(path) as image:
+        assert image.size[0] == 1600
+        made_by = image.text["Description"]
+    assert made_by.startswith("python toy_example.py plot --cls=A --seed=1 ") and "--cfg-guidance=3" in made_by
 
 
 def test_plot_without_a_display(tmp_path, monkeypatch):
@@ -109,7 +104,7 @@ def test_plot_without_a_display(tmp_path, monkeypatch):
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

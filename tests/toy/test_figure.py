@@ -7,7 +7,7 @@ import torch
 from toy_example import CFG_NET, GNET, NET
 from training.snapshot import load_network
 from training.toy.data import gt
-from training.toy.figure import CLOSEUP, TRAJECTORIES, draw_paper_figure
+from training.toy.figure import CLOSEUP, TRAJECTORIES, draw_paper_figure, new_figure, save_figure
 from training.toy.models import Models
 
 
@@ -33,3 +33,13 @@ def test_closeup(monkeypatch, cls):
     assert len(paths) == 2 * (TRAJECTORIES + 1)  # without and with guidance; the last of each are the ends
     starts = np.array([path.get_xydata() for path in paths[:TRAJECTORIES]])[:, 0]
     assert (starts > (x0, y0)).all() and (starts < (x1, y1)).all()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("png", b"\x89PNG"), ("PNG", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")]
+)
+def test_saved_figures(tmp_path, suffix, start):
+    figure, window = new_figure(window=False)
+    path = tmp_path / f"toy.{suffix}"
+    save_figure(figure, path, "made by a test")
+    assert not window and path.read_bytes().startswith(start) and b"made by a test" in path.read_bytes()
