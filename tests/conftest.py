@@ -18,9 +18,11 @@ import torch
 from click.testing import CliRunner, Result
 from servers import server  # noqa: F401 - a fixture
 
+import calculate_metrics
 import train_edm2
 from training.encoders import StandardRGBEncoder
 from training.networks.edm2 import Precond
+from training.networks.toy import ToyModel
 from training.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +187,13 @@ class Golden:
         net.load_state_dict(self.state(prefix))
         return net.eval()
 
+    def toy_model(self, prefix: str, kwargs: str | None = None) -> ToyModel:
+        """Of toy.npz; its arguments have the name of the state unless `kwargs` says otherwise."""
+        meta = self.meta[kwargs or prefix]
+        net = ToyModel(2, meta["num_layers"], meta["hidden_dim"], meta.get("sigma_data", 0.5))
+        net.load_state_dict(self.state(prefix))
+        return net
+
 
 def relative_error(actual, expected) -> float:
     actual, expected = np.float64(actual), np.float64(expected)
@@ -209,12 +218,22 @@ def check(record_property):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Weights of detectors
+# Metrics
 
 
-def filled(key: str, shape: list[int]) -> torch.Tensor:
-    """The rule in the description of inception.npz."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) % 2**32)
+@pytest.fixture(scope="session")
+def digits_ref(tmp_path_factory) -> Path:
+    """Reference statistics of the digits, for all metrics of pixels."""
+    path = tmp_path_factory.mktemp("ref") / "digits.safetensors"
+    options = ["--metrics=fd_pixels,kd_pixels,prdc_pixels", "--workers=0"]
+    result = run_cli(calculate_metrics.main, "ref", f"--data={DIGITS}", f"--dest={path}", *options)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def filled(key: str, shape: list[int], seed: int) -> torch.Tensor:
+    """Weights by the rule in the description of inception.npz."""
+    generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**32)
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)
     r = torch.randn(shape, generator=generator)
@@ -227,7 +246,8 @@ def filled(key: str, shape: list[int]) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def inception_state():
-    return {key: filled(key, shape) for key, shape in Golden("inception").meta["keys"].items()}
+    meta = Golden("inception").meta
+    return {key: filled(key, shape, meta["fill_seed"]) for key, shape in meta["keys"].items()}
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,9 @@ from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader
 from training.encoders import encoder_for, final_channels
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
-from training.metrics.evaluation import SnapshotEvaluation
 from training.monitoring.journal import Journal
 from training.monitoring.previews import Previews
+from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.networks.edm2 import Precond, effective_weights
 from training.phema import PowerFunctionEMA
 from training.samplers.edm import StackedRandomGenerator
