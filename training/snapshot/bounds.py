@@ -45,7 +45,7 @@ def check_arguments(kwargs: Mapping[str, Any], known: Mapping[str, Check]) -> No
     """Check arguments from a file.
 
     Raises:
-        ValueError: one is unknown, or its value is of the wrong type or beyond all measure.
+        ValueError: one is unknown, or its value is of the wrong type or out of bounds.
     """
     for name, value in kwargs.items():
         if name not in known:
