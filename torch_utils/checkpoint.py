@@ -33,7 +33,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the checksum of a part does not match, which torch would not notice.
-        Exception: the file is damaged otherwise; reading can fail in any way.
+        Exception: the file is damaged in another way; torch has many errors for that.
     """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()

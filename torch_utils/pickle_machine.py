@@ -37,7 +37,7 @@ def naming_source(source: str) -> Iterator[None]:
     except EOFError:
         raise UserError(f"{source}: the file is truncated: copy it again") from None
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as err:
-        raise UserError(f"{source}: damaged pickle ({one_line(err)}): copy it again") from None
+        raise UserError(f"{source}: damaged ({one_line(err)}): copy it again") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,7 +93,7 @@ class _File:
 
     source: str
     budget: Budget
-    storages: dict[int, _Storage]  # by the id of their bytes: each is looked through once
+    storages: dict[int, _Storage]  # by the id of their bytes: each is inspected once
 
 
 def _published_name(file: _File, name: str) -> Name:
@@ -152,15 +152,15 @@ STORAGE_DTYPES = {
 
 
 def _storage(file: _File, blob: memoryview) -> _Storage:
-    """A nested file of `torch.save`, looked through before torch gets to read it: it must be one storage."""
+    """A nested file of `torch.save`, inspected before torch reads it: it must be one storage."""
     if type(blob) is not memoryview:
         raise TypeError("a storage must be bytes")
     if id(blob) not in file.storages:
-        file.storages[id(blob)] = _look_through(file, blob)
+        file.storages[id(blob)] = _inspect_storage(file, blob)
     return file.storages[id(blob)]
 
 
-def _look_through(file: _File, blob: memoryview) -> _Storage:
+def _inspect_storage(file: _File, blob: memoryview) -> _Storage:
     keys_found = []
 
     def find(name: str) -> Name:
@@ -246,7 +246,7 @@ def module_tensors(module: PersistentObject, source: str) -> dict[str, StoredTen
             parts = [record.state[key] for key in ("_parameters", "_buffers", "_modules")]
             visited += 1 + sum(len(part) for part in parts)
             if visited > MAX_NODES or depth > MAX_DEPTH:
-                raise RefusedError("its modules are nested beyond all measure")
+                raise RefusedError("its modules are too many or too deeply nested")
             if not all(type(name) is str and len(name) <= MAX_NAME for part in parts for name in part):
                 raise TypeError("the name of a module or tensor is none")
             for name, tensor in {**parts[0], **parts[1]}.items():
@@ -275,7 +275,7 @@ def plain(value: Any, source: str) -> Any:
         nonlocal nodes
         nodes += more
         if nodes > MAX_NODES:
-            raise RefusedError("its options are nested beyond all measure")
+            raise RefusedError("its options are too many or too deeply nested")
 
     def reduce(value: Any, depth: int) -> Any:
         count(1 if depth <= MAX_DEPTH else MAX_NODES)
@@ -294,7 +294,7 @@ def plain(value: Any, source: str) -> Any:
             return value
         if (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value)):
             return value
-        raise TypeError(f"{type(value).__name__} among its options that is none of JSON's")
+        raise TypeError(f"a {type(value).__name__} among its options that JSON does not know")
 
     with naming_source(source):
         return reduce(value, 0)

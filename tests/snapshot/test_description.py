@@ -78,6 +78,20 @@ def test_what_a_network_says_of_itself(tmp_path):
         assert load_network(tmp_path / name).metadata == snapshot.metadata
 
 
+def test_what_is_saved_is_what_is_there(tmp_path):
+    """Metadata of another network does not make a file that contradicts itself."""
+    path = tmp_path / "a.safetensors"
+    save_network(path, tiny_network(), StandardRGBEncoder(), {"nimg": 5})
+    vectors = {"channels": 1, "resolution": 8, "conditioning": {"kind": "vector", "size": 10}}
+    metadata = {**read_metadata(path), "data": vectors, "preconditioning": {"name": "x", "kwargs": {}}, "notes": [1]}
+    save_network(path, tiny_network(), StandardRGBEncoder(), metadata)
+    assert load_network(path).metadata == {**read_metadata(path), "data": vectors, "nimg": 5, "notes": [1]}
+    save_network(path, tiny_network(label_dim=0), RawLatentEncoder([1.0], [2.0]), metadata)
+    snapshot = load_network(path)
+    assert snapshot.metadata["data"] == {**vectors, "conditioning": {"kind": "none", "size": 0}}
+    assert isinstance(snapshot.encoder, RawLatentEncoder) and snapshot.metadata["nimg"] == 5
+
+
 def test_metadata_that_cannot_be_kept(tmp_path):
     for metadata, message in [
         ({"config": object()}, "net.safetensors: its metadata must be JSON values"),

@@ -24,6 +24,8 @@ PUBLISHED = GOLDEN / "official" / "network-snapshot-0008388-0.050.pkl"
 def test_missing_or_of_another_kind(tmp_path, snapshot_file):
     with pytest.raises(UserError, match="no such file"):
         load_network(tmp_path / "nowhere.safetensors")
+    with pytest.raises(UserError, match="typo: no such file"):
+        load_network(tmp_path / "typo")
     other = tmp_path / "net.pt"
     other.write_bytes(b"x")
     with pytest.raises(UserError, match="snapshots are .safetensors or .pkl files"):
@@ -157,4 +159,4 @@ def test_a_layout_is_an_entry(tmp_path, monkeypatch, snapshot_file):
     with pytest.raises(UserError, match="net.pth: a .pth of no layout that is known here"):
         open_snapshot(path)
     with pytest.raises(UserError, match="snapshots are .safetensors or .pkl or .pth files"):
-        open_snapshot(tmp_path / "net.onnx")
+        open_snapshot("https://example.com/net.onnx")  # and nothing is fetched

@@ -282,18 +282,18 @@ def test_files_that_would_take_forever(case, tmp_path):
 )
 def test_arrays_as_options(shape):
     data = b"x" * math.prod(shape)
-    with pytest.raises(UserError, match="nested beyond all measure"):
+    with pytest.raises(UserError, match="too many or too deeply nested"):
         safe_pickle.plain({"a": safe_pickle.StoredArray(data, "|u1", shape)}, "x.pkl")
 
 
 @pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), b"x", "\ud800", {"a": {1}}])
 def test_no_options(value):
-    with pytest.raises(UserError, match="x.pkl: damaged pickle"):
+    with pytest.raises(UserError, match="x.pkl: damaged .* among its options|x.pkl: damaged .*surrogates"):
         safe_pickle.plain({"a": [value]}, "x.pkl")
 
 
 def test_text_many_times():
-    with pytest.raises(UserError, match="nested beyond all measure"):
+    with pytest.raises(UserError, match="too many or too deeply nested"):
         safe_pickle.plain(["a" * 500_000] * 60_000, "x.pkl")
 
 
@@ -326,14 +326,14 @@ def test_options_nested_beyond_measure():
     cyclic: dict = {}
     cyclic["a"] = cyclic
     for value in (deep, wide, cyclic):
-        with pytest.raises(UserError, match="nested beyond all measure"):
+        with pytest.raises(UserError, match="too many or too deeply nested"):
             safe_pickle.plain(value, "x.pkl")
 
 
 def test_cyclic_network():
     network = PersistentObject("ModuleDict", dict(_parameters={}, _buffers={}, _modules={}))
     network.state["_modules"].update(a=network, b=network)
-    with pytest.raises(UserError, match="modules are nested beyond all measure"):
+    with pytest.raises(UserError, match="modules are too many or too deeply nested"):
         safe_pickle.module_tensors(network, "x.pkl")
 
 

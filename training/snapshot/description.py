@@ -143,7 +143,7 @@ class Description:
             raise misfit(source, err) from None
         encoder = self.build_encoder(source)
         data = _data_of(net)
-        if self.data is not None and (data is None or not _agree(self.data, data)):
+        if self.data is not None and not _agree(self.data, data):
             raise misfit(source, "the description of the data is not that of the network")
         channels = {len(self.encoder.kwargs[key]) for key in ("raw_mean", "raw_std") if key in self.encoder.kwargs}
         if data is not None and channels and channels != {data.channels}:
@@ -181,7 +181,8 @@ def describe(
     """The description of a network and its encoder.
 
     Args:
-        metadata: what else is known, as JSON values: fields of `Description`, and notes.
+        metadata: what else is known, as JSON values: fields of `Description`, and notes. What it says of network,
+            encoder and data gives way to what they are.
         source: names the file in errors.
 
     Raises:
@@ -192,15 +193,17 @@ def describe(
         block = json.loads(json.dumps(dict(metadata)))
     except (TypeError, ValueError) as err:
         raise UserError(f"{source}: its metadata must be JSON values ({one_line(err)})") from None
-    notes = {key: block.pop(key) for key in list(block) if key not in _JSON_TYPES}
+    notes = {key: block.pop(key) for key in list(block) if key == "notes" or key not in _JSON_TYPES}
     block |= {
         "format_version": FORMAT_VERSION,
         "architecture": {"name": name, "kwargs": safe_pickle.plain(net.init_kwargs, name)},
         "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
+        "preconditioning": None,
         "code_version": code_version(),
-        "notes": {**block.get("notes", {}), **notes},
+        "notes": notes,
     }
-    return Description.from_json(source, block).with_data(net)
+    description, data = Description.from_json(source, block), _data_of(net)
+    return description if _agree(description.data, data) else dataclasses.replace(description, data=data)
 
 
 def _data_of(net: Any) -> DataSpec | None:
@@ -223,8 +226,8 @@ def _shown(part: Part) -> str:
     return repr(part.name)[:50]
 
 
-def _agree(said: DataSpec, found: DataSpec) -> bool:
+def _agree(said: DataSpec | None, found: DataSpec | None) -> bool:
     """Whether they are the same to a network, which takes classes as vectors."""
-    return dataclasses.replace(said, conditioning=found.conditioning) == found and (
-        said.conditioning.size == found.conditioning.size
-    )
+    if said is not None and said.conditioning.kind == "vector":
+        said = dataclasses.replace(said, conditioning=dataclasses.replace(said.conditioning, kind="classes"))
+    return said == found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dnnlib.download import is_url
 from dnnlib.errors import UserError
 from training.config.names import unknown_preset
 from training.encoders import Encoder
@@ -106,6 +107,10 @@ def write_snapshot(
         net: says names and shapes; its values do not matter.
         get_tensor: gives the values of a name.
         description: of the network, as `describe` or an open snapshot gives it.
+
+    Raises:
+        UserError: another suffix, or a network or encoder that the layout cannot hold.
+        OSError: it could not be written.
     """
     suffix, name = check_suffix(path), description.architecture.name
     for writer in WRITERS:
@@ -129,7 +134,9 @@ def open_snapshot(path_or_url: str | Path, which: str = "ema", preset: str | Non
     """
     request = Request(os.fspath(path_or_url), which, preset)
     suffixes = [reader.suffix for reader in READERS]
-    if request.suffix not in suffixes:  # before anything is fetched
+    if request.suffix not in suffixes:
+        if not is_url(request.address):
+            request.fetch()  # fails for a missing file, which is the likelier mistake
         raise UserError(f"{request.path}: snapshots are {_listed(suffixes)} files")
     for reader in READERS:
         if reader.suffix == request.suffix and reader.recognises(request):

@@ -154,7 +154,7 @@ def build_for(file: SnapshotFile) -> tuple[nn.Module, Encoder]:
     source = str(file.path)
     net, encoder = file.description.build(source)
     wanted = net.state_dict()
-    for what, names in [("lack", wanted.keys() - set(file.names)), ("hold besides", set(file.names) - wanted.keys())]:
+    for what, names in [("lack", wanted.keys() - set(file.names)), ("also hold", set(file.names) - wanted.keys())]:
         if names:
             raise misfit(source, f"they {what} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
     for name in file.names:
