@@ -4,53 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from dnnlib.util import CommandLine, UserError, is_url, offline_option
-from training.config.edm2 import TRAINING_PRESETS, preset_network, unknown_preset
+from dnnlib.cli import CommandLine, offline_option
+from dnnlib.download import is_url
+from dnnlib.errors import UserError
+from training.config.edm2 import TRAINING_PRESETS
+from training.config.names import unknown_preset
 
-if TYPE_CHECKING:
-    import torch
 
-
-def open_network(name: str) -> torch.nn.Module:
+def open_network(name: str) -> Any:
     """The network of a file, URL or training preset, without its values."""
     import torch
 
-    from training.networks.edm2 import Precond
+    from training.families import preset_network
     from training.snapshot import build_for, open_snapshot
 
     if name in TRAINING_PRESETS:
         with torch.device("meta"):
-            return Precond(**preset_network(name), precision="fp32").eval()
+            return preset_network(TRAINING_PRESETS[name]).eval()
     if not is_url(name) and not Path(name).suffix and not Path(name).exists():
         raise unknown_preset("NET", name, TRAINING_PRESETS)
     return build_for(open_snapshot(name))[0].eval()
 
 
-def measure_memory(net: torch.nn.Module) -> int | None:
+def measure_memory(net: Any) -> int | None:
     """Peak memory per sample in bytes, where there is a GPU to measure it on; the weights need no values."""
     import torch
 
     from torch_utils.device import select_device, set_up_device
+    from training.families import architecture_of
     from training.flops import peak_memory_per_sample
-    from training.networks.edm2 import Precond
 
-    if not torch.cuda.is_available() or not isinstance(net, Precond):
+    architecture = architecture_of(net)
+    if not torch.cuda.is_available() or not architecture.makes_images:
         return None
     device = select_device("cuda")
     set_up_device(device)
     net.to_empty(device=device).precision = "fp16"
-    return peak_memory_per_sample(net, device)
+    return peak_memory_per_sample(net, lambda batch: architecture.inputs(net, batch, device), architecture.step)
 
 
 def cost(name: str) -> dict[str, Any]:
+    """What one evaluation of a network costs."""
+    from training.families import architecture_of
     from training.flops import count_operations, count_parameters
 
     net = open_network(name)
-    operations = count_operations(net)
+    operations = count_operations(net, architecture_of(net).inputs(net, 1, "meta"))
     return dict(
         net=name,
         parameters=count_parameters(net),

@@ -8,9 +8,11 @@ import click
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import CommandLine, UserError, imported_when_used, parse_int_list, parsed_by, with_options
+from dnnlib.cli import CommandLine, imported_when_used, offline_option, parse_int_list, parsed_by, with_options
+from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, generation_table
-from training.config.generation import NETWORK_OPTIONS, SAMPLING_OPTIONS, GenerationOptions
+from training.config.fields import click_options
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from training.generation import generate_images
@@ -61,7 +63,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 
 
 @click.command(cls=CommandLine, epilog=PRESETS_HELP)
-@with_options(NETWORK_OPTIONS)
+@with_options(click_options(NetworksConfig))
 @click.option(
     "--outdir",
     help="Where to save the images",
@@ -87,7 +89,8 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
     default=32,
     show_default=True,
 )
-@with_options(SAMPLING_OPTIONS)
+@with_options(click_options(SamplingConfig))
+@offline_option
 @click.option("--skip-existing", help="Skip seeds whose image is there", is_flag=True)
 @click.option(
     "--grid",
@@ -129,18 +132,18 @@ def main(
       torchrun --standalone --nproc_per_node=2 generate_images.py --net=main.safetensors \\
           --gnet=guide.safetensors --guidance=2 --outdir=out --seeds=0-49999 --subdirs
     """
-    options = GenerationOptions.take(opts)
+    config = GenerationConfig.take(opts)
     if print_config:
-        print(options.command(ctx, leave_out=["print_config"]))
+        print(config.command(ctx, leave_out=["print_config"]))
         return
 
     from torch_utils import distributed
-    from training.generation import image_path
+    from training.generation import fetch, image_path, load
 
     distributed.init()
-    options.fetch()
+    fetch(config.networks)
     with distributed.fail_together():
-        generator = options.load()
+        generator = load(config)
         if grid is not None and generator.suffix != ".png":
             raise UserError("--grid needs a network that makes pixels; this one makes latents")
         if grid is not None and len(seeds) > MAX_GRID:

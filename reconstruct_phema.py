@@ -4,13 +4,9 @@ from pathlib import Path
 
 import click
 
-from dnnlib.util import CommandLine, UserError, parsed_by
-
-
-def parse_stds(text: str) -> list[float]:
-    from training.phema import parse_std_list
-
-    return parse_std_list(text)
+from dnnlib.cli import CommandLine, parsed_by
+from dnnlib.errors import UserError
+from training.config.training import parse_std_list
 
 
 @click.command(cls=CommandLine)
@@ -25,7 +21,7 @@ def parse_stds(text: str) -> list[float]:
     "--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True
 )
 @click.option(
-    "--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parsed_by(parse_stds)
+    "--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parsed_by(parse_std_list)
 )
 @click.option(
     "--outdir",
@@ -38,7 +34,7 @@ def parse_stds(text: str) -> list[float]:
     "--outstd",
     help="Widths to make, such as 0.05,0.07 or 0.010,0.015,...,0.250",
     metavar="LIST",
-    callback=parsed_by(parse_stds),
+    callback=parsed_by(parse_std_list),
     required=True,
 )
 @click.option(

@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import textbook
 from benchmarks.run import machine_facts
 from benchmarks.sampling import IMG_CHANNELS, LABEL_DIM, RESOLUTION, call, inputs, network
-from dnnlib.util import atomic_write, one_line
+from dnnlib.errors import one_line
+from dnnlib.files import atomic_write
 from torch_utils.device import set_up_device
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
 from training.config.edm2 import TRAINING_PRESETS
+from training.families import denoiser_inputs
 from training.flops import count_operations
 from training.losses import EDM2Loss
-from training.networks.edm2 import effective_weights
 from training.networks.edm2_gpu import CompiledDenoiser, with_fixed_weights
+from training.networks.edm2_layers import effective_weights
 from training.phema import PowerFunctionEMA
 
 STDS = (0.05, 0.10)
@@ -134,7 +136,7 @@ def measure_alone(set_up: Callable[[], Run], device: torch.device) -> tuple[floa
 def forward_flops(channels: int) -> int:
     """Operations of one evaluation of one image, without elementwise ones and the normalisation of weights."""
     with torch.device("meta"):
-        counts = count_operations(network(channels, "fp32"))
+        counts = count_operations(net := network(channels, "fp32"), denoiser_inputs(net, 1, "meta"))
     return 2 * sum(n for kind, n in counts.items() if "convolution" in kind or kind in ("linear", "attention"))
 
 
@@ -188,7 +190,7 @@ def main(
     print(f"{'':40s}images/s    ratio  of peak  GB        difference")
     results = []
     for preset, job, batch in itertools.product(presets if channels is None else ("",), jobs, batches):
-        width = channels or TRAINING_PRESETS[f"edm2-img512-{preset}"]["channels"]
+        width = channels or TRAINING_PRESETS[f"edm2-img512-{preset}"].config.network.model_channels
         passes = 3 if job == "training" else 1  # forward, and backward twice as much
         flops = passes * batch * forward_flops(width)
         baseline, expected = math.nan, torch.full([], math.nan)  # without a textbook

@@ -14,10 +14,11 @@ import click
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job, Timing, measure
-from dnnlib.util import atomic_write, code_version
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
 
 # Each has a list JOBS.
-MODULES = ("sampling", "training_step", "frechet", "dataset", "conversion", "reconstruction", "toy")
+MODULES = ("sampling", "training_step", "uvit", "frechet", "dataset", "conversion", "reconstruction", "toy")
 
 
 def all_jobs() -> list[Job]:

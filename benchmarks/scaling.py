@@ -20,12 +20,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.run import machine_facts
-from dnnlib.util import atomic_write, code_version
-from training.conversion.convert import encode_png, image_name
-from training.conversion.writer import DatasetWriter
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
+from training.conversion.writer import DatasetWriter, encode_png, image_name
 from training.dataset.images import ImageFolderDataset
+from training.families import denoiser_inputs
 from training.flops import count_operations
-from training.networks.edm2 import Precond, effective_weights
+from training.networks.edm2 import Precond
+from training.networks.edm2_layers import effective_weights
 
 ROOT = Path(__file__).parent.parent
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -85,7 +87,7 @@ def forward_seconds(resolution: int, channels: int, batch: int, repeats: int) ->
 def operations(resolution: int, channels: int) -> float:
     """Of one evaluation of one sample, without weight normalisation, which is not done in each."""
     with torch.device("meta"):
-        counts = count_operations(network(resolution, channels))
+        counts = count_operations(net := network(resolution, channels), denoiser_inputs(net, 1, "meta"))
     return sum(count for kind, count in counts.items() if kind != "weight normalization")
 
 

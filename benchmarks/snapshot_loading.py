@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from training.config.edm2 import TRAINING_PRESETS, preset_network
+from training.config.edm2 import TRAINING_PRESETS
 from training.encoders import StandardRGBEncoder
-from training.networks.edm2 import Precond
+from training.families import preset_network
 from training.snapshot import load_network, write_snapshot
 from training.snapshot.description import describe
 
@@ -29,7 +29,7 @@ VARIANTS = {"torch.load": "net.pt", "safetensors": "net.safetensors", "pkl": "ne
 def make_files(folder: Path, preset: str) -> None:
     """The same random weights in all three formats."""
     with torch.device("meta"):
-        net = Precond(**preset_network(preset), precision="fp32")
+        net = preset_network(TRAINING_PRESETS[preset])
     shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
     tensors = {name: torch.randn(shape).half() for name, shape in shapes.items()}
     folder.mkdir(parents=True, exist_ok=True)

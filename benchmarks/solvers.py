@@ -16,11 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dnnlib.util import atomic_write, code_version
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
+from training.config.generation import SOLVERS
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
-from training.networks.edm2 import effective_weights
-from training.samplers.coefficients import SOLVERS
+from training.networks.edm2_layers import effective_weights
 from training.samplers.edm import ode_sampler
 from training.samplers.grids import edm_sigmas
 from training.snapshot import load_network

@@ -15,7 +15,8 @@ from benchmarks.harness import Job
 from torch_utils.device import set_up_device
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
 from training.losses import EDM2Loss
-from training.networks.edm2 import MPConv, Precond, effective_weights, normalize_weights_
+from training.networks.edm2 import Precond
+from training.networks.edm2_layers import MPConv, effective_weights, normalize_weights_
 from training.phema import PowerFunctionEMA
 
 BATCH = 16

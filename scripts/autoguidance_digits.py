@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from quickstart import CLASSES, DATA, ROOT, SAMPLES, STEPS, Samples, newest, picture, train
 
-from dnnlib.util import atomic_write, code_version
+from dnnlib.files import atomic_write
+from dnnlib.util import code_version
 from training.dataset.images import ImageFolderDataset
 from training.snapshot import load_network
 

@@ -18,7 +18,6 @@ import torch
 from torch_utils.pictures import image_grid
 from training.dataset.images import ImageFolderDataset
 from training.generation import generate_images
-from training.networks.edm2 import Precond
 from training.snapshot import load_network
 
 matplotlib.use("Agg")
@@ -64,7 +63,7 @@ def shown(path: Path) -> str:
 class Samples:
     """Samples of one model, with what their nearest real images say about them."""
 
-    def __init__(self, net: Precond, reals: torch.Tensor, real_classes: torch.Tensor, **guidance: Any):
+    def __init__(self, net: Any, reals: torch.Tensor, real_classes: torch.Tensor, **guidance: Any):
         batches = list(
             generate_images(net, seeds=range(SAMPLES), max_batch_size=250, verbose=False, num_steps=STEPS, **guidance)
         )

@@ -4,4 +4,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" dev
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 .venv/bin/basedpyright
-exec "$PYTHON" -m pytest "$@"
+# A process per core, each with one thread: many tests are too small for two.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal "$@"

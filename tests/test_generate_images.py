@@ -19,8 +19,8 @@ from conftest import (
 
 from generate_images import main as generate
 from training.config.edm2 import GENERATION_PRESETS, GenerationPreset
+from training.config.generation import SOLVERS
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
-from training.samplers.coefficients import SOLVERS
 from training.snapshot import save_network
 
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from training import phema
+from training.config.training import MAX_STD, parse_std_list
 
 
 class Ramp(torch.nn.Module):
@@ -19,7 +20,7 @@ class Ramp(torch.nn.Module):
 def test_std_and_exp_are_inverse():
     stds = np.linspace(0.005, 0.288, 50)
     np.testing.assert_allclose(phema.exp_to_std(phema.std_to_exp(stds)), stds, rtol=1e-9)
-    assert phema.exp_to_std(0) == pytest.approx(phema.MAX_STD)
+    assert phema.exp_to_std(0) == pytest.approx(MAX_STD)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.10, 0.20])
@@ -106,7 +107,7 @@ def test_traditional_half_life():
     ],
 )
 def test_parse_std_list(text, expected):
-    assert phema.parse_std_list(text) == pytest.approx(expected)
+    assert parse_std_list(text) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -128,4 +129,4 @@ def test_parse_std_list(text, expected):
 )
 def test_parse_std_list_refuses(text):
     with pytest.raises(ValueError, match="'"):
-        phema.parse_std_list(text)
+        parse_std_list(text)

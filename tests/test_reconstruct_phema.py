@@ -14,7 +14,7 @@ from conftest import (
     tiny_network,
 )
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from reconstruct_phema import main as reconstruct
 from snapshot_tool import main as snapshot_tool
 from training.encoders import StandardRGBEncoder

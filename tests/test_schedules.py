@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.schedules import VE, VP, DiscreteVE, DiscreteVP, SubVP
 
 CONTINUOUS = [VE(), VE(0.002, 348), VP(), VP(0, 2), VP(3, 3), SubVP(), SubVP(0.2, 12)]

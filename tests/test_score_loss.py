@@ -6,7 +6,7 @@ import pytest
 import torch
 from ideal import STD, Ideal
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.denoiser import Preconditioned
 from training.losses import ScoreLoss
 from training.preconditioning import Epsilon

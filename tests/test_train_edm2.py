@@ -21,8 +21,7 @@ from conftest import (
 
 from calculate_metrics import main as metrics_tool
 from train_edm2 import main as train
-from training.config.edm2 import TRAINING_PRESETS
-from training.config.training import TrainConfig
+from training.config.edm2 import TRAINING_PRESETS, EDM2Training
 from training.snapshot import load_network
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -55,20 +54,20 @@ def test_all_training_options(tmp_path):
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
-        "--checkpoint-activations=1",
+        "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
     assert_all_options(train, [*args, "-n"])
-    config = TrainConfig.load(tmp_path / "training_options.json")
+    config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
         cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
-        checkpoint_activations=True,
+        checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn",
     )  # fmt: skip
-    assert {key: getattr(config, key) for key in expected} == expected
+    assert {key: config.flat()[key] for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4
     net = load_network(tmp_path / "network-snapshot-0000000-0.010.safetensors").net
     assert "unet.enc.4x4_block1.attn_qkv.weight" in net.state_dict()
@@ -80,6 +79,28 @@ def test_units(tmp_path):
     )
     assert "duration:         1610612736" in result.output
     assert "snapshot:         2097152" in result.output
+
+
+def test_intervals_of_the_preset_become_multiples_of_the_batch(tmp_path):
+    common = [f"--outdir={tmp_path / 'run'}", f"--data={DIGITS}", "--preset=digits", "-n"]
+    output = run_cli(train, *common, "--batch=100", "--snapshot=1000").output
+    assert "Note: --status=4100, the next multiple of --batch=100" in output
+    assert "Note: --checkpoint=49200, the next multiple of --batch=100" in output
+    assert "snapshot:         1000" in output and "Note: --snapshot" not in output
+    assert "Note: --" not in run_cli(train, *common).output
+
+
+def test_dry_run_looks_at_outdir(run, tmp_path):
+    def dry(outdir, *options):
+        return run_cli(train, f"--outdir={outdir}", f"--data={DIGITS}", *TINY, *options, "-n")
+
+    before = sorted(path.name for path in run.iterdir())
+    assert "Would start at 0 images" in dry(tmp_path / "new").output
+    assert "Would resume at 3072 images" in dry(run, "--duration=4Ki").output
+    assert "Would do nothing" in dry(run, "--duration=3Ki").output
+    fails_with(dry(run, "--duration=3Ki", "--lr=1"), "was trained with --lr=0.04, not 1.0")
+    fails_with(dry(run, "--duration=4Ki", "--no-resume"), "already holds a run")
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_fp16_alias(tmp_path):

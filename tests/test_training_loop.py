@@ -369,3 +369,20 @@ def test_a_compiler_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.compile", no_compiler)
     args = [f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--compile=1"]
     fails_with(run_cli(train, *args), "--compile=1", "no C++ compiler found", "leave it out")
+
+
+def test_running_statistics_are_averaged_over_processes(tmp_path):
+    script = tmp_path / "average.py"
+    script.write_text(
+        "import torch\n"
+        "from torch_utils import distributed\n"
+        "from training.training_loop import average_batch_statistics_\n"
+        "distributed.init()\n"
+        "net = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm1d(1, track_running_stats=False))\n"
+        "net[0].running_mean.fill_(distributed.get_rank())\n"
+        "average_batch_statistics_(net)\n"
+        "assert net[0].running_mean.tolist() == [0.5, 0.5] and net[0].running_var.tolist() == [1, 1]\n"
+        "distributed.shutdown()\n"
+    )
+    done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr

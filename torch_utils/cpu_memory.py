@@ -1,4 +1,4 @@
-"""How the C library keeps memory on processors."""
+"""Settings of the C library for large blocks of memory on CPUs."""
 
 import ctypes
 import functools
@@ -15,8 +15,8 @@ def keep_freed_memory(huge_pages: bool = False) -> None:
     happens.
 
     Args:
-        huge_pages: also ask for pages of 2 MiB, so that processors remember where weights are. For long jobs: the
-            system may take a second to find them.
+        huge_pages: also ask for pages of 2 MiB, of which a CPU's address cache (TLB) covers more memory. For long jobs:
+            the system may take a second to find them.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -32,7 +32,7 @@ def keep_freed_memory(huge_pages: bool = False) -> None:
 
 
 def _addresses_are_free() -> bool:
-    """Whether a process may have addresses without using memory."""
+    """Whether a process may reserve addresses without using memory."""
     import resource  # not on all systems
 
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
@@ -41,7 +41,7 @@ def _addresses_are_free() -> bool:
 
 
 def _use_huge_pages(libc: ctypes.CDLL) -> None:
-    """Ask for huge pages in the next 8 GB that the heap grows into. Some systems give them only to who asks."""
+    """Ask for huge pages in the next 8 GB that the heap grows into: some systems give them only on request."""
     MADV_HUGEPAGE = 14  # see man 2 madvise
     malloc, free, madvise = libc.malloc, libc.free, libc.madvise
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

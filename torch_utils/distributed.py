@@ -1,4 +1,4 @@
-"""Processes and ranks. The only module that knows about them; in a single process everything is a no-op."""
+"""Processes and their ranks; the only module that reads them. In a single process, every function is trivial."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def init() -> None:
-    """Join the process group when started by torchrun; otherwise do nothing. May be called again."""
+    """Join the process group where torchrun started this process; otherwise, or if called again, do nothing."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -35,7 +35,7 @@ _recent: deque[Any] = deque(maxlen=16)
 
 
 def _exchange(value: int, op: Any) -> int:
-    """Reduce a number over all processes with a `dist.ReduceOp`."""
+    """The reduction of a number over all processes by a `dist.ReduceOp`."""
     if get_world_size() == 1:
         return value
     message = torch.tensor([value])  # on the CPU: no GPU needs to be chosen yet
@@ -47,10 +47,12 @@ def _exchange(value: int, op: Any) -> int:
 
 
 def get_rank() -> int:
+    """Index of this process, 0 if it is the only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -60,17 +62,19 @@ def get_local_rank() -> int:
 
 
 def print0(message: str) -> None:
+    """Print a line once, from the first process."""
     if get_rank() == 0:
         print(message, flush=True)
 
 
 def barrier() -> None:
+    """Wait until all processes are here."""
     _exchange(0, dist.ReduceOp.MAX)
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Where the block fails on some process, the first of them raises its error and all others leave quietly.
+    """Where the block fails on any process, the first that failed raises its error and all others exit quietly.
 
     The block must not communicate.
     """
@@ -87,7 +91,7 @@ def fail_together() -> Iterator[None]:
 
 
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place."""
+    """The sum of a tensor over all processes, which replaces it."""
     if get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -143,7 +147,7 @@ class SuspendSignals:
 
     def _handle(self, sig: int, _frame) -> None:
         if not self.received and get_rank() == 0:
-            os.write(2, b"\nStopping: the state is saved first. Ctrl-C once more stops at once, without it.\n")
+            os.write(2, b"\nStopping: the state is saved first. Press Ctrl-C again to stop at once, without saving.\n")
         self.received = True
         if sig == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

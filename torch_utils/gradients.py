@@ -1,4 +1,4 @@
-"""Parameters and gradients in one piece of memory, with the channels last."""
+"""Gradients in one piece of memory, and parameters with the channels last."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,10 @@ import torch
 
 
 def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
-    """Give all parameters gradients that are views of one vector, so that one operation reaches them all."""
+    """One vector of zeros, float32 [number of weights], of which the gradients of all parameters become views.
+
+    So one operation clears, sums or checks them all.
+    """
     params = [p for p in parameters if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
     for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
@@ -24,7 +27,7 @@ def use_channels_last(net: torch.nn.Module) -> None:
 def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
     """Parameters and their gradients with the channels last, and so contiguous after `use_channels_last`.
 
-    Of other tensors, fused Adam makes copies.
+    Fused Adam would copy tensors that are not contiguous.
     """
     views = []
     for p in parameters:
@@ -37,8 +40,8 @@ def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.
 
 
 def replace_nonfinite_(values: torch.Tensor) -> torch.Tensor:
-    """Set NaN and infinities to 0, in place; returns their number, int64 [], without waiting for a GPU."""
-    if values.device.type == "cpu" and values.sum().isfinite():  # a sum is a quarter of the work, and spoiled by any
+    """Number of NaN and infinities, int64 [], which are set to 0 in place, without waiting for a GPU."""
+    if values.device.type == "cpu" and values.sum().isfinite():  # any would spoil the sum, a quarter of the work
         return torch.zeros([], dtype=torch.int64)
     count = (~values.isfinite()).sum()
     torch.nan_to_num(values, nan=0, posinf=0, neginf=0, out=values)

@@ -7,9 +7,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.util import atomic_write
+from dnnlib.files import atomic_write
 
-MIN_TILE = 64  # smaller images are enlarged to this many pixels in grids, to be seen at all
+MIN_TILE = 64  # smaller images are enlarged to at least this many pixels in grids, to be visible
 GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
 
 
@@ -21,7 +21,10 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Arrange uint8 [N, C, H, W] in rows: [C, height, width]. Small images are enlarged and set apart."""
+    """One picture, uint8 [C, height, width], of images, uint8 [N, C, H, W], in rows.
+
+    Small ones are enlarged, with lines between them.
+    """
     N, C, H, W = images.shape
     rows = math.ceil(N / columns)
     scale = max(math.ceil(MIN_TILE / H), 1)
@@ -36,7 +39,7 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def drawable(images: torch.Tensor) -> np.ndarray:
-    """uint8 [N, 1 or 3 or 4, H, W] for pictures: pixels as they are, latents scaled, extra channels dropped."""
+    """Pixels, uint8 [N, 1, 3 or 4, H, W]: those given, or latents scaled to 0..255, without extra channels."""
     if images.dtype != torch.uint8:
         low, high = images.amin(), images.amax()
         images = ((images - low) / (high - low).clamp(min=1e-8) * 255).to(torch.uint8)

@@ -16,7 +16,7 @@ class Collector:
         self.moments: dict[str, torch.Tensor] = {}
 
     def report(self, name: str, values: torch.Tensor) -> None:
-        """Take in any number of values; those that are not finite do not count."""
+        """Add any number of values to the statistics of `name`; those that are not finite do not count."""
         x = values.detach().to(self.dtype)
         finite = x.isfinite()
         x = torch.where(finite, x, 0)
@@ -24,8 +24,10 @@ class Collector:
         self.moments[name] = self.moments[name] + moments if name in self.moments else moments
 
     def collect(self) -> dict[str, float]:
-        """Mean (`name`) and standard deviation (`name_std`) over all processes since the last call, NaN without a
-        finite value; then start anew."""
+        """Mean (`name`) and standard deviation (`name_std`) over all processes since the last call.
+
+        NaN where no value was finite. To be called by all processes; what was collected is cleared.
+        """
         result = {}
         for name in sorted(self.moments):
             count, total, squares = distributed.all_reduce_sum_(self.moments[name]).tolist()
@@ -36,9 +38,10 @@ class Collector:
         return result
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What has been taken in by all processes; to be called by all of them."""
+        """The moments of all processes together; to be called by all of them."""
         return {name: distributed.all_reduce_sum_(self.moments[name].clone()) for name in sorted(self.moments)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from the moments of `state_dict`, which the first process holds for all."""
         share = 1 if distributed.get_rank() == 0 else 0
         self.moments = {name: share * moments.to(self.device, self.dtype) for name, moments in state.items()}

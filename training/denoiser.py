@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.preconditioning import PRECISIONS, Coefficients, Preconditioning, compute_dtype
 from training.schedules import wide
 

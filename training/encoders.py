@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.util import OFFLINE_VARIABLE, RunError, UserError, offline, one_line, open_url
-from training.dataset.images import ImageFolderDataset, evenly_spaced
+from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
+from dnnlib.errors import RunError, UserError, one_line
+from training.conditioning import Conditioning, DataSpec
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
@@ -22,15 +25,15 @@ class Encoder:
     """Pixels <-> raw latents (as stored in datasets) <-> final latents (float32, what the model sees)."""
 
     def output_suffix(self, channels: int) -> str:
-        """File type for what `decode` makes of final latents with that many channels: '.png' or '.npy'."""
+        """File type of decoded final latents with that many channels: '.png' or '.npy'."""
         return ".png"
 
     def prepare(self, device: torch.device) -> None:
-        """Fetch and load what `encode_pixels` and `decode` need, which they would do when first called.
+        """Download and load what `encode_pixels` and `decode` would otherwise load when first called.
 
         Raises:
-            UserError: it is not to be had.
-            RunError: it could not be fetched now.
+            UserError: something is missing or damaged.
+            RunError: something could not be downloaded now.
         """
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +45,7 @@ class Encoder:
         raise NotImplementedError
 
     def encode(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        """uint8 pixels [N, C, H, W] -> final latents."""
         return self.encode_latents(self.encode_pixels(x), randn_like)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +54,7 @@ class Encoder:
 
     @property
     def init_kwargs(self) -> dict:
-        """Arguments that make an equal encoder, as plain JSON values."""
+        """Arguments that build an equal encoder, as plain JSON values."""
         return {}
 
 
@@ -107,8 +111,8 @@ class StabilityVAEEncoder(Encoder):
         """The VAE on `device`.
 
         Raises:
-            UserError: diffusers is not installed, or the VAE cannot be loaded.
-            RunError: it could not be fetched now.
+            UserError: diffusers is not installed, or the VAE is missing or damaged.
+            RunError: it could not be downloaded now.
         """
         if self._vae is None:
             self._vae = _load_vae(self.vae_name).eval().requires_grad_(False)
@@ -128,7 +132,7 @@ class StabilityVAEEncoder(Encoder):
         return to_pixels(self.decode_to_floats(x))
 
     def decode_to_floats(self, x: torch.Tensor) -> torch.Tensor:
-        """Final latents -> pixels as the VAE makes them, around [0, 1]."""
+        """Final latents -> pixels as the VAE gives them, around [0, 1]."""
         vae = self.vae(x.device)
         with torch.inference_mode():
             raw = unwhiten(x.float(), self.raw_mean, self.raw_std)
@@ -140,7 +144,7 @@ def _load_vae(name: str) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
+        raise UserError("converting between pixels and latents needs diffusers: pip install diffusers") from None
     failed = f"the VAE {name} could not be loaded"
     is_file = name.endswith(".safetensors")
     if not os.path.exists(name) and (is_file or re.fullmatch(HUB_NAME, name) is None):
@@ -155,9 +159,9 @@ def _load_vae(name: str) -> Any:
     except (UserError, RunError) as err:
         reason = err
         if is_file:
-            reason = f"no config.json beside it, and that of {PUBLISHED_VAE} is not to be had: put its own beside it"
+            reason = f"no config.json beside it, and that of {PUBLISHED_VAE} is not available: put its own beside it"
         raise type(err)(f"{failed}: {reason}") from None
-    # Without its default low_cpu_mem_usage, which wants another package and says so in five lines.
+    # Not its default low_cpu_mem_usage, which asks for another package in five lines.
     options = dict(low_cpu_mem_usage=False, local_files_only=True)
     try:
         if is_file:
@@ -173,16 +177,16 @@ def _load_vae(name: str) -> Any:
 
 
 def _hub_folder(repo: str, files: Sequence[str]) -> str:
-    """Where in the cache of huggingface_hub these files are, once they are fetched.
+    """The folder in huggingface_hub's cache that holds these files, downloaded if they are not there yet.
 
     Raises:
-        UserError: they are not to be had.
-        RunError: they could not be fetched now.
+        UserError: they are missing from the hub, or from the cache when offline.
+        RunError: they could not be downloaded now.
     """
     urls = [f"hf://{repo}/{file}" for file in files]
     advice = (
-        f"fetch it where there is a network by python snapshot_tool.py prefetch {' '.join(urls)}, "
-        "and bring the cache of huggingface_hub (HF_HOME) for --offline"
+        f"run python snapshot_tool.py prefetch {' '.join(urls)} where there is a network, "
+        "and copy huggingface_hub's cache (HF_HOME) from there for --offline"
     )
     try:
         paths = [open_url(url, return_filename=True) for url in urls]
@@ -192,7 +196,7 @@ def _hub_folder(repo: str, files: Sequence[str]) -> str:
         if not offline():
             raise
         raise UserError(
-            f"no network is wanted ({OFFLINE_VARIABLE}=1), and it is not in the cache of huggingface_hub; {advice}"
+            f"downloads are off ({OFFLINE_VARIABLE}=1), and it is not in huggingface_hub's cache; {advice}"
         ) from None
     return os.path.dirname(paths[0])
 
@@ -223,7 +227,7 @@ class RawLatentEncoder(Encoder):
 
 
 def to_pixels(x: torch.Tensor) -> torch.Tensor:
-    """[0, 1], and what goes beyond, -> uint8 pixels."""
+    """Floats around [0, 1], clamped to it, -> uint8 pixels."""
     return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 
@@ -233,6 +237,7 @@ def whiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float])
 
 
 def unwhiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float]) -> torch.Tensor:
+    """The inverse of `whiten`."""
     return x / FINAL_STD * _channels(raw_std, x) + _channels(raw_mean, x)
 
 
@@ -246,10 +251,13 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 
 def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
-    """The encoder that a dataset's contents call for.
+    """The encoder that suits a dataset's contents.
 
     Pixels: `StandardRGBEncoder`; 8-channel latents: `StabilityVAEEncoder`; other latents: `RawLatentEncoder` with
     the statistics of up to `max_items` evenly spaced items.
+
+    Raises:
+        UserError: a channel of the latents is constant or not finite.
     """
     if dataset.dtype == np.uint8:
         return StandardRGBEncoder()
@@ -273,3 +281,9 @@ def final_channels(dataset: ImageFolderDataset) -> int:
     """Number of channels the model sees."""
     vae_latents = dataset.dtype != np.uint8 and dataset.num_channels == 8
     return dataset.num_channels // 2 if vae_latents else dataset.num_channels
+
+
+def data_spec(dataset: ImageFolderDataset) -> DataSpec:
+    """What the model sees of a dataset."""
+    conditioning = Conditioning.of_labels(dataset.label_dim)
+    return DataSpec(channels=final_channels(dataset), resolution=dataset.resolution, conditioning=conditioning)

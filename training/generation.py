@@ -1,23 +1,30 @@
-"""Seeds -> images, shared out over processes."""
+"""Seeds -> images, shared out over processes: options, networks, batches, decoded and saved."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from dnnlib.util import EasyDict, UserError, atomic_write
+from dnnlib.download import is_url
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write, file_sha256
+from dnnlib.util import EasyDict
 from torch_utils import distributed, pictures
-from training.denoiser import Denoiser
+from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
+from training.conditioning import DataSpec
+from training.config.generation import GenerationConfig, NetworksConfig
 from training.encoders import Encoder, StandardRGBEncoder
-from training.networks.edm2 import Precond
-from training.networks.edm2_cpu import for_sampling
-from training.samplers.edm import StackedRandomGenerator, edm_sampler
-from training.snapshot import Snapshot, load_network
+from training.families import accelerated, architecture_of
+from training.generators import DiffusionGenerator, Generator
+from training.samplers import StackedRandomGenerator, edm_sampler
+from training.snapshot import Snapshot, load_network, open_snapshot
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
@@ -26,76 +33,114 @@ def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suff
     return folder / f"{seed:06d}{suffix}"
 
 
-def load_image_network(path_or_url: str | Path, device: torch.device | str = "cpu") -> Snapshot:
-    """As `load_network`, for a network that makes images.
-
-    Raises:
-        UserError: also if it is another network.
-    """
-    snapshot = load_network(path_or_url, device)
-    if not isinstance(snapshot.net, Precond):
-        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
-    return snapshot
-
-
-def check_guide(net: Precond, gnet: Precond) -> None:
-    """
-    Raises:
-        UserError: the guiding network cannot guide `net`.
-    """
-    for name, what in [("img_resolution", "resolution"), ("img_channels", "number of channels")]:
-        if getattr(net, name) != getattr(gnet, name):
-            raise UserError(
-                f"--gnet has {what} {getattr(gnet, name)}, but --net has {getattr(net, name)}: they must agree"
-            )
-    if gnet.label_dim not in (0, net.label_dim):
-        raise UserError(
-            f"--gnet has {gnet.label_dim} classes, but --net has {net.label_dim}: "
-            f"they must agree, or the guide have none"
-        )
-
-
-def image_resolution(net: Precond, encoder: Encoder, device: torch.device | str) -> int:
-    """Height and width of the images that a network makes by way of `encoder`."""
-    latents = torch.zeros([1, net.img_channels, net.img_resolution, net.img_resolution], device=device)
+def image_resolution(spec: DataSpec, encoder: Encoder, device: torch.device | str) -> int:
+    """Height and width of the images that `encoder` makes of a network's latents."""
     with torch.inference_mode():
-        return encoder.decode(latents).shape[-1]
+        return encoder.decode(torch.zeros([1, *spec.shape], device=device)).shape[-1]
+
+
+def check_class(spec: DataSpec, class_idx: int | None) -> None:
+    """Check that a network knows a class.
+
+    Raises:
+        UserError: it does not.
+    """
+    conditioning = spec.conditioning
+    if class_idx is not None and not 0 <= class_idx < conditioning.size:
+        known = f"the classes are 0 to {conditioning.size - 1}" if conditioning.size else "the network knows no classes"
+        raise UserError(f"--class={class_idx} is out of range: {known}")
+
+
+def check_guide(spec: DataSpec, guide: DataSpec) -> None:
+    """Check that a network can be guided by another.
+
+    Raises:
+        UserError: their data differ.
+    """
+    for name, what in [("resolution", "resolution"), ("channels", "number of channels")]:
+        ours, theirs = getattr(spec, name), getattr(guide, name)
+        if ours != theirs:
+            raise UserError(f"--gnet has {what} {theirs}, but --net has {ours}: they must agree")
+    ours, theirs = spec.conditioning.size, guide.conditioning.size
+    if theirs not in (0, ours):
+        raise UserError(f"--gnet has {theirs} classes, but --net has {ours}: they must agree, or the guide have none")
 
 
 class ImageBatches:
-    """This process's share of the batches that `generate_images` makes, generated as they are asked for."""
+    """This process's share of the batches of images of some seeds, generated as they are asked for.
+
+    Iterating gives an `EasyDict` per batch: images (uint8 [N, C, H, W], or float32 where the encoder knows no pixels),
+    labels (conditions [N, ...] or None), noise, seeds, indices (into `seeds`), batch_idx and num_batches.
+
+    Args:
+        make_generator: largest batch -> generator; called when the iteration starts.
+        encoder: decodes latents, `encoder_batch_size` at a time.
+        seeds: one integer per image, over all processes.
+        device: where the random numbers are drawn.
+        outdir, subdirs: where images are saved (see `image_path`); None = nowhere.
+        max_batch_size: images per batch and process.
+        verbose: show a progress bar on terminals.
+    """
 
     def __init__(
         self,
-        batches: list[np.ndarray],
+        make_generator: Callable[[int], Generator],
+        encoder: Encoder,
         seeds: Sequence[int],
-        prepare: Callable[[], Callable[[EasyDict], None]],
-        verbose: bool,
+        device: torch.device | str,
+        outdir: str | os.PathLike | None = None,
+        subdirs: bool = False,
+        max_batch_size: int = 32,
+        encoder_batch_size: int = 32,
+        verbose: bool = True,
     ):
+        # As few batches as possible, of nearly equal size, and a whole number of them per process.
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        count = -(-len(seeds) // (max_batch_size * world_size)) * world_size
+        batches = [part for part in np.array_split(np.arange(len(seeds)), max(count, 1)) if len(part) > 0]
+        self.largest = max((len(batch) for batch in batches), default=1)
         self.num_batches, self.num_images = len(batches), len(seeds)
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
-        self.seeds = seeds
-        self.prepare = prepare
-        self.verbose = verbose
+        self.make_generator, self.encoder, self.seeds, self.device = make_generator, encoder, seeds, device
+        self.outdir, self.subdirs, self.encoder_batch_size, self.verbose = outdir, subdirs, encoder_batch_size, verbose
 
     def __len__(self) -> int:
         return len(self.own)
 
     def __iter__(self) -> Iterator[EasyDict]:
         disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
-        make = self.prepare()
+        generator = self.make_generator(self.largest)
         for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
             r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
             r.indices = indices
             r.seeds = [self.seeds[i] for i in indices]
-            make(r)
+            self._make(generator, r)
             yield r
+
+    def _make(self, generator: Generator, r: EasyDict) -> None:
+        rnd = StackedRandomGenerator(self.device, r.seeds)
+        r.noise = generator.noise(rnd)
+        r.labels = generator.condition(rnd)
+        with torch.inference_mode():
+            latents = generator(r.noise, r.labels, rnd)
+            r.images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
+        if self.outdir is not None:
+            suffix = self.encoder.output_suffix(generator.spec.channels)
+            for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
+                _save(image_path(self.outdir, seed, self.subdirs, suffix), image)
+
+
+def _save(path: Path, image: np.ndarray) -> None:
+    if path.suffix == ".png":
+        pictures.save_image(path, image)
+        return
+    with atomic_write(path, sync=False) as f:
+        np.save(f, image)
 
 
 def generate_images(
-    net: Precond,
-    gnet: Precond | None = None,
+    net: Any,
+    gnet: Any = None,
     encoder: Encoder | None = None,
     outdir: str | os.PathLike | None = None,
     subdirs: bool = False,
@@ -107,12 +152,14 @@ def generate_images(
     device: torch.device | str = "cpu",
     compiled: bool = False,
     sampler_fn: Callable[..., torch.Tensor] = edm_sampler,
+    spec: DataSpec | None = None,
     **sampler_kwargs: Any,
 ) -> ImageBatches:
     """Generate one image per seed. An image depends on its seed alone, not on batches or processes.
 
     Args:
-        net, gnet: main and guiding network; `gnet` is used where `sampler_kwargs` ask for guidance.
+        net, gnet: main and guiding denoiser: networks, or any callables D(x, sigma, cond). `gnet` is used where
+            `sampler_kwargs` ask for guidance.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
         outdir: where images are saved as {seed:06d}.png; None = nowhere.
         subdirs: save in a folder per thousand seeds.
@@ -120,64 +167,151 @@ def generate_images(
         class_idx: class of all images; None = drawn from the seed.
         max_batch_size, encoder_batch_size: images sampled, and decoded, at a time.
         verbose: show a progress bar on terminals.
-        device: where to compute; the networks are moved there.
-        compiled: as for `fast_inference.for_sampling`.
-        sampler_fn, sampler_kwargs: the sampler and its arguments. It gets the networks as `fast_inference.for_sampling`
-            makes them, with the weights that they have when the iteration starts.
+        device: where to compute; networks are moved there.
+        compiled: on GPUs, let torch.compile make the networks' kernels.
+        sampler_fn, sampler_kwargs: the sampler and its arguments. It gets the networks in their fastest form
+            (`families.accelerated`), with the weights that they have when the iteration starts.
+        spec: shape of the images and kind of the conditions; default: `net.spec`.
 
     Returns:
-        An iterable over this process's batches, with a length. Each is an `EasyDict` of images (uint8
-        [N, C, H, W], or float32 where the encoder knows no pixels), labels ([N, label_dim] or None), noise,
-        seeds, indices (into `seeds`), batch_idx and num_batches. Nothing is generated until it is iterated.
+        An `ImageBatches`. Nothing is generated until it is iterated.
 
     Raises:
-        UserError: `class_idx` is out of range, or `gnet` does not fit `net`.
+        UserError: `class_idx` is out of range, `gnet` does not fit `net`, `spec` is missing, or the sampler has no
+            such argument.
     """
-    if class_idx is not None and not 0 <= class_idx < net.label_dim:
-        known = f"the classes are 0 to {net.label_dim - 1}" if net.label_dim else "the network knows no classes"
-        raise UserError(f"--class={class_idx} is out of range: {known}")
-    if gnet is not None:
-        check_guide(net, gnet)
-        gnet.to(device).eval()
-    net.to(device).eval()
-    encoder = encoder if encoder is not None else StandardRGBEncoder()
+    spec = spec if spec is not None else getattr(net, "spec", None)
+    if spec is None:
+        raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
+    _check_arguments(sampler_fn, sampler_kwargs)
+    check_class(spec, class_idx)
+    if gnet is not None and hasattr(gnet, "spec"):
+        check_guide(spec, gnet.spec)
+    for network in (net, gnet):
+        if isinstance(network, nn.Module):
+            network.to(device).eval()
+    guided = gnet is not None and sampler_kwargs.get("guidance", 1) != 1
 
-    # As few batches as possible, of nearly equal size, and a whole number of them per process.
-    world_size = distributed.get_world_size()
-    count = -(-len(seeds) // (max_batch_size * world_size)) * world_size
-    batches = [part for part in np.array_split(np.arange(len(seeds)), max(count, 1)) if len(part) > 0]
+    def make_generator(largest: int) -> Generator:
+        main = accelerated(net, largest, compiled)
+        guide = accelerated(gnet, largest, compiled) if guided else gnet
 
-    def prepare() -> Callable[[EasyDict], None]:
-        largest = max((len(batch) for batch in batches), default=1)
-        guide = gnet
-        if gnet is not None and sampler_kwargs.get("guidance", 1) != 1:
-            guide = for_sampling(gnet, largest, compiled)
-        return partial(make, for_sampling(net, largest, compiled), guide)
-
-    def make(main: Denoiser, guide: Denoiser | None, r: EasyDict) -> None:
-        rnd = StackedRandomGenerator(device, r.seeds)
-        r.noise = rnd.randn([len(r.seeds), net.img_channels, net.img_resolution, net.img_resolution])
-        if net.label_dim > 0:
-            # Drawn even when the class is given, so that later draws do not depend on that.
-            classes = rnd.randint(net.label_dim, [len(r.seeds)])
-            if class_idx is not None:
-                classes = torch.full_like(classes, class_idx)
-            r.labels = torch.nn.functional.one_hot(classes, net.label_dim).float()
-        with torch.inference_mode():
-            latents = sampler_fn(
-                net=main, noise=r.noise, labels=r.labels, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
+        def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+            return sampler_fn(
+                net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
             )
-            r.images = torch.cat([encoder.decode(part) for part in latents.split(encoder_batch_size)])
-        if outdir is not None:
-            for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
-                _save(image_path(outdir, seed, subdirs, encoder.output_suffix(net.img_channels)), image)
 
-    return ImageBatches(batches, seeds, prepare, verbose)
+        return DiffusionGenerator(spec, sample, class_idx)
+
+    encoder = encoder if encoder is not None else StandardRGBEncoder()
+    return ImageBatches(
+        make_generator, encoder, seeds, device, outdir, subdirs, max_batch_size, encoder_batch_size, verbose
+    )
 
 
-def _save(path: Path, image: np.ndarray) -> None:
-    if path.suffix == ".png":
-        pictures.save_image(path, image)
+def _check_arguments(function: Callable, arguments: dict[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    with atomic_write(path, sync=False) as f:
-        np.save(f, image)
+    unknown = [name for name in arguments if name not in parameters]
+    if unknown:
+        raise UserError(f"{function.__name__} has no argument {unknown[0]!r} (it has {', '.join(parameters)})")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From options
+
+
+def fetch(networks: NetworksConfig) -> None:
+    """Fetch networks that are URLs: once for all processes of a machine. To be called by all of them."""
+    with distributed.fail_together():
+        if distributed.get_local_rank() == 0:
+            for network in (networks.net, networks.gnet):
+                if network is not None and is_url(network):
+                    open_snapshot(network)
+
+
+def load_image_network(path_or_url: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+    """As `load_network`, for a network that makes images.
+
+    Raises:
+        UserError: also if it makes none.
+    """
+    snapshot = load_network(path_or_url, device)
+    if not architecture_of(snapshot.net).makes_images:
+        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
+    return snapshot
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """Networks that are ready to generate."""
+
+    config: GenerationConfig
+    snapshot: Snapshot
+    guide: Snapshot | None
+    device: torch.device
+
+    @property
+    def suffix(self) -> str:
+        """File type of the images."""
+        return self.snapshot.encoder.output_suffix(self.snapshot.net.spec.channels)
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images."""
+        return image_resolution(self.snapshot.net.spec, self.snapshot.encoder, self.device)
+
+    def generator(self, batch_size: int | None) -> Generator:
+        """What makes latents, by up to `batch_size` at a time; None = with the networks as they are."""
+        sampling = self.config.sampling
+        guide = None if self.guide is None else self.guide.net
+        if guide is not None and batch_size is not None:
+            guide = accelerated(guide, batch_size, sampling.compiled)
+        net = self.snapshot.net
+        return architecture_of(net).generator(net, sampling, batch_size, guide)
+
+    def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
+        """The images of these seeds; further arguments are those of `ImageBatches`."""
+        return ImageBatches(self.generator, self.snapshot.encoder, seeds, self.device, **kwargs)
+
+    def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """What makes the images of these seeds, one after the other, as plain JSON values."""
+        networks = self.config.networks
+        facts: dict[str, Any] = {}
+        sources = {"net": networks.net, "gnet": networks.gnet if self.guide is not None else None}
+        for key, source in sources.items():
+            if source is not None:
+                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
+        return {**facts, "seeds": f"{seeds[0]}-{seeds[-1]}", **self.generator(None).describe()}
+
+
+def load(config: GenerationConfig) -> LoadedGenerator:
+    """The networks of a configuration, on its device.
+
+    Raises:
+        UserError: a network cannot be loaded, or they do not go together.
+    """
+    networks, sampling = config.networks, config.sampling
+    device = select_device(sampling.device)
+    set_up_device(device)
+    if sampling.compiled and device.type != "cpu":
+        check_compiler(device)
+    assert networks.net is not None
+    snapshot = load_image_network(networks.net, device)
+    guided = sampling.guidance.guidance != 1
+    guide = load_image_network(networks.gnet, device) if guided and networks.gnet is not None else None
+    if not guided and (networks.gnet is not None or sampling.guidance.guidance_interval is not None):
+        given = "--gnet" if networks.gnet is not None else "--guidance-interval"
+        distributed.print0(f"Note: {given} has no effect without --guidance")
+    check_class(snapshot.net.spec, sampling.class_idx)
+    snapshot.net.precision = resolve_precision(sampling.precision, device)
+    if guide is not None:
+        check_guide(snapshot.net.spec, guide.net.spec)
+        guide.net.precision = snapshot.net.precision
+        if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
+            raise UserError(
+                f"--gnet={networks.gnet} works on other latents than --net={networks.net}: they must share an encoder"
+            )
+    snapshot.encoder.prepare(device)
+    return LoadedGenerator(config, snapshot, guide, device)

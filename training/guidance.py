@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.denoiser import Denoiser
 
 

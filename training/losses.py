@@ -1,19 +1,68 @@
 """Training objectives and the distribution of noise levels seen in training."""
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 
-from dnnlib.util import UserError
-from training.denoiser import Preconditioned
+from dnnlib.errors import UserError
+from training.config.edm2 import EDM2Network, EDM2Objective
 from training.schedules import EPS, DiscreteVE, DiscreteVP, Schedule, wide
 
 
-class EDM2Loss:
+class Objective(Protocol):
+    """What a network is trained to make small."""
+
+    def __call__(
+        self, net: Any, images: torch.Tensor, labels: torch.Tensor | None, /, *, rnd: Any, nimg: int
+    ) -> torch.Tensor:
+        """Loss [N, ...], whose sum over the batch divided by N is the objective.
+
+        Args:
+            net: the network that is trained.
+            images: clean images as the encoder gives them, float32 [N, C, H, W].
+            labels: conditions [N, ...] or None.
+            rnd: random numbers of each image (`StackedRandomGenerator`).
+            nimg: images seen in training before this step.
+        """
+        ...
+
+    def regularizer(self, net: Any, nimg: int) -> torch.Tensor | None:
+        """What is added once per step, of the weights alone; None = nothing."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stateless:
+    """The part of an objective that remembers nothing and regularises nothing."""
+
+    def regularizer(self, net: Any, nimg: int) -> torch.Tensor | None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class EDM2Loss(Stateless):
     """Denoising loss weighted by the learned uncertainty (EDM2, Eqs. 14-16 and 21).
 
     Noise levels are log-normal: ln(sigma) ~ N(P_mean, P_std^2).
     """
 
-    def __init__(self, P_mean: float = -0.4, P_std: float = 1.0, sigma_data: float = 0.5):
+    def __init__(
+        self,
+        P_mean: float = EDM2Objective.P_mean,
+        P_std: float = EDM2Objective.P_std,
+        sigma_data: float = EDM2Network.sigma_data,
+    ):
         self.P_mean = P_mean
         self.P_std = P_std
         self.sigma_data = sigma_data
@@ -30,29 +79,32 @@ class EDM2Loss:
         *,
         sigma: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        rnd: Any = None,
+        nimg: int = 0,
     ) -> torch.Tensor:
-        """
+        """Loss per element, float32 [N, C, H, W]. The training objective is its sum over the batch divided by N.
+
         Args:
             net: called as net(x, sigma, labels, return_logvar=True).
             images: clean images y, float32 [N, C, H, W].
             labels: class vectors [N, label_dim] or None.
             sigma: noise levels [N]; drawn if None.
             noise: unit-variance noise shaped like `images`; drawn if None.
-
-        Returns:
-            Loss per element, float32 [N, C, H, W]. The training objective is its sum over the batch divided by N.
+            rnd: what they are drawn from (`StackedRandomGenerator`); None = torch's own generator.
+            nimg: not used; this loss is the same throughout training.
         """
+        randn: Callable[..., torch.Tensor] = torch.randn if rnd is None else rnd.randn
         if sigma is None:
-            sigma = self.noise_levels(torch.randn(images.shape[0], device=images.device))
+            sigma = self.noise_levels(randn([images.shape[0]], device=images.device))
         if noise is None:
-            noise = torch.randn_like(images)
+            noise = randn(images.shape, device=images.device)
         sigma = sigma.reshape(-1, 1, 1, 1)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         denoised, logvar = net(images + sigma * noise, sigma, labels, return_logvar=True)
         return weight / logvar.exp() * (denoised - images) ** 2 + logvar
 
 
-class ScoreLoss:
+class ScoreLoss(Stateless):
     """Denoising score matching (Song et al. 2021, arXiv 2011.13456, Eq. 7), of SMLD and DDPM where levels are discrete.
 
     With x = y + sigma(t) n, all of them compare the noise in x with what the network takes it for,
@@ -100,28 +152,32 @@ class ScoreLoss:
 
     def __call__(
         self,
-        net: Preconditioned,
+        net: Any,
         images: torch.Tensor,
         labels: torch.Tensor | None = None,
         *,
         t: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        rnd: Any = None,
+        nimg: int = 0,
     ) -> torch.Tensor:
-        """
+        """Loss per image, float32 [N]. The training objective is its sum over the batch divided by N.
+
         Args:
-            net: the raw network with the preconditioning `Epsilon(schedule)`.
+            net: the denoiser (`Preconditioned`), whose preconditioning is `Epsilon(schedule)`.
             images: clean images y, float32 [N, C, H, W].
             labels: conditions, as `net` takes them.
             t: times [N]; drawn if None.
             noise: unit-variance noise n shaped like `images`; drawn if None.
-
-        Returns:
-            Loss per image, float32 [N]. The training objective is its sum over the batch divided by N.
+            rnd: what they are drawn from (`StackedRandomGenerator`); None = torch's own generator.
+            nimg: not used; this loss is the same throughout training.
         """
+        rand: Callable[..., torch.Tensor] = torch.rand if rnd is None else rnd.rand
+        randn: Callable[..., torch.Tensor] = torch.randn if rnd is None else rnd.randn
         if t is None:
-            t = self.times(torch.rand(images.shape[0], device=images.device))
+            t = self.times(rand([images.shape[0]], device=images.device))
         if noise is None:
-            noise = torch.randn_like(images)
+            noise = randn(images.shape, device=images.device)
         sigma = self.schedule.sigma(t)
         column = sigma.float().reshape(-1, 1, 1, 1).to(images.device)
         F_x, c = net.raw(images + column * noise, sigma, labels)

@@ -2,9 +2,15 @@
 
 import math
 
+from training.config.edm2 import EDM2Optimizer
+
 
 def learning_rate_schedule(
-    cur_nimg: int, batch_size: int, ref_lr: float = 0.01, ref_batches: float = 70e3, rampup_Mimg: float = 10
+    cur_nimg: int,
+    batch_size: int,
+    ref_lr: float = EDM2Optimizer.lr,
+    ref_batches: float = EDM2Optimizer.decay,
+    rampup_Mimg: float = EDM2Optimizer.rampup_Mimg,
 ) -> float:
     """Inverse square root decay with linear ramp-up (EDM2, Eq. 67 and Appendix B.2).
 

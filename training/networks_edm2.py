@@ -1,11 +1,10 @@
 """The published name of EDM2's networks; they are in `training.networks.edm2`."""
 
-from training.networks.edm2 import (
-    Block,
+from training.networks.edm2 import Block, Precond, UNet
+from training.networks.edm2_layers import (
     MPConv,
     MPFourier,
-    Precond,
-    UNet,
+    effective_weights,
     mp_cat,
     mp_silu,
     mp_sum,
@@ -20,6 +19,7 @@ __all__ = [
     "MPFourier",
     "Precond",
     "UNet",
+    "effective_weights",
     "mp_cat",
     "mp_silu",
     "mp_sum",

@@ -9,15 +9,10 @@ Its relative width sigma_rel ("std" below) names the profile.
 """
 
 import copy
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-
-MAX_STD = 12**-0.5  # sigma_rel of gamma = 0, the flat average; also its supremum for gamma > 0
-MIN_STD = 0.001  # file names have three decimals
-MAX_LIST = 1000
 
 # ---------------------------------------------------------------------------------------------------------
 # Maths (float64, NumPy)
@@ -85,35 +80,6 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
     B = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs[None], out_std[None])
     X = np.linalg.solve(A, B)
     return X / X.sum(axis=0)
-
-
-def parse_std_list(text: str) -> list[float]:
-    """Parse widths such as '0.05', '0.05,0.10' or '0.010,0.015,...,0.250' (the last = 49 even steps).
-
-    Raises:
-        ValueError: not numbers, outside [0.001, 0.289), or '...' that does not reach its end in even steps.
-    """
-    stds: list[float] = []
-    parts = [part.strip() for part in re.sub(r"^\[|\]$", "", text.strip()).split(",")]
-    for i, part in enumerate(parts):
-        if part == "...":
-            if len(stds) < 2 or i + 1 >= len(parts):
-                raise ValueError(f"{text!r}: '...' needs two values before it and one after it")
-            continue
-        try:
-            value = float(part)
-        except ValueError:
-            raise ValueError(f"{text!r}: {part!r} is not a number") from None
-        if not MIN_STD <= value < MAX_STD:
-            raise ValueError(f"{text!r}: an EMA std must lie between {MIN_STD} and {MAX_STD:.3f}, not {part}")
-        if i > 0 and parts[i - 1] == "...":
-            first, step = stds[-1], stds[-1] - stds[-2]
-            count = round((value - first) / step) if step != 0 else 0
-            if not 1 <= count <= MAX_LIST or abs(first + count * step - value) > 1e-6:
-                raise ValueError(f"{text!r}: even steps of {step:.6g} from {first:g} do not reach {value:g}")
-            stds += [round(first + k * step, 9) for k in range(1, count)]
-        stds.append(value)
-    return stds
 
 
 # ---------------------------------------------------------------------------------------------------------

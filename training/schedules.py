@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 EPS = 1e-5  # the smallest time seen in training (Song et al., Appendix C): the score of clean data may be infinite
 

@@ -1,10 +1,9 @@
-"""The training loop."""
+"""The training loop. It knows no family: what it trains comes from the registry."""
 
-import dataclasses
 import math
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,32 @@ import numpy as np
 import psutil
 import torch
 
-from dnnlib.util import RunError, UserError, code_version, format_time
+from dnnlib.errors import RunError
+from dnnlib.util import code_version
 from torch_utils import checkpoint, distributed
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
-from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
+from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
-from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate
-from training.encoders import encoder_for, final_channels
-from training.losses import EDM2Loss
-from training.lr import learning_rate_schedule
-from training.metrics.evaluation import SnapshotEvaluation
-from training.monitoring.journal import Journal
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import RunSampler, begin_loader_process, collate
+from training.encoders import data_spec, encoder_for
+from training.families import trained_by
+from training.monitoring.health import Divergence, weight_beyond_float16
+from training.monitoring.journal import Journal, status_line
+from training.monitoring.outdir import OPTIONS_NAME, STATE_PATTERN, check_outdir, snapshot_name, state_name
 from training.monitoring.previews import Previews
-from training.networks.edm2 import Precond, effective_weights
-from training.phema import PowerFunctionEMA
-from training.samplers.edm import StackedRandomGenerator
+from training.monitoring.snapshot_metrics import SnapshotEvaluation
+from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 
-STATE_PATTERN = r"training-state-(\d+)\.pt"
-OPTIONS_NAME = "training_options.json"
-SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
-SIGMA_DATA = 0.5
 
 
-def build_network(config: TrainConfig, channels: int) -> Precond:
+def build_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
     """A freshly initialised network: the same for the same seed, on every device and process."""
-    torch.manual_seed(config.seed)
-    return Precond(
-        config.dataset.resolution, channels, precision="fp32", sigma_data=SIGMA_DATA, **config.network_kwargs()
-    )
+    torch.manual_seed(config.run.seed)
+    return trained_by(config).build(config.network, data_spec(dataset))
 
 
 def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
@@ -50,8 +44,34 @@ def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
     return (seed * 0x9E3779B1 % 2**32 + run_indices) % 2**32
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of each optimiser step that this process computes: rounds of `batch_gpu` of its images.
+
+    Args:
+        part: its images among those of the step.
+    """
+
+    rounds: int
+    batch_gpu: int
+    part: tuple[int, int]
+
+    @staticmethod
+    def of(config: TrainConfig) -> "Share":
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        batch_process = config.run.batch // world_size
+        batch_gpu = min(config.run.batch_gpu or batch_process, batch_process)
+        rounds = batch_process // batch_gpu
+        assert config.run.batch == batch_gpu * rounds * world_size
+        return Share(rounds, batch_gpu, (rank * batch_process, (rank + 1) * batch_process))
+
+    def starts(self, nimg: int) -> range:
+        """Index in the run of the first image of each round of the step that begins at `nimg`."""
+        return range(nimg + self.part[0], nimg + self.part[1], self.batch_gpu)
+
+
 def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path, resume: bool = True) -> None:
-    """Train until `config.duration` images, continuing what `outdir` holds.
+    """Train until `config.run.duration` images, continuing what `outdir` holds.
 
     Progress is counted in images (nimg). Data order, noise levels and noise are functions of (seed, index of the
     image in the run), so a resumed run continues as if it had never stopped, on any number of processes.
@@ -66,247 +86,320 @@ def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path
         journal = Journal(outdir)
     with journal, distributed.SuspendSignals() as suspend:
         with distributed.fail_together():
-            _check_outdir(outdir, config, resume)
+            check_outdir(outdir, config, resume)
         if distributed.get_rank() == 0:
             config.save(outdir / OPTIONS_NAME)
-        _train(config, dataset, outdir, journal, suspend)
+        run = TrainingRun(config, dataset, outdir, journal)
+        if run.restore():
+            run.train(suspend)
 
 
-def _check_outdir(outdir: Path, config: TrainConfig, resume: bool) -> None:
-    """Check that `outdir` holds this run or none."""
-    options_path = outdir / OPTIONS_NAME
-    results = [path for path in outdir.iterdir() if re.fullmatch(f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}", path.name)]
-    if results:  # a run that failed before it had any may start anew with other options
-        if not resume:
-            raise UserError(f"{outdir} already holds a run: choose another --outdir, or continue it with --resume")
-        if not options_path.is_file():
-            raise UserError(f"{outdir} holds {results[0].name}, but no {options_path.name}: choose another --outdir")
-        config.check_resumable(TrainConfig.load(options_path), outdir)
+class TrainingRun:
+    """A network in training, what changes it, and what watches it.
 
+    Args:
+        config: what is trained, and how.
+        dataset: the images, as `config.dataset` describes them.
+        outdir: where results go.
+        journal: where progress is reported.
+    """
 
-def _train(
-    config: TrainConfig,
-    dataset: ImageFolderDataset,
-    outdir: Path,
-    journal: Journal,
-    suspend: distributed.SuspendSignals,
-) -> None:
-    device = select_device(config.device)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    set_up_device(device, huge_pages=True)
-    torch.backends.cudnn.benchmark = config.bench
+    def __init__(self, config: TrainConfig, dataset: ImageFolderDataset, outdir: Path, journal: Journal):
+        self.config, self.dataset, self.outdir, self.journal = config, dataset, outdir, journal
+        self.device = device = select_device(config.run.device)
+        set_up_device(device, huge_pages=True)
+        torch.backends.cudnn.benchmark = config.run.bench
+        if config.data.cache or dataset.decoded_bytes() <= SMALL_DATASET:
+            dataset.keep_in_memory()
+        self.share = Share.of(config)
+        self.encoder = encoder_for(dataset)
+        self.architecture = architecture = trained_by(config)
+        self.net = net = build_network(config, dataset).to(device)
+        net.precision = resolve_precision(config.run.precision, device)
+        if device.type != "mps":
+            use_channels_last(net)
+        assert architecture.ema is not None and architecture.objective is not None
+        assert architecture.optimizer is not None
+        self.ema = architecture.ema(net, config)
+        core: Any = architecture.core(net)
+        core.checkpoint_activations = config.run.checkpoint_activations
+        if config.run.compile:
+            check_compiler(device)
+            core.compile(dynamic=False)
+        self.objective = architecture.objective(config)
+        self.optimizer = architecture.optimizer(net, config)
+        self.stats = Collector(device)
+        self.nimg, self.seconds = 0, 0.0
+        self.preview_seconds = 0.0  # that the last preview took
 
-    # Share of this process in each optimiser step: `rounds` rounds of `batch_gpu` images.
-    batch_process = config.batch // world_size
-    batch_gpu = min(config.batch_gpu or batch_process, batch_process)
-    rounds = batch_process // batch_gpu
-    assert config.batch == batch_gpu * rounds * world_size
-    part = (rank * batch_process, (rank + 1) * batch_process)
+    def restore(self) -> bool:
+        """Continue from the newest training state; False if there is nothing left to do."""
+        config, journal, outdir = self.config, self.journal, self.outdir
+        with distributed.fail_together():
+            found = checkpoint.restore_newest_state(outdir, STATE_PATTERN, self.load_state_dict, journal.log)
+        newest = torch.tensor([self.nimg])
+        distributed.broadcast_([newest])
+        if distributed.any_rank(newest.item() != self.nimg):
+            raise RunError(f"{outdir}: the processes read different training states: check the disk, and try again")
+        if found:
+            if self.nimg >= config.run.duration:
+                journal.log(f"Nothing to do: {outdir} has its {self.nimg} images. A longer --duration continues it.")
+                return False
+            journal.log(f"Resuming at {self.nimg} images from {outdir}")
+        elif list(outdir.glob("network-snapshot-*")):
+            journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
+        distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
+        dataset, share = self.dataset, self.share
+        assert config.dataset is not None
+        journal.log(
+            f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
+            f"{config.dataset.label_dim} classes: {sum(p.numel() for p in self.net.parameters())} parameters, "
+            f"{self.net.precision}, {distributed.get_world_size()} x {self.device.type}, "
+            f"{share.rounds} round{'s' * (share.rounds > 1)} of {share.batch_gpu} images per step"
+        )
+        return True
 
-    # Data, network, optimiser.
-    if config.cache or dataset.decoded_bytes() <= SMALL_DATASET:
-        dataset.keep_in_memory()
-    encoder = encoder_for(dataset)
-    net = build_network(config, final_channels(dataset)).to(device)
-    net.precision = resolve_precision(config.precision, device)
-    if device.type != "mps":
-        use_channels_last(net)
-    ema = PowerFunctionEMA(net, config.ema_std)
-    net.unet.checkpoint_activations = config.checkpoint_activations
-    if config.compile:
-        check_compiler(device)
-        net.unet.compile(dynamic=False)
-    loss_fn = EDM2Loss(config.P_mean, config.P_std, SIGMA_DATA)
-    gradients = flat_gradients(net.parameters())
-    fused = device.type != "mps"
-    views = channels_last_views(net.parameters())
-    optimizer = torch.optim.Adam(views, lr=config.lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
-    stats = Collector(device)
-    nonfinite = torch.zeros([], dtype=torch.int64, device=device)  # gradient elements since the start of the run
-    nimg, seconds = 0, 0.0
-
-    def restore(state: dict[str, Any]) -> None:
-        nonlocal nimg, seconds
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(_permuted(state["optimizer"], (0, 2, 3, 1)))
-        for group in optimizer.param_groups:
-            group["fused"] = fused  # a matter of the device, which may have changed
-        ema.load_state_dict(state["ema"])
-        stats.load_state_dict(state["stats"])
-        nonfinite.fill_(state["nonfinite"])
-        nimg, seconds = state["nimg"], state["seconds"]
-
-    with distributed.fail_together():
-        found = checkpoint.restore_newest_state(outdir, STATE_PATTERN, restore, journal.log)
-    newest = torch.tensor([nimg])
-    distributed.broadcast_([newest])
-    if distributed.any_rank(newest.item() != nimg):
-        raise RunError(f"{outdir}: the processes read different training states: check the disk, and try again")
-    if found:
-        if nimg >= config.duration:
-            journal.log(f"Nothing to do: {outdir} has its {nimg} images. A longer --duration continues it.")
-            return
-        journal.log(f"Resuming at {nimg} images from {outdir}")
-    elif list(outdir.glob("network-snapshot-*")):
-        journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
-    distributed.broadcast_([*net.parameters(), *net.buffers()])
-    journal.log(
-        f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
-        f"{config.dataset.label_dim} classes: {sum(p.numel() for p in net.parameters())} parameters, {net.precision}, "
-        f"{world_size} x {device.type}, {rounds} round{'s' * (rounds > 1)} of {batch_gpu} images per step"
-    )
-
-    sampler = RunSampler(len(dataset), config.seed, nimg, config.batch, part, batch_gpu)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=config.workers,
-        collate_fn=collate,
-        worker_init_fn=begin_loader_process,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="spawn" if config.workers > 0 else None,
-    )
-    evaluation = None
-    if config.metrics:
-        evaluation = SnapshotEvaluation(config.metrics, config.metrics_ref, config.metrics_num, net, encoder, device)
-    with distributed.fail_together():
-        previews = Previews(dataset, encoder, device, outdir, journal.log) if rank == 0 else None
-    journal.start(nimg, config.duration)
-    start_nimg, tick_nimg, tick_nonfinite = nimg, nimg, int(nonfinite)
-    start_time, tick_time = time.time() - seconds, time.time()
-    net.train()
-    batches = iter(loader)  # last, since loader processes do not like it when the start fails
-
-    def due(interval: int, nimg: int) -> bool:
-        return nimg > start_nimg and (nimg >= config.duration or (interval > 0 and nimg % interval == 0))
-
-    while True:
-        done = nimg >= config.duration
-        suspended = distributed.any_rank(suspend.received)
-
-        # Status: what happened since the last one.
-        if due(config.status, nimg):
-            now = time.time()
-            fields = {
-                "nimg": nimg,
-                **stats.collect(),
-                "lr": learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg),
-                "nonfinite_gradients": int(nonfinite) - tick_nonfinite,
-                "images_per_second": (nimg - tick_nimg) / (now - tick_time),
-                "seconds": now - start_time,
-                "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
-                "gpu_mem_gb": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0,
-                "time": now,
-            }
-            journal.report(fields)
-            journal.log(status_line(fields, config.duration))
-            if fields["nonfinite_gradients"] > 0:
-                journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
-            if math.isnan(fields["loss"]):
-                raise RunError(
-                    f"the loss is not finite at {nimg} images: start in a new --outdir with a lower --lr or --ls; "
-                    f"or repeat the command with --precision=bf16 or fp32 to go on from the last training state"
-                )
-            tick_time, tick_nimg, tick_nonfinite = now, nimg, int(nonfinite)
-
-        # Network snapshots and a picture of what they make.
-        if previews is not None and due(config.snapshot, nimg):
-            averaged = ema.get()
-            for std, (ema_net, suffix) in zip(ema.stds, averaged, strict=True):
-                metadata = {
-                    "nimg": nimg,
-                    "ema_std": std,
-                    "config": config.to_json(),
-                    "dataset": dataclasses.asdict(config.dataset),
-                }
-                path = outdir / snapshot_name(nimg, suffix)
-                save_network(path, _as_precond(ema_net), encoder, metadata)
-            previews.draw(_as_precond(averaged[-1][0]), outdir / f"fakes-{nimg // 1000:07d}.png")
-
-        # Training state.
-        saving = due(config.checkpoint, nimg) or (suspended and nimg > start_nimg)
-        moments = stats.state_dict() if saving else {}  # of all processes
-        if rank == 0 and saving:
-            path = outdir / f"training-state-{nimg // 1000:07d}.pt"
-            checkpoint.save_state(
-                path,
-                {
-                    "net": net.state_dict(),
-                    "optimizer": _permuted(optimizer.state_dict(), (0, 3, 1, 2)),
-                    "ema": ema.state_dict(),
-                    "stats": moments,
-                    "nonfinite": int(nonfinite),
-                    "nimg": nimg,
-                    "seconds": time.time() - start_time,
-                    "code_version": code_version(),
-                },
+    def train(self, suspend: distributed.SuspendSignals) -> None:
+        """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""
+        config, journal = self.config, self.journal
+        run = config.run
+        evaluation = None
+        if run.metrics:
+            evaluation = SnapshotEvaluation(
+                run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
             )
+        previews = None
+        with distributed.fail_together():
+            if distributed.get_rank() == 0 and self.preview_interval != 0:
+                previews = Previews(
+                    self.dataset,
+                    self.encoder,
+                    self.device,
+                    self.outdir,
+                    journal.log,
+                    run.preview_images,
+                    run.preview_steps,
+                )
+        journal.start(self.nimg, run.duration)
+        start_nimg = self.nimg
+        self.start_time = time.time() - self.seconds
+        self.tick = Tick(self.nimg, time.time(), int(self.optimizer.nonfinite))
+        self.diverged = Divergence(self.outdir)
+        self.net.train()
+        batches = self.load_batches()  # last, since loader processes do not like it when the start fails
 
-        # Metrics of the snapshots, which take long: the state is safe.
-        if evaluation is not None and due(config.snapshot, nimg):
-            for ema_net, suffix in ema.get():
-                path = outdir / snapshot_name(nimg, suffix)
-                results = evaluation(_as_precond(ema_net), path, nimg)
-                journal.report_metrics(nimg, f"EMA{suffix}", results)
-            tick_time = time.time()
-        if done or suspended:
-            break
+        def due(interval: int) -> bool:
+            since_start = self.nimg > start_nimg
+            return since_start and (self.nimg >= run.duration or (interval > 0 and self.nimg % interval == 0))
 
-        # One optimiser step on `batch` images.
-        gradients.zero_()
-        with effective_weights(net, normalize_first=True):
-            for first in range(nimg + part[0], nimg + part[1], batch_gpu):
-                seeds = image_seeds(config.seed, np.arange(first, first + batch_gpu))
-                rnd = StackedRandomGenerator(device, seeds.tolist())
-                if config.dropout > 0:
-                    torch.manual_seed(int(seeds[0]))
-                images, labels = next(batches)
-                images = encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
-                sigma = loss_fn.noise_levels(rnd.randn([batch_gpu]))
-                noise = rnd.randn(images.shape)
-                loss = loss_fn(net, images, labels.to(device, non_blocking=True), sigma=sigma, noise=noise)
-                stats.report("loss", loss.mean(dim=(1, 2, 3)))
-                (loss.sum() * (config.ls / config.batch)).backward()
-        distributed.all_reduce_sum_(gradients)
-        if config.ls != 1:
-            gradients /= config.ls
-        nonfinite += replace_nonfinite_(gradients)
-        lr = learning_rate_schedule(nimg, config.batch, config.lr, config.decay, config.rampup_Mimg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        nimg += config.batch
-        ema.update(nimg, config.batch)
-        journal.advance(config.batch)
+        while True:
+            done = self.nimg >= run.duration
+            if due(run.status):
+                self.report_status()
+            if due(run.snapshot):
+                self.save_snapshots()
+            saved = due(run.checkpoint)
+            if saved:
+                self.save_state()
+            # What takes long comes after the state, and is left where a signal asks to stop.
+            if self.preview_interval != 0 and due(self.preview_interval):
+                self.draw_preview(previews, suspend)
+            if evaluation is not None and due(run.snapshot) and not distributed.any_rank(suspend.received):
+                self.measure_snapshots(evaluation)
+            suspended = distributed.any_rank(suspend.received)
+            if suspended and not saved and self.nimg > start_nimg:
+                self.save_state()
+            if done or suspended:
+                break
+            self.step(batches)
+        journal.log(
+            f"Done: {self.nimg} images in {self.outdir}"
+            if done
+            else f"Suspended at {self.nimg} images; repeat the command to continue"
+        )
 
-    journal.log(
-        f"Done: {nimg} images in {outdir}" if done else f"Suspended at {nimg} images; repeat the command to go on"
-    )
+    @property
+    def preview_interval(self) -> int:
+        """Images between previews; 0 = none."""
+        run = self.config.run
+        return run.snapshot if run.preview is None else run.preview
+
+    def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images and labels of each round from here on."""
+        config, share = self.config, self.share
+        sampler = RunSampler(
+            len(self.dataset), config.run.seed, self.nimg, config.run.batch, share.part, share.batch_gpu
+        )
+        workers = config.data.workers or 0
+        loader = torch.utils.data.DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=begin_loader_process,
+            pin_memory=self.device.type == "cuda",
+            multiprocessing_context="spawn" if workers > 0 else None,
+        )
+        return iter(loader)
+
+    def step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """One optimiser step on `batch` images."""
+        run, optimizer = self.config.run, self.optimizer
+        optimizer.zero_gradients()
+        with self.architecture.step(self.net):
+            for first in self.share.starts(self.nimg):
+                loss = self.loss_of_round(first, *next(batches))
+                self.stats.report("loss", loss.mean(dim=list(range(1, loss.ndim))) if loss.ndim > 1 else loss)
+                (loss.sum() * (run.ls / run.batch)).backward()
+            regularizer = self.objective.regularizer(self.net, self.nimg)
+            if regularizer is not None:  # gradients are summed over processes
+                (regularizer * (run.ls / distributed.get_world_size())).backward()
+        optimizer.step(self.nimg)
+        self.nimg += run.batch
+        self.ema.update(self.nimg, run.batch)
+        self.journal.advance(run.batch)
+
+    def loss_of_round(self, first: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Loss [N, ...] of images whose indices in the run begin with `first`."""
+        config, device = self.config, self.device
+        seeds = image_seeds(config.run.seed, np.arange(first, first + self.share.batch_gpu))
+        rnd = StackedRandomGenerator(device, seeds.tolist())
+        torch.manual_seed(int(seeds[0]))  # of dropout masks
+        images = self.encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
+        cond = labels.to(device, non_blocking=True)
+        return self.objective(self.net, images, cond, rnd=rnd, nimg=self.nimg)
+
+    def report_status(self) -> None:
+        """Report what happened since the last report."""
+        now = time.time()
+        tick, nonfinite = self.tick, int(self.optimizer.nonfinite)
+        on_gpu = self.device.type == "cuda"
+        fields = {
+            "nimg": self.nimg,
+            **self.stats.collect(),
+            "lr": self.optimizer.learning_rate(self.nimg),
+            "nonfinite_gradients": nonfinite - tick.nonfinite,
+            "images_per_second": (self.nimg - tick.nimg) / (now - tick.time),
+            "seconds": now - self.start_time,
+            "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
+            "gpu_mem_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else 0.0,
+            "time": now,
+        }
+        self.journal.report(fields)
+        self.journal.log(status_line(fields, self.config.run.duration, self.seconds_of_previews_left()))
+        if fields["nonfinite_gradients"] > 0:
+            self.journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
+        if math.isnan(fields["loss"]):
+            raise RunError(
+                f"the loss is not finite at {self.nimg} images: start in a new --outdir with a lower --lr or --ls; "
+                f"or repeat the command with --precision=bf16 or fp32 to continue from the last training state"
+            )
+        self.object_to(self.diverged(fields["loss"]))
+        self.tick = Tick(self.nimg, now, nonfinite)
+
+    def object_to(self, problem: str | None) -> None:
+        """Say that the run has gone wrong; with --on-divergence=stop, before anything more is saved of it.
+
+        Raises:
+            RunError: it has, and is to stop.
+        """
+        if problem is None:
+            return
+        text = f"training has diverged at {self.nimg} images: {problem}"
+        if self.config.run.on_divergence == "stop":
+            raise RunError(
+                f"{text}. The training state before that is kept; start in a new --outdir with a lower --lr, "
+                f"or go on regardless with --on-divergence=warn"
+            )
+        self.journal.log(f"Warning: {text}")
+
+    def save_snapshots(self) -> None:
+        """Write the averaged networks; on the first process."""
+        average_batch_statistics_(self.net)
+        averaged = list(zip(self.ema.stds, self.ema.get(), strict=True))
+        with distributed.fail_together():
+            for _, (ema_net, _) in averaged:
+                name = weight_beyond_float16(ema_net)
+                self.object_to(None if name is None else f"{name} holds values that float16 cannot")
+        if distributed.get_rank() != 0:
+            return
+        config = self.config
+        assert config.dataset is not None
+        for std, (ema_net, suffix) in averaged:
+            metadata = {
+                "nimg": self.nimg,
+                "ema_std": std,
+                "config": config.to_json(),
+                "dataset": config.dataset.to_json(),
+            }
+            path = self.outdir / snapshot_name(self.nimg, suffix)
+            dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32
+            save_network(path, ema_net, self.encoder, metadata, dtype)
+
+    def draw_preview(self, previews: Previews | None, suspend: distributed.SuspendSignals) -> None:
+        """Draw what the last averaged network makes; on the first process."""
+        if previews is not None:
+            ema_net, _ = self.ema.get()[-1]
+            begin = time.time()
+            previews.draw(ema_net, self.outdir / f"fakes-{self.nimg // 1000:07d}.png", lambda: suspend.received)
+            self.preview_seconds = time.time() - begin
+            self.tick.time += self.preview_seconds
+
+    def seconds_of_previews_left(self) -> float:
+        """How long the previews still to come will take, going by the last one."""
+        interval, left = self.preview_interval, self.config.run.duration - self.nimg
+        return -(-left // interval) * self.preview_seconds if interval > 0 else 0.0
+
+    def measure_snapshots(self, evaluation: SnapshotEvaluation) -> None:
+        """Measure the snapshots that were just saved."""
+        for ema_net, suffix in self.ema.get():
+            results = evaluation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
+            self.journal.report_metrics(self.nimg, f"EMA{suffix}", results)
+        self.tick.time = time.time()
+
+    def save_state(self) -> None:
+        """Write all that a resumed run needs; to be called by all processes."""
+        state = self.state_dict()
+        if distributed.get_rank() == 0:
+            checkpoint.save_state(self.outdir / state_name(self.nimg), state)
+
+    def state_dict(self) -> dict[str, Any]:
+        objective = self.objective.state_dict()
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+            "stats": self.stats.state_dict(),  # of all processes
+            "nonfinite": int(self.optimizer.nonfinite),
+            **({"objective": objective} if objective else {}),
+            "nimg": self.nimg,
+            "seconds": time.time() - self.start_time,
+            "code_version": code_version(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.stats.load_state_dict(state["stats"])
+        self.optimizer.nonfinite.fill_(state["nonfinite"])
+        self.objective.load_state_dict(state.get("objective", {}))
+        self.nimg, self.seconds = state["nimg"], state["seconds"]
 
 
-def _permuted(state: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
-    """Adam's state with the dimensions of its moments permuted: files hold them as the weights are, [out, in, ...]."""
-    moments = {
-        idx: {name: x.permute(*order).contiguous() if x.ndim == 4 else x for name, x in values.items()}
-        for idx, values in state["state"].items()
-    }
-    return {**state, "state": moments}
+@dataclass
+class Tick:
+    """When the last status was reported, and what it reported."""
+
+    nimg: int
+    time: float
+    nonfinite: int
 
 
-def snapshot_name(nimg: int, suffix: str) -> str:
-    return f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
-
-
-def status_line(fields: dict[str, float], duration: int) -> str:
-    left = (duration - fields["nimg"]) / fields["images_per_second"]
-    gpu = f"  gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else ""
-    return (
-        f"nimg {fields['nimg']:<10d} loss {fields['loss']:<8.4f} lr {fields['lr']:<8.5f} "
-        f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(fields['seconds'])}  "
-        f"left {format_time(left)}  mem {fields['cpu_mem_gb']:.1f} GB{gpu}"
-    )
-
-
-def _as_precond(net: torch.nn.Module) -> Precond:
-    assert isinstance(net, Precond)
-    return net
+def average_batch_statistics_(net: torch.nn.Module) -> None:
+    """Give all processes the mean of the running statistics that their batch norms have gathered."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for buffer in (module.running_mean, module.running_var):
+                if buffer is not None:
+                    distributed.all_reduce_sum_(buffer).div_(distributed.get_world_size())

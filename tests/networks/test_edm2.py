@@ -5,10 +5,10 @@ import torch
 from conftest import tiny_network
 
 from training.config.edm2 import TRAINING_PRESETS
-from training.networks.edm2 import (
+from training.families import preset_network
+from training.networks.edm2 import Precond, UNet
+from training.networks.edm2_layers import (
     MPConv,
-    Precond,
-    UNet,
     effective_weights,
     mp_cat,
     mp_silu,
@@ -151,7 +151,7 @@ def test_both_ways_of_attention_agree(monkeypatch):
     net = tiny_network(attn_resolutions=[8])
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)
     plain = net(x, sigma)
-    monkeypatch.setattr("training.networks_edm2.MAX_PLAIN_TOKENS", 0)
+    monkeypatch.setattr("training.networks.edm2.MAX_PLAIN_TOKENS", 0)
     fused = net(x, sigma)
     assert not torch.equal(plain, fused)
     torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)
@@ -211,17 +211,8 @@ def test_bad_arguments():
     ],
 )
 def test_published_sizes(preset, millions):
-    p = TRAINING_PRESETS[preset]
     with torch.device("meta"):
-        net = Precond(
-            64,
-            4,
-            1000,
-            model_channels=p["channels"],
-            channel_mult=p["channel_mult"],
-            num_blocks=p["num_blocks"],
-            attn_resolutions=p["attn_resolutions"],
-        )
+        net = preset_network(TRAINING_PRESETS[preset])
     # The published counts include the Fourier features.
     count = sum(t.numel() for t in net.state_dict().values())
     assert count / 1e6 == pytest.approx(millions, abs=0.01)

@@ -6,9 +6,9 @@ from conftest import relative_error, tiny_network
 
 from training.generation import generate_images
 from training.networks import edm2_cpu as fast_inference
-from training.networks.edm2 import MPConv
 from training.networks.edm2_cpu import FastDenoiser, can_prepack
 from training.networks.edm2_gpu import CompiledDenoiser
+from training.networks.edm2_layers import MPConv
 
 WIDE = dict(img_resolution=32, model_channels=128, attn_resolutions=[16])  # wide enough for Winograd from 2 images on
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks import fir
 from training.networks.ncsnpp import DDPM, NCSNpp
 from training.networks.score_layers import GroupNorm, activation, positional_embedding

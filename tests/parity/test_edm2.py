@@ -5,11 +5,13 @@ import pytest
 import torch
 from conftest import Golden
 
+from training import networks_edm2 as edm2
 from training import phema
+from training.config.training import parse_std_list
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
-from training.networks import edm2
-from training.samplers.edm import StackedRandomGenerator, edm_sampler
+from training.samplers.edm import edm_sampler
+from training.samplers.noise import StackedRandomGenerator
 
 FORWARD, TRAJECTORY = 1e-5, 1e-4
 
@@ -141,7 +143,7 @@ def test_phema_maths(check):
         g["solve_in_ofs"], g["solve_in_std"], g["solve_out_ofs"], g["solve_out_std"]
     )
     check(coefs, g["solve_coefs"], 1e-6)
-    check(phema.parse_std_list("0.010,0.015,...,0.250"), g["parse_std"], 1e-12)
+    check(parse_std_list("0.010,0.015,...,0.250"), g["parse_std"], 1e-12)
 
 
 def test_sampler(check):

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from training.config.generation import SOLVERS
 from training.guidance import GuidedDenoiser
-from training.samplers.coefficients import MULTISTEP, SOLVERS
-from training.samplers.edm import StackedRandomGenerator, edm_sampler, ode_sampler
+from training.samplers.coefficients import MULTISTEP
+from training.samplers.edm import edm_sampler, ode_sampler
 from training.samplers.grids import edm_sigmas
+from training.samplers.noise import StackedRandomGenerator
 
 MEAN, STD = 0.3, 0.5
 

@@ -5,7 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.encoders import StandardRGBEncoder
 from training.networks.edm2 import Precond
 from training.phema import solve_posthoc_coefficients

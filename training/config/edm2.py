@@ -1,52 +1,150 @@
-"""Named configurations, with what they take and give."""
+"""EDM2: what its network, loss and optimiser can be, and its presets with published results."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
+from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY
+from training.config.fields import FROM_PRESET, Config, option
 from training.config.metrics import METRIC_FILES
+from training.config.names import unknown_preset
+from training.config.training import Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
 
-Mi = 1 << 20
-Ki = 1 << 10
 
+@dataclass(frozen=True, kw_only=True)
+class EDM2Network(Config):
+    """Arguments of the network beside the shape of the data. The bounds are a few times the largest
+    published network: a hostile file could otherwise ask for one that takes hours to build.
+    """
 
-def _edm2(
-    duration: int, channels: int, lr: float, dropout: float, P_mean: float, P_std: float, decay: float
-) -> dict[str, Any]:
-    """A configuration of EDM2, Table 6: batch 2048, config G."""
-    return dict(
-        duration=duration * Mi,
-        batch=2048,
-        channels=channels,
-        lr=lr,
-        dropout=dropout,
-        P_mean=P_mean,
-        P_std=P_std,
-        decay=decay,
-        channel_mult=(1, 2, 3, 4),
-        num_blocks=3,
-        attn_resolutions=(16, 8),
-        rampup_Mimg=10.0,
-        ema_std=(0.050, 0.100),
-        status=128 * Ki,
-        snapshot=8 * Mi,
-        checkpoint=128 * Mi,
+    model_channels: int = option(
+        192, "Base number of channels", flag="--channels", low=1, high=MAX_CHANNELS, default_text=FROM_PRESET
     )
+    channel_mult: tuple[int, ...] = option(
+        (1, 2, 3, 4),
+        "Channel multiple per level, finest first",
+        low=1,
+        high=16,
+        items=(0, 8),
+        parse=parse_ints,
+        default_text=FROM_PRESET,
+    )
+    num_blocks: int = option(3, "Residual blocks per level", low=1, high=16, default_text=FROM_PRESET)
+    attn_resolutions: tuple[int, ...] = option(
+        (16, 8),
+        "Resolutions with self-attention, or 'none'",
+        low=0,
+        high=MAX_RESOLUTION,
+        items=(0, 16),
+        parse=parse_ints,
+        default_text=FROM_PRESET,
+    )
+    dropout: float = option(0, "Dropout probability", low=0, below=1, default_text=FROM_PRESET)
+    channel_mult_noise: int | None = option(None, flag=None, low=1, high=64)
+    channel_mult_emb: int | None = option(None, flag=None, low=1, high=64)
+    label_balance: float = option(0.5, flag=None, low=0, high=1)
+    concat_balance: float = option(0.5, flag=None, low=0, high=1)
+    resample_filter: tuple[float, ...] = option((1, 1), flag=None, low=-1e6, high=1e6, items=(2, 64))
+    channels_per_head: int = option(64, flag=None, low=1, high=1 << 14)
+    res_balance: float = option(0.3, flag=None, low=0, high=1)
+    attn_balance: float = option(0.3, flag=None, low=0, high=1)
+    clip_act: float | None = option(256, flag=None, low=TINY, high=HUGE)
+    sigma_data: float = option(0.5, flag=None, low=TINY, high=HUGE)
+    logvar_channels: int = option(128, flag=None, low=1, high=1 << 14)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.channel_mult:
+            raise UserError("--channel-mult needs one positive number per level, such as 1,2,3,4")
+        if len(self.resample_filter) % 2 != 0 or abs(sum(self.resample_filter)) <= 1e-6:
+            raise UserError("resample_filter must have an even number of taps and a sum other than 0")
 
 
-def _img512(duration: int, channels: int, lr: float, dropout: float) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class EDM2Objective(Config):
+    """The noise levels of training: ln(sigma) ~ N(P_mean, P_std^2) (EDM2, Table 6)."""
+
+    P_mean: float = option(-0.4, "Mean of ln(sigma) in training", flag="--P_mean", default_text=FROM_PRESET)
+    P_std: float = option(1.0, "Standard deviation of ln(sigma)", flag="--P_std", above=0, default_text=FROM_PRESET)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM2Optimizer(Config):
+    """Adam, and the learning rate of EDM2's Eq. 67 with a linear ramp-up."""
+
+    lr: float = option(0.01, "Reference learning rate", above=0, default_text=FROM_PRESET)
+    decay: float = option(
+        70e3,
+        "Batches before the learning rate decays, 0 = never",
+        low=0,
+        metavar="BATCHES",
+        default_text=FROM_PRESET,
+    )
+    rampup_Mimg: float = option(10.0, flag=None, low=0)
+    betas: tuple[float, ...] = option((0.9, 0.99), flag=None, low=0, below=1, items=(2, 2))
+    eps: float = option(1e-8, flag=None, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM2Training(TrainConfig):
+    """A training run of EDM2."""
+
+    family: ClassVar[str] = "edm2"
+    network: EDM2Network = EDM2Network()
+    objective: EDM2Objective = EDM2Objective()
+    optimizer: EDM2Optimizer = EDM2Optimizer()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = len(self.network.channel_mult)
+        if self.dataset is not None and self.dataset.resolution % 2 ** (levels - 1) != 0:
+            raise UserError(
+                f"{self.data.data}: resolution {self.dataset.resolution} is not divisible by {2 ** (levels - 1)}, as a "
+                f"network of {levels} levels needs: give fewer levels with --channel-mult, or convert the images to "
+                f"another resolution"
+            )
+
+    def notes(self) -> list[str]:
+        assert self.dataset is not None
+        levels = [self.dataset.resolution >> level for level in range(len(self.network.channel_mult))]
+        wanted = self.network.attn_resolutions
+        if not wanted or set(levels) & set(wanted):
+            return []
+        return [
+            f"no level has a resolution of --attn-resolutions={','.join(map(str, wanted))} "
+            f"(levels: {', '.join(map(str, levels))}); only the coarsest block has attention"
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
+def _published(
+    classes: int, image_channels: int, duration: int, channels: int, lr: float, dropout: float,
+    P_mean: float, P_std: float, decay: float,
+) -> Preset:  # fmt: skip
+    """A configuration of EDM2, Table 6: batch 2048, config G, for 64x64 pixels or latents."""
+    config = EDM2Training(
+        network=EDM2Network(model_channels=channels, dropout=dropout),
+        objective=EDM2Objective(P_mean=P_mean, P_std=P_std),
+        optimizer=EDM2Optimizer(lr=lr, decay=decay),
+        run=RunConfig(duration=duration * Mi, batch=2048),
+    )
+    return Preset(config, resolution=64, channels=image_channels, classes=classes)
+
+
+def _img512(duration: int, channels: int, lr: float, dropout: float) -> Preset:
     """ImageNet 512x512 as 64x64x4 latents."""
-    return _edm2(duration, channels, lr, dropout, P_mean=-0.4, P_std=1.0, decay=70000)
+    return _published(1000, 4, duration, channels, lr, dropout, P_mean=-0.4, P_std=1.0, decay=70000)
 
 
-def _img64(duration: int, channels: int, lr: float, dropout: float) -> dict[str, Any]:
+def _img64(duration: int, channels: int, lr: float, dropout: float) -> Preset:
     """ImageNet 64x64 as pixels."""
-    return _edm2(duration, channels, lr, dropout, P_mean=-0.8, P_std=1.6, decay=35000)
+    return _published(1000, 3, duration, channels, lr, dropout, P_mean=-0.8, P_std=1.6, decay=35000)
 
 
-def _digits() -> dict[str, Any]:
+def _digits() -> Preset:
     """Handwritten digits, 8x8 grayscale (datasets/digits.zip), class-conditional, 0.17 M parameters.
 
     Takes about a minute on two CPU cores (147 thousand images, 1152 steps). Of 1000 samples (EMA 0.100, 18 steps) about
@@ -54,27 +152,16 @@ def _digits() -> dict[str, Any]:
     thousand images at weight 1.5; their distance to it is 1.06 times that between real images. Longer training lowers
     that ratio below 1: the network begins to memorise.
     """
-    return dict(
-        duration=144 * Ki,
-        batch=128,
-        channels=16,
-        lr=0.04,
-        dropout=0.0,
-        P_mean=-0.4,
-        P_std=1.0,
-        decay=300,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        attn_resolutions=(),
-        rampup_Mimg=20 * 128 / 1e6,
-        ema_std=(0.050, 0.100),
-        status=4 * Ki,
-        snapshot=16 * Ki,
-        checkpoint=48 * Ki,
+    config = EDM2Training(
+        network=EDM2Network(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=()),
+        objective=EDM2Objective(P_mean=-0.4, P_std=1.0),
+        optimizer=EDM2Optimizer(lr=0.04, decay=300, rampup_Mimg=20 * 128 / 1e6),
+        run=RunConfig(duration=144 * Ki, batch=128, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
+    return Preset(config, resolution=8, channels=1, classes=10)
 
 
-TRAINING_PRESETS: dict[str, dict[str, Any]] = {
+TRAINING_PRESETS: dict[str, Preset] = {
     "edm2-img512-xxs": _img512(duration=2048, channels=64, lr=0.0170, dropout=0.0),
     "edm2-img512-xs": _img512(duration=2048, channels=128, lr=0.0120, dropout=0.0),
     "edm2-img512-s": _img512(duration=2048, channels=192, lr=0.0100, dropout=0.0),
@@ -89,22 +176,6 @@ TRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "edm2-img64-xl": _img64(duration=640, channels=384, lr=0.0070, dropout=0.1),
     "digits": _digits(),
 }
-
-
-def preset_network(name: str) -> dict[str, Any]:
-    """Arguments of the network of a training preset, on the data that it is meant for."""
-    preset = TRAINING_PRESETS[name]
-    dataset = "digits" if name == "digits" else name.split("-")[1]
-    resolution, channels, label_dim = {"img512": (64, 4, 1000), "img64": (64, 3, 1000), "digits": (8, 1, 10)}[dataset]
-    return dict(
-        img_resolution=resolution,
-        img_channels=channels,
-        label_dim=label_dim,
-        model_channels=preset["channels"],
-        channel_mult=list(preset["channel_mult"]),
-        num_blocks=preset["num_blocks"],
-        attn_resolutions=list(preset["attn_resolutions"]),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -234,10 +305,3 @@ def files_for(name: str) -> list[str]:
         *(VAE_FILES if dataset == "img512" else []),
     ]
     return [*files, f"{PUBLISHED_FILES}/dataset-refs/{dataset}.pkl"]
-
-
-def unknown_preset(option: str, name: str, known: Iterable[str]) -> UserError:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(known[:5])}, ..."
-    return UserError(f"{option}: unknown preset {name!r}; {hint}")

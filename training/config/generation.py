@@ -1,34 +1,27 @@
-"""The options of commands that generate images, and what they stand for.
+"""What makes images: networks, sampler, guidance, and what they compute in. One home of the samplers' defaults."""
 
-Imports what needs torch only when networks are loaded, so that a command's help comes at once.
-"""
-
-from __future__ import annotations
-
-import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from dnnlib.util import UserError, device_option, file_sha256, given_options, is_url, offline_option, parsed_by
-from training.config.edm2 import GENERATION_PRESETS, unknown_preset
+from dnnlib.cli import given_options
+from dnnlib.errors import UserError
+from training.config.edm2 import GENERATION_PRESETS
+from training.config.fields import Config, all_fields, option
 from training.config.metrics import PRECISIONS
-from training.samplers.coefficients import SOLVERS, check_solver
-
-if TYPE_CHECKING:
-    import torch
-
-    from training.generation import ImageBatches
-    from training.snapshot import Snapshot
-
-Positive = click.FloatRange(min=0, min_open=True)
+from training.config.names import unknown_preset
 
 
 def parse_interval(text: str) -> tuple[float, float]:
+    """Noise levels of the form 'LO,HI'.
+
+    Raises:
+        UserError: of another form, or not 0 <= LO < HI.
+    """
     try:
         lo, hi = (float(part) for part in text.split(","))
     except ValueError:
@@ -38,242 +31,171 @@ def parse_interval(text: str) -> tuple[float, float]:
     return lo, hi
 
 
-def _number(name: str, default: float, help_text: str, kind: click.ParamType | None = None) -> Callable:
-    kind = kind if kind is not None else click.FloatRange(min=0)
-    parameter = name.lstrip("-")
-    return click.option(name, parameter, help=help_text, metavar="FLOAT", type=kind, default=default, show_default=True)
+@dataclass(frozen=True, kw_only=True)
+class EDMGrid(Config):
+    """The noise levels of EDM (Karras et al. 2022, Eq. 5)."""
+
+    num_steps: int = option(32, "Sampling steps", flag="--steps", low=1)
+    sigma_min: float = option(0.002, "Lowest noise level", flag="--sigma_min", above=0)
+    sigma_max: float = option(80.0, "Highest noise level", flag="--sigma_max", above=0, default_text="80")
+    rho: float = option(7.0, "Exponent of the time steps", above=0, default_text="7")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma_min > self.sigma_max:
+            raise UserError(f"--sigma_min={self.sigma_min:g} is above --sigma_max={self.sigma_max:g}")
 
 
-NETWORK_OPTIONS = [
-    click.option("--preset", help="Published networks and guidance; options that are given win", metavar="NAME"),
-    click.option(
-        "--net", help="Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
-    ),
-    click.option("--gnet", help="Guiding network snapshot", metavar="FILE"),
-]
-SAMPLING_OPTIONS = [
-    click.option(
-        "--class", "class_idx", help="Class of all images  [default: drawn from the seed]", metavar="INT", type=int
-    ),
-    click.option(
-        "--sampler",
-        help="Solver; heun evaluates the network twice per step, the others once (see docs/performance.md)",
-        type=click.Choice(SOLVERS),
-        default="heun",
-        show_default=True,
-    ),
-    click.option(
-        "--steps",
-        "num_steps",
-        help="Sampling steps",
-        metavar="INT",
-        type=click.IntRange(min=1),
-        default=32,
-        show_default=True,
-    ),
-    _number("--sigma_min", 0.002, "Lowest noise level", Positive),
-    _number("--sigma_max", 80, "Highest noise level", Positive),
-    _number("--rho", 7, "Exponent of the time steps", Positive),
-    click.option("--guidance", help="Guidance weight  [default: 1, no guidance]", metavar="FLOAT", type=float),
-    click.option(
-        "--guidance-interval",
-        help="Noise levels at which guidance acts  [default: all]",
-        metavar="LO,HI",
-        callback=parsed_by(parse_interval),
-    ),
-    _number("--S_churn", 0, "Strength of added noise"),
-    _number("--S_min", 0, "Lowest noise level at which noise is added"),
-    _number("--S_max", float("inf"), "Highest noise level at which noise is added"),
-    _number("--S_noise", 1, "Scale of added noise"),
-    click.option(
-        "--precision",
-        help="What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs",
-        type=click.Choice(["auto", *PRECISIONS]),
-        default="auto",
-        show_default=True,
-    ),
-    click.option(
-        "--compile",
-        "compiled",
-        help="On GPUs, let torch.compile make the networks' kernels (a CPU has faster ones in any case)",
-        metavar="BOOL",
-        type=bool,
-        default=False,
-        show_default=True,
-    ),
-    device_option,
-    offline_option,
-]
+@dataclass(frozen=True, kw_only=True)
+class Churn(Config):
+    """Noise that is added at each step (EDM, Algorithm 2)."""
+
+    S_churn: float = option(0.0, "Strength of added noise", flag="--S_churn", low=0, default_text="0")
+    S_min: float = option(0.0, "Lowest noise level at which noise is added", flag="--S_min", low=0, default_text="0")
+    S_max: float = option(math.inf, "Highest noise level at which noise is added", flag="--S_max", low=0)
+    S_noise: float = option(1.0, "Scale of added noise", flag="--S_noise", low=0, default_text="1")
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """What the options above say. `None` for `preset`, `gnet`, `class_idx` and `guidance_interval` is none of them."""
+# The solvers, and the section of `SamplerConfig` with each one's own options.
+SOLVERS: dict[str, str | None] = {
+    "heun": "churn",
+    "euler": "churn",
+    "dpmpp-2m": None,
+    "dpmpp-3m": None,
+    "sqrt-3m": None,
+}
 
-    preset: str | None
-    net: str | None
-    gnet: str | None
-    class_idx: int | None
-    sampler: str
-    num_steps: int
-    sigma_min: float
-    sigma_max: float
-    rho: float
-    guidance: float | None
-    guidance_interval: tuple[float, float] | None
-    S_churn: float
-    S_min: float
-    S_max: float
-    S_noise: float
-    precision: str
-    compiled: bool
-    device: str
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(Config):
+    """A solver, the noise levels that it visits, and its own options."""
+
+    solver: str = option(
+        "heun",
+        "Solver; heun evaluates the network twice per step, the others once (see docs/performance.md)",
+        flag="--sampler",
+        choices=tuple(SOLVERS),
+    )
+    grid: EDMGrid = EDMGrid()
+    churn: Churn = Churn()
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise UserError(f"unknown sampler {self.solver!r} (known: {', '.join(SOLVERS)})")
+        super().__post_init__()
+        if self.churn.S_churn > 0 and SOLVERS[self.solver] != "churn":
+            raise UserError(
+                f"S_churn={self.churn.S_churn:g} adds noise, which {self.solver} cannot follow: it relies on earlier "
+                f"steps; use heun or euler"
+            )
+
+    @property
+    def options(self) -> Any:
+        """The section of the solver's own options; None = it has none."""
+        section = SOLVERS[self.solver]
+        return None if section is None else getattr(self, section)
+
+    def describe(self) -> dict[str, Any]:
+        """What it stands for, as plain JSON values; no options that have no effect."""
+        facts: dict[str, Any] = {"solver": self.solver, **self.grid.to_json()}
+        if self.churn.S_churn > 0:
+            # Infinity is no JSON.
+            facts |= {name: value for name, value in self.churn.to_json().items() if value != math.inf}
+        return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig(Config):
+    """The weight of guidance, and the noise levels lo < sigma <= hi at which it acts."""
+
+    guidance: float = option(1.0, "Guidance weight", default_text="1, no guidance")
+    guidance_interval: tuple[float, float] | None = option(
+        None, "Noise levels at which guidance acts", parse=parse_interval, metavar="LO,HI", default_text="all"
+    )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.guidance_interval or (0.0, math.inf)
+
+    def describe(self) -> dict[str, Any]:
+        """What it stands for, as plain JSON values."""
+        facts: dict[str, Any] = {"guidance": self.guidance}
+        if self.guidance_interval is not None and self.guidance != 1:
+            lo, hi = self.guidance_interval
+            facts["guidance_interval"] = [lo, None if hi == math.inf else hi]
+        return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworksConfig(Config):
+    """The networks that make images."""
+
+    preset: str | None = option(None, "Published networks and guidance; options that are given win", metavar="NAME")
+    net: str | None = option(
+        None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
+    )
+    gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """How images are made of noise."""
+
+    class_idx: int | None = option(None, "Class of all images", flag="--class", default_text="drawn from the seed")
+    sampler: SamplerConfig = SamplerConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    precision: str = option(
+        "auto", "What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs", choices=("auto", *PRECISIONS)
+    )
+    compiled: bool = option(
+        False,
+        "On GPUs, let torch.compile make the networks' kernels (a CPU has faster ones in any case)",
+        flag="--compile",
+    )
+    device: str = option(
+        "auto",
+        "Where to compute; auto = the first of cuda, mps, cpu that is there",
+        choices=("auto", "cpu", "cuda", "mps"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(Config):
+    """Networks, and how images are made with them."""
+
+    networks: NetworksConfig = NetworksConfig()
+    sampling: SamplingConfig = SamplingConfig()
 
     @classmethod
-    def take(cls, opts: dict[str, Any]) -> GenerationOptions:
-        """Take these options out of all those of a command, with networks and guidance of the preset put in.
+    def take(cls, opts: dict[str, Any]) -> "GenerationConfig":
+        """Take these options out of all those of a command, and add networks and guidance of the preset.
 
         Raises:
             UserError: they do not go together, or there is no such preset.
         """
-        options = cls(**{field.name: opts.pop(field.name) for field in dataclasses.fields(cls)})
-        net, gnet, guidance = options.net, options.gnet, options.guidance
-        if options.preset is not None:
-            chosen = GENERATION_PRESETS.get(options.preset)
+        names = [field.key for field in all_fields(cls)]
+        given = {name: value for name in names if (value := opts.pop(name)) is not None}
+        config = cls.from_flat(given)
+        net, gnet, guidance = config.networks.net, config.networks.gnet, config.sampling.guidance.guidance
+        preset = config.networks.preset
+        if preset is not None:
+            chosen = GENERATION_PRESETS.get(preset)
             if chosen is None:
-                raise unknown_preset("--preset", options.preset, GENERATION_PRESETS)
-            net, guidance = net or chosen.net, chosen.guidance if guidance is None else guidance
+                raise unknown_preset("--preset", preset, GENERATION_PRESETS)
+            net, guidance = net or chosen.net, given.get("guidance", chosen.guidance)
             if guidance != 1:
                 gnet = gnet or chosen.gnet
         if net is None:
             raise UserError("which network? Give --net or --preset (see generate_images.py --list-presets)")
-        guidance = 1.0 if guidance is None else guidance
         if guidance != 1 and gnet is None:
             raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
-        if options.sigma_min > options.sigma_max:
-            raise UserError(f"--sigma_min={options.sigma_min:g} is above --sigma_max={options.sigma_max:g}")
-        check_solver(options.sampler, options.S_churn)
-        return dataclasses.replace(options, net=net, gnet=gnet, guidance=guidance)
+        return cls.from_flat({"net": net, "gnet": gnet, "guidance": guidance}, config)
 
     def command(self, ctx: click.Context, leave_out: Sequence[str] = ()) -> str:
         """The command line without presets."""
-        options = [f"--net={shlex.quote(str(self.net))}"]
-        if self.gnet is not None:
-            options += [f"--gnet={shlex.quote(self.gnet)}", f"--guidance={self.guidance:g}"]
+        networks, guidance = self.networks, self.sampling.guidance.guidance
+        options = [f"--net={shlex.quote(str(networks.net))}"]
+        if networks.gnet is not None:
+            options += [f"--gnet={shlex.quote(networks.gnet)}", f"--guidance={guidance:g}"]
         options += given_options(ctx, leave_out=["preset", "net", "gnet", "guidance", *leave_out])
         return " \\\n    ".join(["python generate_images.py", *options])
-
-    def sampler_kwargs(self) -> dict[str, Any]:
-        """Arguments of the sampler."""
-        names = ("num_steps", "sigma_min", "sigma_max", "rho", "guidance", "S_churn", "S_min", "S_max", "S_noise")
-        kwargs = {"solver": self.sampler} | {name: getattr(self, name) for name in names}
-        if self.guidance_interval is not None and self.guidance != 1:
-            kwargs["guidance_interval"] = self.guidance_interval
-        return kwargs
-
-    def fetch(self) -> None:
-        """Fetch networks that are URLs: once for all processes of a machine. To be called by all of them."""
-        from torch_utils import distributed
-        from training.snapshot import open_snapshot
-
-        with distributed.fail_together():
-            if distributed.get_local_rank() == 0:
-                for network in (self.net, self.gnet):
-                    if network is not None and is_url(network):
-                        open_snapshot(network)
-
-    def load(self) -> LoadedGenerator:
-        """
-        Raises:
-            UserError: a network cannot be loaded, or they do not go together.
-        """
-        from torch_utils import distributed
-        from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
-        from training.generation import load_image_network
-
-        device = select_device(self.device)
-        set_up_device(device)
-        if self.compiled and device.type != "cpu":
-            check_compiler(device)
-        assert self.net is not None
-        snapshot = load_image_network(self.net, device)
-        guided = self.guidance != 1
-        guide = load_image_network(self.gnet, device) if guided and self.gnet is not None else None
-        if not guided and (self.gnet is not None or self.guidance_interval is not None):
-            given = "--gnet" if self.gnet is not None else "--guidance-interval"
-            distributed.print0(f"Note: {given} has no effect without --guidance")
-        snapshot.net.precision = resolve_precision(self.precision, device)
-        if guide is not None:
-            guide.net.precision = snapshot.net.precision
-            if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
-                raise UserError(
-                    f"--gnet={self.gnet} works on other latents than --net={self.net}: they must share an encoder"
-                )
-        snapshot.encoder.prepare(device)
-        return LoadedGenerator(self, snapshot, guide, device)
-
-
-@dataclass(frozen=True)
-class LoadedGenerator:
-    """Networks that are ready to generate."""
-
-    options: GenerationOptions
-    snapshot: Snapshot
-    guide: Snapshot | None
-    device: torch.device
-
-    @property
-    def suffix(self) -> str:
-        """File type of the images."""
-        return self.snapshot.encoder.output_suffix(self.snapshot.net.img_channels)
-
-    @property
-    def resolution(self) -> int:
-        """Height and width of the images."""
-        from training.generation import image_resolution
-
-        return image_resolution(self.snapshot.net, self.snapshot.encoder, self.device)
-
-    def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
-        """The images of these seeds; further arguments and errors are those of `generate_images`."""
-        from training.generation import generate_images
-
-        return generate_images(
-            self.snapshot.net,
-            self.guide.net if self.guide is not None else None,
-            self.snapshot.encoder,
-            seeds=seeds,
-            class_idx=self.options.class_idx,
-            device=self.device,
-            compiled=self.options.compiled,
-            **self.options.sampler_kwargs(),
-            **kwargs,
-        )
-
-    def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """What makes the images of these seeds, one after the other, as plain JSON values."""
-        from training.snapshot import open_snapshot
-
-        options = self.options
-        facts: dict[str, Any] = {}
-        sources = {"net": options.net, "gnet": options.gnet if self.guide is not None else None}
-        for key, source in sources.items():
-            if source is not None:
-                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
-        label_dim = self.snapshot.net.label_dim
-        labels = "none" if label_dim == 0 else "drawn from the seed"
-        sampler = options.sampler_kwargs()
-        if options.S_churn == 0:
-            sampler = {key: value for key, value in sampler.items() if not key.startswith("S_")}
-        elif sampler["S_max"] == math.inf:  # which JSON does not know
-            del sampler["S_max"]
-        if "guidance_interval" in sampler:
-            lo, hi = sampler["guidance_interval"]
-            sampler["guidance_interval"] = [lo, None if hi == math.inf else hi]
-        return {
-            **facts,
-            "seeds": f"{seeds[0]}-{seeds[-1]}",
-            "labels": labels if options.class_idx is None else f"class {options.class_idx}",
-            "sampler": sampler,
-            "precision": self.snapshot.net.precision,
-        }

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # What is in the names of files that hold a part of a dataset: of CIFAR, MNIST and the Hugging Face hub.

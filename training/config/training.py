@@ -1,146 +1,293 @@
-"""What defines a training run: one frozen record that goes to JSON and back."""
+"""What defines a training run, whatever the family: data, EMA, the run itself. One home of every default."""
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from dnnlib.util import UserError, atomic_write
-from training.dataset.images import DatasetInfo
+from dnnlib.cli import parse_int_list, parse_nimg
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
+from training.config.data import DatasetInfo
+from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
+from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
 
-# Fields that may differ between the stored and the given options when a run is resumed.
-MAY_CHANGE = {
-    "data",
-    "preset",
-    "duration",
-    "batch_gpu",
-    "device",
-    "precision",
-    "bench",
-    "compile",
-    "checkpoint_activations",
-    "workers",
-    "cache",
-    "status",
-    "snapshot",
-    "checkpoint",
-    "metrics",
-    "metrics_ref",
-    "metrics_num",
-}
-OPTION_NAMES = {"P_mean": "--P_mean", "P_std": "--P_std", "rampup_Mimg": "--preset's rampup_Mimg"}
+Mi = 1 << 20
+Ki = 1 << 10
+INTERVALS = ("status", "snapshot", "preview", "checkpoint")  # options, in images
+MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
+MIN_STD = 0.001  # file names of EMA profiles have three decimals
+MAX_STD = 12**-0.5  # of the flat average (`phema`)
+MAX_LIST = 1000
+T = TypeVar("T", bound="TrainConfig")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. Each field is the command line option of that name; numbers of images are absolute.
+def parse_ints(text: str) -> tuple[int, ...]:
+    """Whole numbers such as '16,8'; 'none' or '' are no numbers."""
+    return () if text.strip().lower() in ("", "none") else tuple(parse_int_list(text))
 
-    P_mean and P_std describe ln(sigma) in training (EDM2, Table 6), `lr` and `decay` are the reference learning rate
-    and batch count of `learning_rate_schedule`, `ema_std` the relative widths of the EMA profiles.
+
+def parse_std_list(text: str) -> tuple[float, ...]:
+    """Parse widths such as '0.05', '0.05,0.10' or '0.010,0.015,...,0.250' (the last = 49 even steps).
+
+    Raises:
+        ValueError: not numbers, outside [0.001, 0.289), or '...' that does not reach its end in even steps.
+    """
+    stds: list[float] = []
+    parts = [part.strip() for part in re.sub(r"^\[|\]$", "", text.strip()).split(",")]
+    for i, part in enumerate(parts):
+        if part == "...":
+            if len(stds) < 2 or i + 1 >= len(parts):
+                raise ValueError(f"{text!r}: '...' needs two values before it and one after it")
+            continue
+        try:
+            value = float(part)
+        except ValueError:
+            raise ValueError(f"{text!r}: {part!r} is not a number") from None
+        if not MIN_STD <= value < MAX_STD:
+            raise ValueError(f"{text!r}: an EMA std must lie between {MIN_STD} and {MAX_STD:.3f}, not {part}")
+        if i > 0 and parts[i - 1] == "...":
+            first, step = stds[-1], stds[-1] - stds[-2]
+            count = round((value - first) / step) if step != 0 else 0
+            if not 1 <= count <= MAX_LIST or abs(first + count * step - value) > 1e-6:
+                raise ValueError(f"{text!r}: even steps of {step:.6g} from {first:g} do not reach {value:g}")
+            stds += [round(first + k * step, 9) for k in range(1, count)]
+        stds.append(value)
+    return tuple(stds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
+    """The images that a run learns from."""
+
+    data: str = option(
+        "", "Training images: folder or ZIP file", metavar="ZIP|DIR", default_text=REQUIRED, may_change=True
+    )
+    cond: bool = option(True, "Train a class-conditional model")
+    xflip: bool = option(False, "Train on mirrored images, too")
+    cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
+    workers: int | None = option(
+        None, "Loader processes per training process", low=0, default_text="2 on CUDA, else 0", may_change=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerFunctionConfig(Config):
+    """The EMA profiles that a run tracks (EDM2, Section 3)."""
+
+    ema_std: tuple[float, ...] = option(
+        (0.05, 0.10),
+        "Widths of the tracked EMA profiles",
+        parse=parse_std_list,
+        low=MIN_STD,
+        below=MAX_STD,
+        items=(1, 64),
+        default_text="0.05,0.10",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({f"{std:.3f}" for std in self.ema_std}) < len(self.ema_std):
+            raise UserError(f"--ema-std={show(self.ema_std)}: two widths share a file name (three decimals count)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Length, batches, arithmetic, outputs and measurements of a run; numbers of images are absolute."""
+
+    duration: int = option(help="Training duration", low=1, parse=parse_nimg, metavar="NIMG", may_change=True)
+    batch: int = option(help="Images per optimiser step, over all processes", low=1, parse=parse_nimg, metavar="NIMG")
+    batch_gpu: int = option(
+        0, "Limit of images per process and round, 0 = none", low=0, parse=parse_nimg, metavar="NIMG", may_change=True
+    )
+    device: str = option(
+        "auto",
+        "Where to compute; auto = the first of cuda, mps, cpu that is there",
+        choices=("auto", "cpu", "cuda", "mps"),
+        may_change=True,
+    )
+    precision: str = option(
+        "auto",
+        "What the network computes in; auto = fp16 on GPUs, fp32 on CPUs",
+        choices=("auto", *PRECISIONS),
+        may_change=True,
+    )
+    ls: float = option(1.0, "Loss scaling", above=0, default_text="1")
+    bench: bool = option(True, "Let cuDNN choose its fastest kernels", may_change=True)
+    compile: bool = option(False, "Let torch.compile make the network's kernels", may_change=True)
+    checkpoint_activations: bool = option(
+        False, "Compute activations twice instead of keeping them: less memory, more time", may_change=True
+    )
+    status: int = option(
+        128 * Ki,
+        "Interval of status lines, 0 = only at the end",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        default_text="128Ki; digits: 4Ki",
+        may_change=True,
+    )
+    snapshot: int = option(
+        8 * Mi,
+        "Interval of network snapshots",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        default_text="8Mi; digits: 16Ki",
+        may_change=True,
+    )
+    preview: int | None = option(
+        None,
+        "Interval of pictures of what is learned, 0 = none",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        default_text="as --snapshot",
+        may_change=True,
+    )
+    preview_images: int | None = option(
+        None, "Images per picture", low=1, high=1024, default_text="100 below 64x64, else 32", may_change=True
+    )
+    preview_steps: int = option(18, "Sampling steps of pictures", low=1, may_change=True)
+    checkpoint: int = option(
+        128 * Mi,
+        "Interval of training states",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        default_text="128Mi; digits: 48Ki",
+        may_change=True,
+    )
+    metrics: tuple[str, ...] = option(
+        (),
+        "Metrics of every snapshot, such as fid,fd_dinov2 (see calculate_metrics.py)",
+        parse=lambda text: tuple(parse_metrics(text)),
+        may_change=True,
+    )
+    metrics_ref: str = option("", "Reference statistics for --metrics: a file or URL", metavar="FILE", may_change=True)
+    metrics_num: int = option(50000, "Images to generate for --metrics", low=2, may_change=True)
+    on_divergence: str = option(
+        "stop",
+        "What to do when the loss is far above its start, or weights are too large for snapshots",
+        choices=("stop", "warn"),
+        may_change=True,
+    )
+    seed: int = option(0, "Random seed", low=0, high=2**32 - 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_metrics(self.metrics)
+        if bool(self.metrics) != bool(self.metrics_ref):
+            raise UserError("--metrics and --metrics-ref belong together: give both")
+        intervals = {name: getattr(self, name) or 0 for name in INTERVALS}
+        uneven = [f"--{name}={interval}" for name, interval in intervals.items() if interval % self.batch != 0]
+        if uneven:
+            raise UserError(
+                f"{', '.join(uneven)} must be multiples of --batch={self.batch} (or 0 = only at the end); "
+                f"what is not given comes from the preset"
+            )
+        for name in ("snapshot", "preview", "checkpoint"):
+            if 0 < intervals[name] < MIN_INTERVAL:
+                raise UserError(
+                    f"--{name} must be at least {MIN_INTERVAL} images (names count thousands), or 0 = only at the end"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """A training run. A family derives its own, with the classes of its network, objective and optimiser.
+
+    Its JSON is flat: every option under its name, beside `family` and `dataset`.
     """
 
-    data: str
-    preset: str
-    cond: bool
-    duration: int
-    batch: int
-    channels: int
-    channel_mult: tuple[int, ...]
-    num_blocks: int
-    attn_resolutions: tuple[int, ...]
-    dropout: float
-    P_mean: float
-    P_std: float
-    lr: float  # reference learning rate
-    decay: float  # batches before the learning rate decays; 0 = never
-    rampup_Mimg: float
-    ema_std: tuple[float, ...]
-    ls: float  # loss scaling
-    seed: int
-    batch_gpu: int  # images per process and round; 0 = no limit
-    device: str
-    precision: str
-    bench: bool
-    workers: int
-    status: int
-    snapshot: int
-    checkpoint: int
-    dataset: DatasetInfo
-    xflip: bool = False
-    cache: bool = False
-    metrics: tuple[str, ...] = ()
-    metrics_ref: str = ""
-    metrics_num: int = 50000
-    compile: bool = False
-    checkpoint_activations: bool = False
+    family: ClassVar[str]  # train_{family}.py trains it
+    preset: str = option("", "Configuration preset", may_change=True)
+    data: DataConfig = DataConfig()
+    network: Any = None
+    objective: Any = None
+    optimizer: Any = None
+    ema: PowerFunctionConfig = PowerFunctionConfig()
+    run: RunConfig
+    dataset: DatasetInfo | None = dataclasses.field(default=None, metadata=APART)
 
-    def network_kwargs(self) -> dict[str, Any]:
-        """Arguments of `Precond` beside the image shape."""
-        return dict(
-            label_dim=self.dataset.label_dim,
-            model_channels=self.channels,
-            channel_mult=list(self.channel_mult),
-            num_blocks=self.num_blocks,
-            attn_resolutions=list(self.attn_resolutions),
-            dropout=self.dropout,
-        )
+    def notes(self) -> list[str]:
+        """What the user should know about this configuration, a line each."""
+        return []
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain JSON values: all options, `family` and `dataset`."""
+        dataset = None if self.dataset is None else self.dataset.to_json()
+        return {"family": self.family, **self.flat(), "dataset": dataset}
 
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> "TrainConfig":
-        """
+    @classmethod
+    def from_json(cls: type[T], values: Any) -> T:
+        """The inverse of `to_json`; options of an earlier version that are missing have their defaults.
+
         Raises:
-            TypeError: unknown or missing fields.
+            UserError: another family, unknown or missing names, or values that the fields do not allow.
         """
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        return TrainConfig(**{**values, "dataset": DatasetInfo(**values["dataset"])})
+        if not isinstance(values, dict) or not isinstance(values.get("dataset"), dict):
+            raise UserError("no dictionary of options")
+        family = values.get("family", cls.family)  # earlier versions had only one
+        if family != cls.family:
+            raise UserError(f"those of train_{family}.py")
+        check_known(values, {"family", "dataset", *(field.key for field in all_fields(cls))})
+        config = cls.from_flat(values)
+        return dataclasses.replace(config, dataset=DatasetInfo.from_json(values["dataset"]))
 
     def save(self, path: Path) -> None:
+        """Write the JSON file that `load` reads."""
         with atomic_write(path, "w") as f:
             json.dump(self.to_json(), f, indent=2)
             f.write("\n")
 
-    @staticmethod
-    def load(path: Path) -> "TrainConfig":
-        """
+    @classmethod
+    def load(cls: type[T], path: Path) -> T:
+        """The configuration of a JSON file.
+
         Raises:
             UserError: the file is damaged or of another version.
         """
         try:
-            return TrainConfig.from_json(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            return cls.from_json(json.loads(path.read_text()))
+        except (ValueError, RecursionError) as err:
             raise UserError(f"{path}: not the options of a training run ({err}): choose another --outdir") from None
 
     def check_resumable(self, stored: "TrainConfig", outdir: Path) -> None:
-        """
+        """Check that a run in `outdir` of the stored options may continue with these.
+
         Raises:
             UserError: an option that a running training cannot change differs from the stored one.
         """
-        for field in dataclasses.fields(self):
-            ours, theirs = getattr(self, field.name), getattr(stored, field.name)
-            if field.name in MAY_CHANGE or ours == theirs:
-                continue
-            if field.name == "dataset":
-                before, now = dataclasses.asdict(theirs), dataclasses.asdict(ours)
-                name = next(name for name in before if before[name] != now[name])
-                change = (
-                    "their content differs" if name == "content_hash" else f"{name} was {before[name]}, is {now[name]}"
-                )
+        ours, theirs = self.flat(), stored.flat()
+        for field in all_fields(type(self)):
+            if not field.option.may_change and ours[field.key] != theirs[field.key]:
                 raise UserError(
-                    f"{outdir} was trained on other data than --data={self.data} ({change}): "
-                    f"restore the data or choose another --outdir"
+                    f"{outdir} was trained with {field.flag}={show(theirs[field.key])}, not {show(ours[field.key])}: "
+                    f"repeat its options or choose another --outdir"
                 )
-            option = OPTION_NAMES.get(field.name) or "--" + field.name.replace("_", "-")
+        assert self.dataset is not None and stored.dataset is not None
+        before, now = stored.dataset.to_json(), self.dataset.to_json()
+        for name in (name for name in before if before[name] != now[name]):
+            change = "their content differs" if name == "content_hash" else f"{name} was {before[name]}, is {now[name]}"
             raise UserError(
-                f"{outdir} was trained with {option}={_show(theirs)}, not {_show(ours)}: "
-                f"repeat its options or choose another --outdir"
+                f"{outdir} was trained on other data than --data={self.data.data} ({change}): "
+                f"restore the data or choose another --outdir"
             )
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(_show(v) for v in value) or "none"
-    return str(int(value)) if isinstance(value, bool) else str(value)
+@dataclass(frozen=True)
+class Preset:
+    """A named configuration, and the data that it is meant for.
+
+    Args:
+        config: all but the data.
+        resolution, channels, classes: of what the network sees.
+    """
+
+    config: TrainConfig
+    resolution: int
+    channels: int
+    classes: int

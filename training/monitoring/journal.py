@@ -1,21 +1,25 @@
 """Progress, log and statistics files of a training run."""
 
-import fcntl
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
-from dnnlib.util import UserError, append_line, atomic_write
+from dnnlib.cli import format_time
+from dnnlib.errors import UserError
+from dnnlib.files import append_line, atomic_write, leftovers, locked
 from torch_utils import distributed
+
+LOCK = ".lock"  # in the directory of a run
 
 
 class Journal:
     """A run's progress bar, log.txt, stats.jsonl and TensorBoard events; only the first process shows and writes.
 
-    While it is open, it keeps other runs out of the directory, and it clears away what killed ones left half-written.
+    While it is open, it keeps other runs out of the directory. It clears away what killed ones left half-written.
 
     Raises:
         UserError: another run has the directory open.
@@ -24,21 +28,20 @@ class Journal:
     def __init__(self, outdir: Path):
         self.outdir = outdir
         self.active = distributed.get_rank() == 0
-        self.lock = None
+        self._resources = ExitStack()
         if self.active:
             outdir.mkdir(parents=True, exist_ok=True)
-            self.lock = open(outdir / "log.txt", "a")  # noqa: SIM115 - stays open to hold the lock
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.lock.close()
-                raise UserError(f"{outdir} is in use by another training run: wait for it, or stop it") from None
+            self._resources.enter_context(locked(outdir / LOCK, self._refuse))
             for name in ("training", "network-snapshot", "fakes", "reals", "stats", "metric"):
-                for partial in outdir.glob(f".{name}*.tmp"):
-                    partial.unlink()
+                for partial in leftovers(outdir, name):
+                    partial.unlink(missing_ok=True)
         hidden = not self.active or not sys.stderr.isatty()
-        self.progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
+        progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
+        self.progress = self._resources.enter_context(progress)
         self.tensorboard = None
+
+    def _refuse(self) -> None:
+        raise UserError(f"{self.outdir} is in use by another training run: wait for it, or stop it")
 
     def log(self, message: str) -> None:
         """Show a line and add it to log.txt."""
@@ -47,11 +50,11 @@ class Journal:
             append_line(self.outdir / "log.txt", message)
 
     def start(self, nimg: int, duration: int) -> None:
-        """Begin, or go on, at `nimg` of `duration` images: what was told about later ones is withdrawn."""
+        """Begin, or resume, at `nimg` of `duration` images: records of later ones, now to be repeated, are removed."""
         if self.active:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
 
-            self.tensorboard = SummaryWriter(self.outdir, purge_step=nimg + 1)
+            self.tensorboard = self._resources.enter_context(SummaryWriter(self.outdir, purge_step=nimg + 1))
             for path in [*self.outdir.glob("stats.jsonl"), *self.outdir.glob("metric-*.jsonl")]:
                 lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
@@ -61,6 +64,7 @@ class Journal:
         self.progress.refresh()
 
     def advance(self, count: int) -> None:
+        """Move the progress bar by `count` images."""
         self.progress.update(count)
 
     def report(self, fields: dict[str, float]) -> None:
@@ -75,7 +79,7 @@ class Journal:
             self.tensorboard.flush()
 
     def report_metrics(self, nimg: int, snapshot: str, results: dict[str, float]) -> None:
-        """Show results of a snapshot."""
+        """Show metrics of a snapshot, made at `nimg` images."""
         if self.tensorboard is not None:
             for name, value in results.items():
                 self.tensorboard.add_scalar(f"{name}/{snapshot}", value, global_step=nimg)
@@ -86,17 +90,31 @@ class Journal:
         return self
 
     def __exit__(self, *exc_info) -> None:
-        self.progress.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.lock is not None:
-            self.lock.close()
+        self._resources.close()
+
+
+def status_line(fields: dict[str, float], duration: int, pauses: float) -> str:
+    """What the terminal and the log show of a status report; `pauses` = seconds without training that are to come."""
+    left = (duration - fields["nimg"]) / fields["images_per_second"] + pauses
+    gpu = f"  gpu {fields['gpu_mem_gb']:.1f} GB" if fields["gpu_mem_gb"] else ""
+    return (
+        f"nimg {fields['nimg']:<10d} loss {fields['loss']:<8.4f} lr {fields['lr']:<8.5f} "
+        f"{fields['images_per_second']:.1f} img/s  elapsed {format_time(fields['seconds'])}  "
+        f"left {format_time(left)}  mem {fields['cpu_mem_gb']:.1f} GB{gpu}"
+    )
+
+
+def first_report(outdir: Path) -> dict[str, float]:
+    """The first status report of a run; empty if there is none."""
+    path = outdir / "stats.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return next((json.loads(line) for line in lines if _is_status(line, sys.maxsize)), {})
 
 
 def _is_status(line: str, nimg: int) -> bool:
-    """Whether a line is a whole one, from no later than `nimg`: a full disk or lost power can spoil lines.
+    """Whether a line is undamaged (a full disk or a power failure can spoil some) and of no later than `nimg`.
 
-    Metrics that are not the run's own say no `nimg`.
+    Lines without `nimg` stay: metrics that are not the run's own.
     """
     try:
         return json.loads(line).get("nimg", 0) <= nimg

@@ -3,21 +3,21 @@
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from dnnlib.util import RunError, UserError
+from dnnlib.errors import RunError, UserError
 from torch_utils.pictures import drawable, image_grid, save_image
+from training.config.generation import EDMGrid, SamplerConfig, SamplingConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder
-from training.networks.edm2 import Precond
-from training.networks.edm2_cpu import for_sampling
-from training.samplers.edm import StackedRandomGenerator, edm_sampler
+from training.families import architecture_of
+from training.samplers.noise import StackedRandomGenerator
 
 SMALL_RESOLUTION = 64  # below it 10 x 10 images, else 8 x 4
 CANDIDATES = 5000  # items to choose from when the grid is arranged by class
-STEPS = 18
 BATCH = 50
 
 
@@ -26,6 +26,14 @@ class Previews:
 
     Creating it writes `reals.png`: the images whose labels the samples get, a class per column where there are
     no more classes than columns.
+
+    Args:
+        dataset, encoder: the images, and what makes the network's latents of them.
+        device: where to sample.
+        outdir: where pictures are written.
+        log: shows a line.
+        images: per picture; None = 100 below 64x64 pixels, else 32.
+        steps: of the sampler.
     """
 
     def __init__(
@@ -35,32 +43,39 @@ class Previews:
         device: torch.device,
         outdir: Path,
         log: Callable[[str], None],
+        images: int | None = None,
+        steps: int = 18,
     ):
         self.encoder = encoder
         self.device = device
         self.log = log
+        self.sampling = SamplingConfig(sampler=SamplerConfig(grid=EDMGrid(num_steps=steps)))
         self.columns, rows = (10, 10) if dataset.resolution < SMALL_RESOLUTION else (8, 4)
+        if images is not None:
+            self.columns = min(self.columns, images)
+            rows = -(-images // self.columns)
         chosen = _choose(dataset, self.columns, rows)
-        images, labels = zip(*(dataset[i] for i in chosen), strict=True)
+        chosen = chosen[:images]
+        reals, labels = zip(*(dataset[i] for i in chosen), strict=True)
         self.labels = torch.from_numpy(np.stack(labels)).to(device)
-        self.rnd_seeds = list(range(len(chosen)))
-        latents = encoder.encode_latents(torch.from_numpy(np.stack(images)).to(device), self._rnd().randn_like)
-        self.latent_shape = latents.shape[1:]
+        self.seeds = list(range(len(chosen)))
+        rnd = StackedRandomGenerator(device, self.seeds)
+        latents = encoder.encode_latents(torch.from_numpy(np.stack(reals)).to(device), rnd.randn_like)
         self._save(latents, outdir / "reals.png")
 
-    def draw(self, net: Precond, path: Path) -> None:
-        """Sample the grid with `net` and write it."""
-        noise = self._rnd().randn([len(self.rnd_seeds), *self.latent_shape])
-        denoiser = for_sampling(net, min(len(noise), BATCH))
-        with torch.inference_mode():
-            parts = [
-                edm_sampler(denoiser, part_noise, part_labels, num_steps=STEPS)
-                for part_noise, part_labels in zip(noise.split(BATCH), self.labels.split(BATCH), strict=True)
-            ]
+    def draw(self, net: Any, path: Path, stop: Callable[[], bool] = lambda: False) -> None:
+        """Sample the grid with `net` and write it; nothing where `stop` says so between two batches."""
+        generator = architecture_of(net).generator(net, self.sampling, min(len(self.seeds), BATCH))
+        parts = []
+        for first, labels in enumerate(self.labels.split(BATCH)):
+            if stop():
+                return
+            seeds = self.seeds[first * BATCH : (first + 1) * BATCH]
+            rnd = StackedRandomGenerator(self.device, seeds)
+            noise = generator.noise(rnd)
+            with torch.inference_mode():
+                parts.append(generator(noise, labels, rnd))
         self._save(torch.cat(parts), path)
-
-    def _rnd(self) -> StackedRandomGenerator:
-        return StackedRandomGenerator(self.device, self.rnd_seeds)
 
     def _save(self, latents: torch.Tensor, path: Path) -> None:
         try:

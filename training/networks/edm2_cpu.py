@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from training.denoiser import Denoiser
-from training.networks.edm2 import PRECISIONS, Block, MPConv, Precond, normalize, resample
+from training.networks.edm2 import Block, Precond
 from training.networks.edm2_gpu import CompiledDenoiser, with_fixed_weights
-from training.preconditioning import edm_coefficients
+from training.networks.edm2_layers import MPConv, normalize, resample
+from training.preconditioning import PRECISIONS, edm_coefficients
 
 SILU_SCALE = 1 / 0.596  # of mp_silu; folded into whatever is linear behind it
 

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from training.networks.edm2 import MPConv, Precond
+from training.networks.edm2 import Precond
+from training.networks.edm2_layers import MPConv
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.score_layers import (
     AttnBlock,
     Conv,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.score_layers import activation, conv2d
 
 Act = Callable[..., torch.Tensor]

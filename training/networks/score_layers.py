@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.edm2 import MAX_PLAIN_TOKENS
 from training.networks.fir import Taps, conv_downsample, conv_upsample, downsample, upsample
 

@@ -7,7 +7,8 @@ Appendix C.
 import torch
 from torch import nn
 
-from training.networks.edm2 import MPConv, mp_silu
+from training.config.toy import ToyNetwork
+from training.networks.edm2_layers import MPConv, mp_silu
 
 
 class MPSiLU(nn.Module):
@@ -27,7 +28,13 @@ class ToyModel(nn.Module):
         sigma_data: standard deviation of the data.
     """
 
-    def __init__(self, in_dim: int = 2, num_layers: int = 4, hidden_dim: int = 64, sigma_data: float = 0.5):
+    def __init__(
+        self,
+        in_dim: int = ToyNetwork.in_dim,
+        num_layers: int = ToyNetwork.num_layers,
+        hidden_dim: int = ToyNetwork.hidden_dim,
+        sigma_data: float = ToyNetwork.sigma_data,
+    ):
         super().__init__()
         self.init_kwargs = dict(in_dim=in_dim, num_layers=num_layers, hidden_dim=hidden_dim, sigma_data=sigma_data)
         self.sigma_data = sigma_data

@@ -1,11 +1,11 @@
-"""The solvers that samplers follow a denoiser with, and the coefficients of those that look back. Knows no tensors.
+"""Coefficients of multistep solvers, which use earlier values of D. Knows no tensors.
 
 In lambda = -log sigma the probability flow is dx/dlambda = D - x. Solving its linear part exactly gives, for a step of
 length h in lambda,
 
     x(lambda + h) = e^-h x(lambda) + int_0^h e^(s-h) D(lambda + s) ds.
 
-Multistep solvers replace D by what continues its last values, and so need one evaluation per step.
+Multistep solvers replace D by an extrapolation of its last values, and so need one evaluation per step.
 """
 
 import math
@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from dnnlib.util import UserError
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)  # exact to rounding for steps between neighbouring noise levels
 
@@ -73,17 +71,3 @@ MULTISTEP = {
     "dpmpp-3m": Multistep(3, dpmpp_3m),
     "sqrt-3m": Multistep(3, sqrt_3m),
 }
-SOLVERS = ("heun", "euler", *MULTISTEP)
-
-
-def check_solver(name: str, S_churn: float = 0) -> None:
-    """
-    Raises:
-        UserError: no such solver, or one that cannot follow a solution to which noise is added.
-    """
-    if name not in SOLVERS:
-        raise UserError(f"unknown sampler {name!r} (known: {', '.join(SOLVERS)})")
-    if S_churn > 0 and name in MULTISTEP:
-        raise UserError(
-            f"S_churn={S_churn:g} adds noise, which {name} cannot follow: it relies on earlier steps; use heun or euler"
-        )

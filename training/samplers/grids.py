@@ -1,12 +1,56 @@
-"""Noise schedules: the grid of noise levels that a sampler visits."""
+"""Grids: the noise levels that a sampler visits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
+from training.config.generation import EDMGrid
+from training.schedules import VE, Schedule
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The noise levels that a solver visits.
+
+    Args:
+        sigmas: float64 [steps + 1] on the CPU, decreasing.
+        times: the schedule's times of these levels, float64 [steps + 1]; None = the levels are times.
+        start: where a solution begins: x = start * noise; None = the first level.
+        end: what the result is multiplied by, for networks whose samples are of another scale.
+    """
+
+    sigmas: torch.Tensor
+    times: torch.Tensor | None = None
+    start: float | None = None
+    end: float = 1.0
+
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self.sigmas) - 1
+
+    def steps(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The levels that each step begins and ends at."""
+        return zip(self.sigmas[:-1], self.sigmas[1:], strict=True)
+
+    def without_repeats(self) -> "Grid":
+        """The same levels, each one once: for solvers that divide by their distances."""
+        kept = torch.cat([self.sigmas.new_ones(1, dtype=torch.bool), self.sigmas.diff() != 0])
+        times = None if self.times is None else self.times[kept]
+        return Grid(self.sigmas[kept], times, self.start, self.end)
+
+
+def edm_grid(config: EDMGrid) -> Grid:
+    """The grid of EDM that a configuration describes."""
+    return Grid(edm_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho))
 
 
 def edm_sigmas(
-    num_steps: int = 32, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    num_steps: int = EDMGrid.num_steps,
+    sigma_min: float = EDMGrid.sigma_min,
+    sigma_max: float = EDMGrid.sigma_max,
+    rho: float = EDMGrid.rho,
 ) -> torch.Tensor:
     """Noise levels of EDM (Karras et al. 2022, Eq. 5), where sigma(t) = t and s(t) = 1.
 
@@ -29,3 +73,45 @@ def edm_sigmas(
     if not sigmas.isfinite().all():
         raise UserError(f"rho={rho} and sigma_max={sigma_max} give no finite noise levels")
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def sde_grid(schedule: Schedule, num_steps: int, end_time: float | None = None) -> Grid:
+    """N evenly spaced times from 1 to `end_time`, and 0 at the end (Song et al. 2021, Appendix G).
+
+    Args:
+        schedule: what times mean.
+        num_steps: N.
+        end_time: of the last evaluation; None = `last_time(schedule)`.
+
+    Raises:
+        UserError: fewer than one step, or not 0 < end_time < 1.
+    """
+    if num_steps < 1:
+        raise UserError(f"num_steps must be at least 1, not {num_steps}")
+    end = _checked_time(last_time(schedule) if end_time is None else end_time)
+    times = torch.linspace(1, end, num_steps, dtype=torch.float64)
+    sigmas = torch.cat([schedule.sigma(times), times.new_zeros(1)])
+    start = schedule.prior_std / float(schedule.scale(1.0))
+    return Grid(sigmas, torch.cat([times, times.new_zeros(1)]), start)
+
+
+def ode_grid(schedule: Schedule, end_time: float | None = None) -> Grid:
+    """The interval of times from 1 to `end_time`; the result is the state u = s(t) x there, as Song et al. return it.
+
+    Args and errors are those of `sde_grid`.
+    """
+    end = _checked_time(last_time(schedule) if end_time is None else end_time)
+    times = torch.tensor([1.0, end], dtype=torch.float64)
+    scale = schedule.scale(times)
+    return Grid(schedule.sigma(times), times, schedule.prior_std / float(scale[0]), float(scale[1]))
+
+
+def last_time(schedule: Schedule) -> float:
+    """Where sampling ends (Song et al. 2021, Appendix C): 1e-5 for VE, 1e-3 for others, whose score is rougher there."""
+    return 1e-5 if isinstance(schedule, VE) else 1e-3
+
+
+def _checked_time(end_time: float) -> float:
+    if not 0 < end_time < 1:
+        raise UserError(f"the last time must lie between 0 and 1, not {end_time}")
+    return end_time

@@ -1,0 +1,217 @@
+"""Command lines: commands whose errors are one line, common options, parsing and formatting."""
+
+import importlib
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from dnnlib.download import OFFLINE_VARIABLE
+from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+MAX_RANGE = 10_000_000  # numbers in one range of parse_int_list
+
+
+class CommandLine(click.Command):
+    """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time."""
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            for param in self.params:
+                value = ctx.params.get(param.name or "")
+                # Infinity is for options whose default it is.
+                if isinstance(value, float) and not math.isfinite(value) and str(value) != str(param.default):
+                    raise UserError(f"{param.opts[0]} must be a finite number, not {value}")
+            return super().invoke(ctx)
+
+
+class CommandGroup(click.Group):
+    """Group of `CommandLine`s."""
+
+    command_class = CommandLine
+
+    def make_context(self, *args, **kwargs) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Inside, every expected failure becomes a click error of one line."""
+    try:
+        yield
+    except click.UsageError as err:
+        if isinstance(err, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            raise  # prints the help
+        raise _BadInput(err.format_message()) from err
+    except UserError as err:
+        raise _BadInput(_message(err)) from err
+    except RunError as err:
+        raise click.ClickException(_message(err)) from err
+    except MemoryError as err:
+        raise click.ClickException(OUT_OF_MEMORY) from err
+    except RuntimeError as err:
+        # torch has no finer types for these.
+        if "memory" in str(err) and "alloc" in str(err):
+            raise click.ClickException(OUT_OF_MEMORY) from err
+        if str(err).startswith("DataLoader worker"):
+            raise click.ClickException(f"{str(err).splitlines()[0]} Repeat the command to continue.") from err
+        raise
+    except OSError as err:
+        name = f": {err.filename}" if err.filename is not None else ""
+        raise click.ClickException(f"{err.strerror or err}{name}") from err
+
+
+class _BadInput(click.ClickException):
+    """An error of the user, which ends the process with exit code 2."""
+
+    exit_code = 2
+
+
+def _message(error: Exception) -> str:
+    """The message in one line, without the traceback that torch puts before it where a loader process failed."""
+    text = str(error).strip()
+    if "Traceback" in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return " ".join(text.splitlines())
+
+
+def parsed_by(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """A click callback that parses an option's text; where that fails (ValueError), the error names the option."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        ctx.meta[f"{__name__}.text.{param.name}"] = value
+        try:
+            return None if value is None else parse(value)
+        except ValueError as err:
+            raise UserError(f"{param.opts[0]}: {err}") from None
+
+    return callback
+
+
+def with_options(options: Sequence[Callable]) -> Callable[[Command], Command]:
+    """Decorator that adds options to a command, in order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def given_options(ctx: click.Context, leave_out: Iterable[str] = ()) -> list[str]:
+    """The options that the user has given, as words that a shell reads as the same options."""
+    options = []
+    for param in ctx.command.params:
+        name = param.name or ""
+        if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE or name in leave_out:
+            continue
+        value = ctx.meta.get(f"{__name__}.text.{name}", ctx.params.get(name))
+        is_flag = isinstance(param, click.Option) and param.is_flag
+        options.append(param.opts[0] if is_flag else f"{param.opts[0]}={shlex.quote(str(value))}")
+    return options
+
+
+device_option = click.option(
+    "--device",
+    help="Where to compute; auto = the first of cuda, mps, cpu that is there",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="auto",
+    show_default=True,
+)
+
+
+def _set_offline(_ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Pass the choice on to this process and those that it starts."""
+    if value:
+        os.environ[OFFLINE_VARIABLE] = "1"
+
+
+offline_option = click.option(
+    "--offline",
+    help=f"Use no network, only what was fetched before (or set {OFFLINE_VARIABLE}=1)",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_offline,
+)
+
+
+def imported_when_used(module_of: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that offers names of others and imports those when a name is used.
+
+    For commands, whose help need not wait for the import of torch, which takes a second.
+
+    Args:
+        module_of: module of each name.
+    """
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(name)
+        return getattr(importlib.import_module(module_of[name]), name)
+
+    return get
+
+
+def parse_nimg(text: str) -> int:
+    """Number of images such as '1000', '128Ki', '8Mi' or '2Gi' (powers of 1024).
+
+    Raises:
+        UserError: anything else.
+    """
+    units = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
+    number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        value = float(number) * factor
+        if not 0 <= value < 2**62 or value != int(value):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise UserError(f"{text!r} is not a number of images: write 1000, 128Ki, 8Mi or 2Gi") from None
+    return int(value)
+
+
+def parse_int_list(text: str) -> list[int]:
+    """Integers from 0, such as '1,2,5-10' (ranges include both ends).
+
+    Raises:
+        UserError: anything else, a range that runs backwards, or nothing at all.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise UserError(f"{text!r}: {part.strip()!r} is not a number or a range such as 0-99")
+        start, end = int(match[1]), int(match[2] or match[1])
+        if end < start:
+            raise UserError(f"{text!r}: the range {part.strip()} runs backwards")
+        if end - start >= MAX_RANGE:
+            raise UserError(f"{text!r}: the range {part.strip()} is longer than {MAX_RANGE}")
+        numbers.extend(range(start, end + 1))
+    return numbers
+
+
+def format_time(seconds: float) -> str:
+    """A duration as '42s', '3m 07s', '2h 05m' or '4d 03h'."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m {s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h {s // 60 % 60:02d}m"
+    return f"{s // 86400}d {s // 3600 % 24:02d}h"

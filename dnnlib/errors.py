@@ -1,0 +1,23 @@
+"""Failures that a user sees as one line."""
+
+import re
+
+OUT_OF_MEMORY = "out of memory: use smaller batches (--batch-gpu in training, --batch elsewhere) or a smaller network"
+
+
+class UserError(ValueError):
+    """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
+
+
+class RunError(RuntimeError):
+    """A failure at run time that no traceback would explain better than its message, which is one line."""
+
+
+def one_line(text: object) -> str:
+    """At most 300 printable characters of a message from elsewhere."""
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:300]
+
+
+def printable_url(url: str) -> str:
+    """An address as it may be printed: on one line and without a password."""
+    return re.sub(r"//[^/@]*@", "//", one_line(url))

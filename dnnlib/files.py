@@ -1,0 +1,130 @@
+"""Files that are written whole or not at all, locks, checksums, and errors that say which file."""
+
+import errno
+import hashlib
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import filelock
+
+# What systems answer where a file system has no locks: some network mounts and FUSE.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -> Iterator[IO]:
+    """Open a file for writing that appears under its name only when it is complete.
+
+    Several processes may write the same file at once, on one machine or on many: the last one to finish wins.
+
+    Args:
+        mode: "wb" or "w".
+        sync: wait until the disk has it, so that even a power failure leaves no half file. Slow for many small ones.
+
+    Raises:
+        OSError: it could not be written, `filename` being the path asked for; nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random: containers and hosts that share a file system can have the same process id.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with naming_errors(path):
+            with open(partial, mode.replace("w", "x")) as f:
+                yield f
+                f.flush()
+                if sync:
+                    os.fsync(f.fileno())
+            os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path, prefix: str = "") -> list[Path]:
+    """Half-written files of `atomic_write` in a folder, of those whose names begin with `prefix`.
+
+    Those of processes that are still writing are among them.
+    """
+    return sorted(folder.glob(f".{prefix}*.tmp"))
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        OSError: with the file's name.
+    """
+    with naming_errors(path), open(path, "a") as f:
+        f.write(line + "\n")
+
+
+@contextmanager
+def naming_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, every OSError names `path`: that of a failed write names no file, or a temporary one."""
+    try:
+        yield
+    except OSError as err:
+        raise OSError(err.errno or errno.EIO, err.strerror or str(err), str(path)) from err
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's contents, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while data := f.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[None]:
+    """Inside, this process alone holds the lock file `path`.
+
+    The system releases the lock when the process ends, even if it is killed. The empty file stays, as deleting it could
+    let two processes in. On a file system without locks, a second file beside it, `path`.held, is the lock as long as
+    it exists: it is deleted at the end, and a note says to delete it by hand should a killed process have left it.
+
+    Args:
+        busy: called where another process holds it; may raise, else this one waits.
+
+    Raises:
+        OSError: the lock file could not be made.
+    """
+    import filelock  # takes a while; most commands need none
+
+    path = Path(path)
+    try:
+        lock = _acquired(filelock.FileLock(path, fallback_to_soft=False), busy)
+    except OSError as err:
+        if err.errno not in NO_LOCKS:
+            raise
+        marker = path.with_name(f"{path.name}.held")
+        print(
+            f"Note: the file system of {path.parent} has no locks, so {marker.name} stands for one: delete it if a "
+            "process was killed and left it there",
+            file=sys.stderr,
+        )
+        lock = _acquired(filelock.SoftFileLock(marker), busy)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(lock: "filelock.BaseFileLock", busy: Callable[[], object]) -> "filelock.BaseFileLock":
+    """The lock, which this process holds then."""
+    import filelock
+
+    with suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+    if not lock.is_locked:
+        busy()
+        lock.acquire()
+    return lock

@@ -1,0 +1,215 @@
+"""Commands whose failures are one line, their options, and what parses and prints."""
+
+import os
+import shlex
+import sys
+
+import click
+import pytest
+import torch
+from conftest import fails_with, run_cli
+
+from dnnlib.cli import (
+    CommandGroup,
+    CommandLine,
+    format_time,
+    given_options,
+    imported_when_used,
+    offline_option,
+    parse_int_list,
+    parse_nimg,
+    parsed_by,
+    with_options,
+)
+from dnnlib.download import offline
+from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError, one_line, printable_url
+
+# ---------------------------------------------------------------------------------------------------------
+# Failures
+
+
+def failing(error: Exception) -> click.Command:
+    @click.command(cls=CommandLine)
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "exit_code"),
+    [
+        (UserError("a.zip: no such file"), "a.zip: no such file", 2),
+        (UserError("two\nlines "), "two lines", 2),
+        (RunError("the server is away"), "the server is away", 1),
+        (MemoryError(), OUT_OF_MEMORY, 1),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"), OUT_OF_MEMORY, 1),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), OUT_OF_MEMORY, 1),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.\nmore"),
+            "DataLoader worker (pid 7) is killed by signal: Killed. Repeat the command to continue.",
+            1,
+        ),
+        (OSError(28, "No space left on device", "out/a.png"), "No space left on device: out/a.png", 1),
+        (OSError("strange"), "strange", 1),
+        (click.UsageError("no such thing"), "no such thing", 2),
+    ],
+)
+def test_expected_failures_are_one_line(error, line, exit_code):
+    result = run_cli(failing(error))
+    fails_with(result, exit_code=exit_code)
+    assert result.stderr == f"Error: {line}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("ours"), KeyError("ours")])
+def test_faults_of_ours_are_not_hidden(error):
+    with pytest.raises(type(error)):
+        run_cli(failing(error))
+
+
+class Broken(torch.utils.data.Dataset):
+    """Images that cannot be read."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int):
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "exit_code"), [(UserError("a.png: damaged"), 2), (RunError("a.png: away"), 1)])
+def test_failures_of_loader_processes_are_one_line(error, exit_code):
+    @click.command(cls=CommandLine)
+    def main():
+        list(torch.utils.data.DataLoader(Broken(error), num_workers=1))
+
+    result = run_cli(main)
+    fails_with(result, exit_code=exit_code)
+    assert result.stderr == f"Error: {error}\n"
+
+
+def test_groups():
+    @click.group(cls=CommandGroup)
+    def main():
+        pass
+
+    @main.command()
+    @click.option("--number", type=float)
+    def part(number):
+        raise UserError(f"not {number}")
+
+    assert isinstance(part, CommandLine)
+    fails_with(run_cli(main, "part", "--number=1"), "not 1.0")
+    fails_with(run_cli(main, "part", "--number=x"), "--number")
+    fails_with(run_cli(main, "nothing"), "nothing")
+    fails_with(run_cli(main, "part", "--nothing"), "--nothing")
+    assert "Usage" in run_cli(main).output
+
+
+@click.command(cls=CommandLine)
+@with_options(
+    [
+        click.option("--low", type=float, default=0.0),
+        click.option("--high", type=float, default=float("inf")),
+        click.option("--seeds", callback=parsed_by(parse_int_list), default="1,2"),
+        click.option("--flag", is_flag=True),
+        click.option("--name", default=None),
+    ]
+)
+@click.pass_context
+def options(ctx, low, high, seeds, flag, name):
+    click.echo(f"{low} {high} {seeds} {flag} {name}")
+    click.echo(shlex.join(given_options(ctx, leave_out=["low"])))
+
+
+def test_numbers_are_finite():
+    for text in ("nan", "inf", "-inf"):
+        fails_with(run_cli(options, f"--low={text}"), "--low must be a finite number")
+    fails_with(run_cli(options, "--high=nan"), "--high must be a finite number")
+    assert run_cli(options, "--high=inf").output.startswith("0.0 inf")  # its default
+
+
+def test_options_keep_their_order():
+    assert [param.name for param in options.params] == ["low", "high", "seeds", "flag", "name"]
+
+
+def test_errors_of_parsing_name_the_option():
+    assert run_cli(options, "--seeds=3-5").output.startswith("0.0 inf [3, 4, 5]")
+    fails_with(run_cli(options, "--seeds=3-x"), "--seeds: '3-x'")
+
+
+def test_given_options():
+    result = run_cli(options, "--seeds=3-5", "--flag", "--name=a b", "--low=1")
+    assert shlex.split(result.output.splitlines()[1]) == ["--seeds=3-5", "--flag", "--name='a b'"]
+    assert run_cli(options).output.splitlines()[1] == ""
+
+
+def test_offline_option():
+    @click.command(cls=CommandLine)
+    @offline_option
+    def main():
+        click.echo(f"{offline()}")
+
+    assert run_cli(main).output == "False\n"
+    assert run_cli(main, "--offline").output == "True\n"
+    assert os.environ["OPENEDM2_OFFLINE"] == "1"  # for processes that it starts
+
+
+def test_names_are_imported_when_used():
+    get = imported_when_used({"mean": "statistics", "nothing": "statistics"})
+    assert get("mean")([1, 3]) == sys.modules["statistics"].mean([1, 3])
+    for name in ("median", "nothing"):
+        with pytest.raises(AttributeError, match=name):
+            get(name)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Texts
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0", 0), ("1000", 1000), ("128Ki", 128 << 10), ("8Mi", 8 << 20), ("2Gi", 2 << 30), ("0.5Ki", 512), ("1e3", 1000)],
+)
+def test_numbers_of_images(text, value):
+    assert parse_nimg(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.5", "0.3Ki", "Ki", "1ki", "nan", "inf", "1e400Ki", str(2**62)])
+def test_no_numbers_of_images(text):
+    with pytest.raises(UserError, match="is not a number of images: write 1000, 128Ki, 8Mi or 2Gi"):
+        parse_nimg(text)
+
+
+def test_lists_of_integers():
+    assert parse_int_list("1, 2,5-7,7") == [1, 2, 5, 6, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not a number or a range"),
+        ("1,", "not a number or a range"),
+        ("-1", "not a number or a range"),
+        ("1-2-3", "not a number or a range"),
+        ("2-1", "runs backwards"),
+        ("0-10000000", "longer than 10000000"),
+    ],
+)
+def test_no_lists_of_integers(text, reason):
+    with pytest.raises(UserError, match=reason):
+        parse_int_list(text)
+
+
+def test_times():
+    cases = {0: "0s", 59.4: "59s", 59.6: "1m 00s", 187: "3m 07s", 7500: "2h 05m", 86400 * 4 + 3 * 3600: "4d 03h"}
+    assert {seconds: format_time(seconds) for seconds in cases} == cases
+
+
+def test_messages_from_elsewhere():
+    assert one_line("a\n\tb\x1b[31m \x00") == "a b[31m "
+    assert len(one_line("x" * 1000)) == 300
+    assert printable_url("http://me:secret@host/a\nb") == "http://host/a b"

@@ -1,0 +1,68 @@
+"""Conditions: what a network is given beside the noisy image, and what its data look like."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training.config.data import MAX_CHANNELS, MAX_CLASSES, MAX_RESOLUTION
+from training.config.fields import Config, option
+
+KINDS = ("none", "classes", "vector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning(Config):
+    """What conditions are: none, one-hot class vectors, or other vectors, float32 [N, size]."""
+
+    kind: str = option("none", flag=None, choices=KINDS)
+    size: int = option(0, flag=None, low=0, high=MAX_CLASSES)
+
+    @staticmethod
+    def of_labels(label_dim: int) -> "Conditioning":
+        """Class vectors of that length; 0 = no conditions."""
+        return Conditioning(kind="classes" if label_dim > 0 else "none", size=label_dim)
+
+    def null(self, n: int, device: torch.device | str) -> torch.Tensor | None:
+        """What stands for no condition: zeros [n, size], or None where there are no conditions."""
+        return None if self.kind == "none" else torch.zeros([n, self.size], device=device)
+
+    def draw(self, rnd: Any, n: int, class_idx: int | None = None) -> torch.Tensor | None:
+        """Conditions of n generated images: uniformly drawn classes [n, size], or None where there are no conditions.
+
+        Args:
+            rnd: random numbers of each image (`StackedRandomGenerator`).
+            class_idx: the class of all images; a class is drawn all the same, so that later draws do not depend on it.
+        """
+        if self.kind == "none":
+            return None
+        classes = rnd.randint(self.size, [n])
+        if class_idx is not None:
+            classes = torch.full_like(classes, class_idx)
+        return torch.nn.functional.one_hot(classes, self.size).float()
+
+    def drop(self, cond: torch.Tensor | None, p: float, rnd: Any) -> torch.Tensor | None:
+        """Conditions [N, ...], each replaced by the null condition with probability p, as its own generator decides.
+
+        With it, one network learns to denoise with and without a condition (Ho & Salimans 2022, arXiv 2207.12598).
+        """
+        if cond is None or p == 0:
+            return cond
+        null = self.null(len(cond), cond.device)
+        assert null is not None
+        dropped = rnd.rand([len(cond)]) < p
+        return torch.where(dropped.reshape(-1, *[1] * (cond.ndim - 1)), null, cond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec(Config):
+    """What a network's images look like, and what conditions it takes."""
+
+    channels: int = option(flag=None, low=1, high=MAX_CHANNELS)
+    resolution: int = option(flag=None, low=1, high=MAX_RESOLUTION)
+    conditioning: Conditioning = Conditioning()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image, (C, H, W)."""
+        return (self.channels, self.resolution, self.resolution)

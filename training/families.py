@@ -1,0 +1,223 @@
+"""The registry: one entry per architecture, with all that the rest of the code needs to know about it.
+
+A new family is an entry here, `networks/x.py`, `config/x.py` and `train_x.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnnlib.errors import UserError
+from training.conditioning import Conditioning, DataSpec
+from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
+from training.config.fields import Config
+from training.config.generation import SamplingConfig
+from training.config.toy import ToyNetwork
+from training.config.training import Preset, TrainConfig
+from training.denoiser import Denoiser
+from training.flops import Inputs
+from training.generators import Generator, diffusion_generator
+from training.losses import EDM2Loss, Objective
+from training.networks.edm2 import Precond
+from training.networks.edm2_cpu import for_sampling
+from training.networks.edm2_layers import effective_weights
+from training.networks.toy import ToyModel
+from training.optimizers import AdamOptimizer
+from training.phema import PowerFunctionEMA
+
+
+def no_context(_net: nn.Module) -> AbstractContextManager:
+    """A context in which nothing is different."""
+    return nullcontext()
+
+
+def plain(net: Any, _batch_size: int, _compiled: bool) -> Denoiser:
+    """A network as it is, for sampling."""
+    return net
+
+
+def denoiser_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
+    """Noisy images, noise levels and null conditions of one evaluation of a denoiser."""
+    spec: DataSpec = net.spec
+    cond = spec.conditioning.null(batch, device)
+    inputs = torch.zeros([batch, *spec.shape], device=device), torch.ones(batch, device=device)
+    return inputs if cond is None else (*inputs, cond)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the rest of the code knows about an architecture.
+
+    Args:
+        family: its name in texts.
+        paper: where it is described, in Markdown.
+        network_class: of its networks, which say in `spec` what their data look like, and in `precision` what they
+            compute in. None of these where it makes no images.
+        network: its arguments beside the data, and how large they may be in a file.
+        make: arguments by name, and data -> a freshly initialised network in float32.
+        inputs: (net, batch, device) -> arguments of one evaluation.
+        training: configuration of a training run; None = it is not trained by the training loop.
+        presets: of training, by name.
+        objective: configuration -> what is made small.
+        optimizer, ema: (net, configuration) -> what changes the weights, and what averages them.
+        core: the module that --compile and --checkpoint-activations act on.
+        step: entered around the forward and backward passes of a training step.
+        accelerate: (net, batch size, compiled) -> the fastest form of a finished network for sampling, which does not
+            follow its later changes.
+        makes_images: whether it can be asked for images.
+        take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
+    """
+
+    family: str
+    paper: str
+    network_class: type[nn.Module]
+    network: type[Config]
+    make: Callable[[dict[str, Any], Any], nn.Module]
+    inputs: Callable[[Any, int, torch.device | str], Inputs] = denoiser_inputs
+    training: type[TrainConfig] | None = None
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    objective: Callable[[Any], Objective] | None = None
+    optimizer: Callable[[nn.Module, Any], Any] | None = None
+    ema: Callable[[nn.Module, Any], Any] | None = None
+    core: Callable[[Any], nn.Module] = lambda net: net
+    step: Callable[[nn.Module], AbstractContextManager] = no_context
+    accelerate: Callable[[Any, int, bool], Denoiser] = plain
+    makes_images: bool = True
+    take_data: Callable[[dict[str, Any]], DataSpec] | None = None
+
+    def build(self, network: Config, data: DataSpec) -> Any:
+        """A freshly initialised network."""
+        return self.make(network.to_json(), data)
+
+    def rebuild(self, kwargs: Mapping[str, Any], data: DataSpec | None) -> Any:
+        """A network of the arguments and data that a file names.
+
+        Raises:
+            UserError: an argument is unknown, of the wrong type, or larger than a network can be.
+            KeyError: one is missing.
+        """
+        arguments = dict(kwargs)
+        if self.take_data is not None:
+            data = self.take_data(arguments)
+        self.network.from_json(arguments)
+        return self.make(arguments, data)
+
+    def generator(
+        self, net: Any, sampling: SamplingConfig, batch_size: int | None, guide: Denoiser | None = None
+    ) -> Generator:
+        """What makes images with a finished network.
+
+        Args:
+            batch_size: images at a time, for which the network is accelerated; None = it stays as it is.
+            guide: guiding denoiser, in the form that it is to be used in.
+        """
+        denoiser = net if batch_size is None else self.accelerate(net, batch_size, sampling.compiled)
+        return diffusion_generator(denoiser, net.spec, sampling, guide, net.precision)
+
+
+def _adam(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
+    return AdamOptimizer(net, config.optimizer, config.run.batch, config.run.ls)
+
+
+def _power_function_ema(net: nn.Module, config: EDM2Training) -> PowerFunctionEMA:
+    return PowerFunctionEMA(net, config.ema.ema_std)
+
+
+def _edm2_objective(config: EDM2Training) -> EDM2Loss:
+    return EDM2Loss(config.objective.P_mean, config.objective.P_std, config.network.sigma_data)
+
+
+def _edm2_network(arguments: dict[str, Any], data: DataSpec) -> Precond:
+    return Precond(data.resolution, data.channels, data.conditioning.size, precision="fp32", **arguments)
+
+
+def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
+    conditioning = Conditioning.of_labels(kwargs.pop("label_dim"))
+    return DataSpec(
+        channels=kwargs.pop("img_channels"), resolution=kwargs.pop("img_resolution"), conditioning=conditioning
+    )
+
+
+def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
+    return ToyModel(**arguments)
+
+
+def _toy_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
+    return torch.zeros([batch, net.init_kwargs["in_dim"]], device=device), torch.ones(batch, device=device)
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "edm2.Precond": Architecture(
+        family="EDM2",
+        paper="Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models* (CVPR 2024, "
+        "[arXiv 2312.02696](https://arxiv.org/abs/2312.02696))",
+        network_class=Precond,
+        network=EDM2Network,
+        make=_edm2_network,
+        training=EDM2Training,
+        presets=TRAINING_PRESETS,
+        objective=_edm2_objective,
+        optimizer=_adam,
+        ema=_power_function_ema,
+        core=lambda net: net.unet,
+        step=partial(effective_weights, normalize_first=True),
+        accelerate=for_sampling,
+        take_data=_take_edm2_data,
+    ),
+    "toy.ToyModel": Architecture(
+        family="toy example",
+        paper="Karras et al., *Guiding a Diffusion Model with a Bad Version of Itself* (NeurIPS 2024, "
+        "[arXiv 2406.02507](https://arxiv.org/abs/2406.02507))",
+        network_class=ToyModel,
+        network=ToyNetwork,
+        make=_toy_network,
+        inputs=_toy_inputs,
+        makes_images=False,
+    ),
+}
+
+
+def preset_network(preset: Preset) -> Any:
+    """A freshly initialised network of a training preset, for the data that the preset is meant for."""
+    conditioning = Conditioning.of_labels(preset.classes)
+    data = DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
+    return trained_by(preset.config).build(preset.config.network, data)
+
+
+def trained_by(config: TrainConfig) -> Architecture:
+    """The registry's entry for what a training configuration trains."""
+    return next(entry for entry in ARCHITECTURES.values() if entry.training is type(config))
+
+
+def architecture_name(net: Any) -> str:
+    """The registry's name for a network.
+
+    Raises:
+        UserError: it is none of the registry's.
+    """
+    for name, architecture in ARCHITECTURES.items():
+        if type(net) is architecture.network_class:
+            return name
+    raise UserError(f"a {type(net).__name__} is no network of this project (known: {', '.join(ARCHITECTURES)})")
+
+
+def architecture_of(net: Any) -> Architecture:
+    """The registry's entry for a network.
+
+    Raises:
+        UserError: it is none of the registry's.
+    """
+    return ARCHITECTURES[architecture_name(net)]
+
+
+def accelerated(denoiser: Any, batch_size: int, compiled: bool = False) -> Denoiser:
+    """The fastest form of a denoiser for sampling; of a callable that is no network of this project, it itself."""
+    for architecture in ARCHITECTURES.values():
+        if type(denoiser) is architecture.network_class:
+            return architecture.accelerate(denoiser, batch_size, compiled)
+    return denoiser

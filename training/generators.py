@@ -1,0 +1,98 @@
+"""Generators: seeds -> latents, by any kind of model."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from training.conditioning import DataSpec
+from training.config.generation import SamplingConfig
+from training.denoiser import Denoiser
+from training.guidance import GuidedDenoiser
+from training.samplers.noise import StackedRandomGenerator
+from training.samplers.sampler import Sampler
+
+
+class Generator(Protocol):
+    """Makes latents from random numbers, one generator per image.
+
+    The draws come in the order noise, condition, then what the call needs.
+    """
+
+    spec: DataSpec
+
+    def noise(self, rnd: StackedRandomGenerator) -> torch.Tensor:
+        """What images are made of, [N, ...]."""
+        ...
+
+    def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
+        """Conditions of the images, [N, ...], or None."""
+        ...
+
+    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        """Final latents, as an encoder decodes them, [N, C, H, W]."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What made the images, as plain JSON values."""
+        ...
+
+
+class DiffusionGenerator:
+    """Images by a function that follows a denoiser from noise.
+
+    Args:
+        spec: shape of the noise, and what conditions are.
+        sample: (noise, cond, rnd) -> latents.
+        class_idx: class of all images; None = drawn from the seed.
+        facts: what `sample` is, as plain JSON values.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        sample: Callable[[torch.Tensor, torch.Tensor | None, StackedRandomGenerator], torch.Tensor],
+        class_idx: int | None = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        self.spec, self.sample, self.class_idx, self.facts = spec, sample, class_idx, facts or {}
+
+    def noise(self, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return rnd.randn([len(rnd), *self.spec.shape])
+
+    def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
+        return self.spec.conditioning.draw(rnd, len(rnd), self.class_idx)
+
+    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return self.sample(noise, cond, rnd)
+
+    def describe(self) -> dict[str, Any]:
+        labels = "none" if self.spec.conditioning.kind == "none" else "drawn from the seed"
+        return {"labels": labels if self.class_idx is None else f"class {self.class_idx}", **self.facts}
+
+
+def diffusion_generator(
+    denoiser: Denoiser,
+    spec: DataSpec,
+    sampling: SamplingConfig,
+    guide: Denoiser | None = None,
+    precision: str = "fp32",
+) -> DiffusionGenerator:
+    """The generator that a sampler and a denoiser are.
+
+    Args:
+        spec: what the denoiser's images and conditions look like.
+        guide: guiding denoiser; used where the weight of guidance is not 1.
+        precision: what the denoiser computes in, for `describe`.
+    """
+    guidance = sampling.guidance
+    if guidance.guidance != 1:
+        assert guide is not None
+        denoiser = GuidedDenoiser(denoiser, guide, guidance.guidance, guidance.interval)
+    sampler = Sampler(sampling.sampler)
+
+    def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
+
+    facts = {"sampler": sampling.sampler.describe() | guidance.describe(), "precision": precision}
+    return DiffusionGenerator(spec, sample, sampling.class_idx, facts)

@@ -1,0 +1,187 @@
+"""Training commands: options -> a configuration, checked against data and machine -> a dry run or the training loop.
+
+Imports what needs torch only when a command runs, so that its help comes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dnnlib.cli import CommandLine, with_options
+from dnnlib.errors import UserError
+from training.config.fields import all_fields, click_options
+from training.config.names import unknown_preset
+from training.config.training import INTERVALS, Preset, TrainConfig
+
+if TYPE_CHECKING:
+    from training.dataset.images import ImageFolderDataset
+
+
+def training_command(
+    config_class: type[TrainConfig], presets: Mapping[str, Preset], default_preset: str, help_text: str
+) -> click.Command:
+    """The command that trains networks of a family.
+
+    Args:
+        config_class: the family's configuration, whose fields are the options.
+        presets: its presets by name.
+        default_preset: what is trained where no preset is given.
+        help_text: what the command does, with examples.
+    """
+
+    @click.command(f"train_{config_class.family}", cls=CommandLine, help=help_text)
+    @click.option(
+        "--outdir",
+        help="Where to save the run",
+        metavar="DIR",
+        type=click.Path(file_okay=False, path_type=Path),
+        required=True,
+    )
+    @with_options(click_options(config_class, {"preset": default_preset}))
+    @click.option("--fp16", help="Published alias: 0 = --precision=fp32  [default: True]", metavar="BOOL", type=bool)
+    @click.option(
+        "--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True
+    )
+    @click.option("-n", "--dry-run", help="Print the configuration and exit", is_flag=True)
+    def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
+        from torch_utils import distributed
+        from training.dataset.images import COMPRESSED
+        from training.monitoring.outdir import plan
+        from training.training_loop import training_loop
+
+        distributed.init()
+        with distributed.fail_together():
+            config, dataset = make_config(config_class, presets, {**opts, "preset": opts["preset"] or default_preset})
+        for note in config.notes():
+            distributed.print0(f"Note: {note}")
+        if dataset.compressed:
+            distributed.print0(f"Note: --data={config.data.data} is compressed: {COMPRESSED}")
+        if dry_run:
+            print_config(config, outdir, dataset)
+            with distributed.fail_together():
+                distributed.print0(f"Would {plan(config, outdir, resume)}")
+            distributed.print0("Dry run; exiting.")
+        else:
+            training_loop(config, dataset, outdir, resume)
+        distributed.shutdown()
+
+    return main
+
+
+def make_config(
+    config_class: type[TrainConfig], presets: Mapping[str, Preset], opts: Mapping[str, Any]
+) -> tuple[TrainConfig, ImageFolderDataset]:
+    """Preset and given options -> a configuration that fits the data and the machine, and the data.
+
+    Args:
+        opts: values by the names of options; None = not given.
+
+    Raises:
+        UserError: an option or the data does not fit; the message names it.
+    """
+    from torch_utils.device import select_device
+    from training.dataset.images import ImageFolderDataset
+
+    if opts["preset"] not in presets:
+        raise unknown_preset("--preset", opts["preset"], presets)
+    names = {field.key for field in all_fields(config_class)}
+    given = {key: value for key, value in opts.items() if value is not None and key in names}
+    if opts.get("fp16") is False:
+        if given.get("precision", "auto") not in ("auto", "fp32"):
+            raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
+        given["precision"] = "fp32"
+    preset = presets[opts["preset"]].config
+    batch = given.get("batch", preset.run.batch)
+    check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))
+    config = config_class.from_flat({**rounded_intervals(preset, batch, given), **given}, preset)
+    if config.data.workers is None:
+        workers = 2 if select_device(config.run.device).type == "cuda" else 0
+        config = config_class.from_flat({"workers": workers}, config)
+
+    data = config.data
+    if not data.data:
+        raise UserError("Missing option '--data'.")
+    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip)
+    if data.cache:
+        check_memory(dataset, config.data.workers or 0)
+    if data.cond and not dataset.has_labels:
+        raise UserError(f"--cond=1 needs labels, and {data.data} has none: use --cond=0, or add dataset.json")
+    config = dataclasses.replace(config, dataset=dataset.info())
+    dataset.verify()
+    return config, dataset
+
+
+def rounded_intervals(preset: TrainConfig, batch: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """The intervals that come from the preset, each the next multiple of the batch; says which are others now."""
+    from torch_utils import distributed
+
+    intervals = {}
+    for name in INTERVALS:
+        interval = getattr(preset.run, name)
+        if name not in given and interval and batch > 0 and interval % batch != 0:
+            intervals[name] = -(-interval // batch) * batch
+            distributed.print0(f"Note: --{name}={intervals[name]}, the next multiple of --batch={batch}")
+    return intervals
+
+
+def check_memory(dataset: ImageFolderDataset, workers: int) -> None:
+    """Check that the decoded images fit into memory, once per process that reads them.
+
+    Raises:
+        UserError: they do not.
+    """
+    import psutil
+
+    from torch_utils import distributed
+
+    copies = max(workers, 1) * distributed.get_world_size()
+    needed, available = copies * dataset.decoded_bytes() / 1e9, psutil.virtual_memory().available / 1e9
+    if needed > 0.8 * available:
+        raise UserError(
+            f"--cache needs {needed:.1f} GB in {copies} processes, and {available:.1f} GB are free: "
+            f"leave it out, or use fewer --workers"
+        )
+
+
+def check_processes(batch: int, batch_gpu: int) -> None:
+    """Check that processes and rounds can share the batch.
+
+    Raises:
+        UserError: they cannot.
+    """
+    from torch_utils import distributed
+
+    processes = distributed.get_world_size()
+    batch_gpu = min(batch_gpu or batch, batch // processes)
+    if batch > 0 and (batch_gpu == 0 or batch % (processes * batch_gpu) != 0):
+        raise UserError(
+            f"--batch={batch} is not divisible by processes x --batch-gpu = {processes} x {batch_gpu}: "
+            f"change one of them"
+        )
+
+
+def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset) -> None:
+    """Print the configuration, and what it makes of this machine and data."""
+    import torch
+
+    from torch_utils import distributed
+    from torch_utils.device import select_device
+    from training.flops import count_parameters
+    from training.training_loop import build_network
+
+    with torch.device("meta"):  # only counted
+        net = build_network(config, dataset)
+    data = config.dataset
+    assert data is not None
+    for key, value in {"outdir": str(outdir), **config.flat()}.items():
+        distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
+    distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
+    distributed.print0(f"Classes:          {data.label_dim}")
+    distributed.print0(f"Network:          {count_parameters(net)} parameters")
+    distributed.print0(f"Processes:        {distributed.get_world_size()} on {select_device(config.run.device).type}")

@@ -1,0 +1,56 @@
+"""The directory of a training run: names of its files, and whether a run may continue in it."""
+
+import re
+from pathlib import Path
+
+from dnnlib.errors import UserError
+from torch_utils import checkpoint, distributed
+from training.config.training import TrainConfig
+
+OPTIONS_NAME = "training_options.json"
+STATE_PATTERN = r"training-state-(\d+)\.pt"
+SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
+
+
+def snapshot_name(nimg: int, suffix: str) -> str:
+    """File name of a snapshot; `suffix` names the EMA profile."""
+    return f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
+
+
+def state_name(nimg: int) -> str:
+    """File name of a training state."""
+    return f"training-state-{nimg // 1000:07d}.pt"
+
+
+def check_outdir(outdir: Path, config: TrainConfig, resume: bool) -> None:
+    """Check that `outdir` holds this run or none.
+
+    Raises:
+        UserError: it holds another, or a run although `resume` is False.
+    """
+    options_path = outdir / OPTIONS_NAME
+    results = [path for path in outdir.iterdir() if re.fullmatch(f"{STATE_PATTERN}|{SNAPSHOT_PATTERN}", path.name)]
+    if results:  # a run that failed before it had any may start again with other options
+        if not resume:
+            raise UserError(f"{outdir} already holds a run: choose another --outdir, or continue it with --resume")
+        if not options_path.is_file():
+            raise UserError(f"{outdir} holds {results[0].name}, but no {options_path.name}: choose another --outdir")
+        config.check_resumable(type(config).load(options_path), outdir)
+
+
+def plan(config: TrainConfig, outdir: Path, resume: bool) -> str:
+    """What a training command would do first: 'start at 0 images', 'resume at 1024 images', ...
+
+    Raises:
+        UserError: as `check_outdir`.
+    """
+    found: list[int] = []
+    if outdir.is_dir():
+        check_outdir(outdir, config, resume)
+        checkpoint.restore_newest_state(
+            outdir, STATE_PATTERN, lambda state: found.append(state["nimg"]), distributed.print0
+        )
+    nimg = found[0] if found else 0
+    if nimg >= config.run.duration:
+        return f"do nothing: {outdir} has its {nimg} images"
+    return f"{'resume' if found else 'start'} at {nimg} images"
