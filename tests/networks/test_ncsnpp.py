@@ -141,9 +141,8 @@ def test_compiles_in_one_piece(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_compiled_by_inductor(name):
-    net = build(name)
+def test_compiled_by_inductor():
+    net = build("ve")
     x, labels = inputs()
     compiled = torch.compile(net, fullgraph=True)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 
 from dnnlib.errors import UserError
 from training.config.generation import EDMGrid
+from training.schedules import VE, Schedule
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,45 @@ def edm_sigmas(
     if not sigmas.isfinite().all():
         raise UserError(f"rho={rho} and sigma_max={sigma_max} give no finite noise levels")
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def sde_grid(schedule: Schedule, num_steps: int, end_time: float | None = None) -> Grid:
+    """N evenly spaced times from 1 to `end_time`, and 0 at the end (Song et al. 2021, Appendix G).
+
+    Args:
+        schedule: what times mean.
+        num_steps: N.
+        end_time: of the last evaluation; None = `last_time(schedule)`.
+
+    Raises:
+        UserError: fewer than one step, or not 0 < end_time < 1.
+    """
+    if num_steps < 1:
+        raise UserError(f"num_steps must be at least 1, not {num_steps}")
+    end = _checked_time(last_time(schedule) if end_time is None else end_time)
+    times = torch.linspace(1, end, num_steps, dtype=torch.float64)
+    sigmas = torch.cat([schedule.sigma(times), times.new_zeros(1)])
+    start = schedule.prior_std / float(schedule.scale(1.0))
+    return Grid(sigmas, torch.cat([times, times.new_zeros(1)]), start)
+
+
+def ode_grid(schedule: Schedule, end_time: float | None = None) -> Grid:
+    """The interval of times from 1 to `end_time`; the result is the state u = s(t) x there, as Song et al. return it.
+
+    Args and errors are those of `sde_grid`.
+    """
+    end = _checked_time(last_time(schedule) if end_time is None else end_time)
+    times = torch.tensor([1.0, end], dtype=torch.float64)
+    scale = schedule.scale(times)
+    return Grid(schedule.sigma(times), times, schedule.prior_std / float(scale[0]), float(scale[1]))
+
+
+def last_time(schedule: Schedule) -> float:
+    """Where sampling ends (Song et al. 2021, Appendix C): 1e-5 for VE; 1e-3 else, where scores are rougher."""
+    return 1e-5 if isinstance(schedule, VE) else 1e-3
+
+
+def _checked_time(end_time: float) -> float:
+    if not 0 < end_time < 1:
+        raise UserError(f"the last time must lie between 0 and 1, not {end_time}")
+    return end_time
