@@ -62,10 +62,10 @@ class NativeFile(SnapshotFile):
         self._lock = threading.Lock()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return self._kinds[name][0]
 
     def dtype(self, name: str) -> torch.dtype | None:
-        return DTYPES.get(self._file.get_slice(name).get_dtype())
+        return self._kinds[name][1]
 
     def get_tensor(self, name: str) -> torch.Tensor:
         try:
@@ -102,6 +102,12 @@ class NativeFile(SnapshotFile):
                 raise UserError(f"{self.path}: cannot be read (the file ends early): copy it again")
 
         return read
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shape and type of each tensor, asked for once: the library takes its time."""
+        slices = {name: self._file.get_slice(name) for name in self.names}
+        return {name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for name, part in slices.items()}
 
     @functools.cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
