@@ -1,4 +1,8 @@
-"""Calculate metrics of images and networks."""
+"""Calculate metrics of images and networks: FID, FD-DINOv2, KID, inception score, precision and recall.
+
+`calc` measures images in files, `gen` a network, and `ref` makes reference statistics: --help shows examples. Python
+callers find the published functions here.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,21 @@ from dnnlib.cli import CommandGroup, device_option, imported_when_used, offline_
 from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
 
 if TYPE_CHECKING:
     import torch
 
-    from training.metrics.evaluation import Evaluation
-    from training.metrics.statistics import (
+    from training.metrics import (
         calculate_metrics_from_stats,
         calculate_stats_for_files,
         calculate_stats_for_iterable,
         load_stats,
     )
+    from training.metrics.evaluation import Evaluation
 
-# For Python callers, as the published script offers them.
+# For Python callers, as in the published script.
 __all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
 
 GROUPS = 15  # of images, for error bars
@@ -35,6 +39,11 @@ __getattr__ = imported_when_used(dict.fromkeys(__all__, "training.metrics"))
 
 
 def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """Files of weights by detector, from NAME=PATH.
+
+    Raises:
+        UserError: an unknown detector, or no path.
+    """
     weights = {}
     for value in values:
         name, _, path = value.partition("=")
@@ -62,7 +71,7 @@ BATCH_OPTION = click.option(
 )
 WORKERS_OPTION = click.option(
     "--workers",
-    help="Processes that load images",
+    help="Worker processes that load images",
     metavar="INT",
     type=click.IntRange(min=0),
     default=2,
@@ -71,14 +80,14 @@ WORKERS_OPTION = click.option(
 DETECTOR_OPTIONS = [
     click.option(
         "--resize",
-        help="How images are resized for DINOv2; pil = as dgm-eval does",
+        help="How images are resized for DINOv2; pil = as in dgm-eval",
         type=click.Choice(RESIZE_MODES),
         default="torch",
         show_default=True,
     ),
     click.option(
         "--detector-weights",
-        help="Weights of a detector from a file (inception) or folder (dinov2)  [default: fetched once]",
+        help="Weights of a detector: a file (inception) or folder (dinov2)  [default: downloaded once]",
         metavar="NAME=PATH",
         multiple=True,
         callback=parse_weights,
@@ -89,7 +98,7 @@ MEASURING_OPTIONS = [
         "--num",
         "--num-images",
         "num_images",
-        help="Number of images (under torchrun, --num means an option of its own: write --num-images)",
+        help="Number of images (torchrun takes --num for an option of its own: there, write --num-images)",
         metavar="INT",
         type=click.IntRange(min=2),
         default=50000,
@@ -97,7 +106,7 @@ MEASURING_OPTIONS = [
     ),
     click.option(
         "--seed",
-        help="First seed (gen), or seed of the choice among more images than --num (calc)",
+        help="First seed (gen), or seed of the random subset if there are more images than --num (calc)",
         metavar="INT",
         type=click.IntRange(min=0),
         default=0,
@@ -105,17 +114,19 @@ MEASURING_OPTIONS = [
     ),
     click.option(
         "--repeat",
-        help="Measure several times, with other seeds; also prints mean and minimum",
+        help="Measure several times with different seeds, and also print mean and minimum",
         metavar="INT",
         type=click.IntRange(min=1),
         default=1,
         show_default=True,
     ),
     click.option("--error-bars", help="Standard errors of Frechet distances (jackknife)", is_flag=True),
-    click.option("--force", help="Compare even with a reference that was made otherwise", is_flag=True),
+    click.option(
+        "--force", help="Compare even if another detector or resolution makes the figures incomparable", is_flag=True
+    ),
     click.option(
         "--outdir",
-        help="Also add the results to metric-NAME.jsonl in this folder",
+        help="Also append the results to metric-NAME.jsonl in this folder",
         metavar="DIR",
         type=click.Path(file_okay=False, path_type=Path),
     ),
@@ -128,9 +139,9 @@ def main() -> None:
 
     fid, fd_dinov2, fd_pixels: Frechet distance of features of Inception-v3, DINOv2, or pixels averaged to 8x8.
     kid, kd_dinov2, kd_pixels: kernel distance. is: inception score. prdc, prdc_dinov2, prdc_pixels: precision, recall,
-    density and coverage. Those with pixels need no weights; they compare runs on small data, not with the literature.
+    density and coverage. Those of pixels need no weights; they compare runs on small data, not with the literature.
 
-    Under torchrun the processes share the work.
+    Under torchrun, the processes share the work.
     """
 
 
@@ -152,7 +163,7 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
       python calculate_metrics.py calc --images=out --ref=datasets/img512.safetensors --num=50000
     """
     from torch_utils import distributed
-    from training.metrics.statistics import FileBatches, content_hash, open_images
+    from training.metrics.images import FileBatches, content_hash, open_images
 
     evaluation = begin(opts)
     with distributed.fail_together():
@@ -187,7 +198,7 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
 def gen(
     ref: str | None, num_images: int, seed: int, repeat: int, batch: int, save_images: Path | None, **opts: Any
 ) -> None:
-    """Metrics of a network, on images that it generates. They need not be saved.
+    """Metrics of a network, on images that it generates.
 
     \b
     Examples:
@@ -200,6 +211,7 @@ def gen(
     config = GenerationConfig.take(opts)
     if ref is None and preset is None:
         raise UserError("which reference? Give --ref, or a --preset that has one")
+    check_seed(seed + repeat * num_images - 1)
     opts.update(device=config.sampling.device, ref=ref if ref is not None else files_for(preset)[-1])
 
     from torch_utils import distributed
@@ -248,24 +260,26 @@ def gen(
 @device_option
 @offline_option
 def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **opts: Any) -> None:
-    """Reference statistics of a dataset. All of its images count.
+    """Reference statistics of a dataset, of all its images.
 
     \b
     Example:
       python calculate_metrics.py ref --data=datasets/img512.zip --dest=datasets/img512.safetensors
     """
     from torch_utils import distributed
-    from training.metrics.evaluation import last_stats
+    from training.metrics.detectors import load_detectors
     from training.metrics.files import check_destination, save_stats
-    from training.metrics.statistics import calculate_stats_for_files, load_detectors, open_images, small_sample_note
+    from training.metrics.images import FileBatches, open_images
+    from training.metrics.statistics import calculate_stats_for_iterable, last_stats
+    from training.metrics.values import small_sample_note
 
     distributed.init()
     with distributed.fail_together():
         check_destination(dest, with_features=any(METRICS[metric].array == "features" for metric in metrics))
         dest.parent.mkdir(parents=True, exist_ok=True)
         detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])
-        open_images(data)
-    stats = last_stats(calculate_stats_for_files(data, None, 0, metrics, batch, workers, detectors=detectors))
+        images = open_images(data)
+    stats = last_stats(calculate_stats_for_iterable(FileBatches(images, batch, workers), metrics, detectors=detectors))
     with distributed.fail_together():
         if distributed.get_rank() == 0:
             stats.facts = {"data": data}
@@ -277,6 +291,7 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
 
 
 def set_up(opts: Mapping[str, Any]) -> torch.device:
+    """The device of --device, ready for use."""
     from torch_utils.device import select_device, set_up_device
 
     device = select_device(opts["device"])
@@ -285,6 +300,7 @@ def set_up(opts: Mapping[str, Any]) -> torch.device:
 
 
 def begin(opts: Mapping[str, Any]) -> Evaluation:
+    """The evaluation that the options describe, with its reference and detectors loaded."""
     from torch_utils import distributed
     from training.metrics.evaluation import Evaluation
 
@@ -300,7 +316,7 @@ def begin(opts: Mapping[str, Any]) -> Evaluation:
 
 
 def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Show the records of a run, and save them where wanted, before the next one begins."""
+    """The records of a run, printed and saved in --outdir before the next run begins."""
     from torch_utils import distributed
     from training.metrics.evaluation import save_records
 
@@ -313,7 +329,7 @@ def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[st
 
 
 def finish(runs: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Show the results as a table."""
+    """Print the results as a table, and end the distributed session."""
     from torch_utils import distributed
     from training.metrics.evaluation import format_results
 

@@ -9,8 +9,8 @@ import click
 
 from dnnlib.cli import CommandGroup, device_option, offline_option, parsed_by, with_options
 from dnnlib.errors import UserError
+from training.config.data import TRANSFORMS
 from training.config.metrics import PRECISIONS, SPLITS
-from training.conversion.transforms import TRANSFORMS
 
 MAX_RESOLUTION = 8192
 
@@ -36,14 +36,14 @@ max_images_option = click.option(
 dest_option = click.option(
     "--dest", help="ZIP file or folder to make", metavar="PATH", type=click.Path(path_type=Path), required=True
 )
-resume_option = click.option("--resume", help="Go on with what an interrupted run has left", is_flag=True)
+resume_option = click.option("--resume", help="Continue what an interrupted run has left", is_flag=True)
 
 
 @main.command()
 @click.option(
     "--source",
     "sources",
-    help="Images: a folder, a ZIP, tar, Parquet, IDX or LMDB source; may be given several times",
+    help="Images: a folder, or a ZIP, tar, Parquet, IDX or LMDB source; may be repeated",
     metavar="PATH",
     type=click.Path(path_type=Path),
     multiple=True,
@@ -66,7 +66,7 @@ resume_option = click.option("--resume", help="Go on with what an interrupted ru
 )
 @click.option(
     "--split",
-    help="Part of the dataset, of sources whose files name their part (CIFAR, MNIST, Hugging Face)",
+    help="Part of the dataset, where file names say the part (CIFAR, MNIST, Hugging Face)",
     type=click.Choice([*SPLITS, "all"]),
     default="train",
     show_default=True,
@@ -74,7 +74,7 @@ resume_option = click.option("--resume", help="Go on with what an interrupted ru
 @click.option("--workers", help="Worker processes  [default: all cores]", metavar="INT", type=click.IntRange(min=1))
 @click.option(
     "--on-error",
-    help="What to do about broken images",
+    help="What to do with broken images",
     type=click.Choice(["fail", "skip"]),
     default="fail",
     show_default=True,
@@ -95,19 +95,21 @@ def convert(
 ) -> None:
     """Convert images into a dataset of uncompressed PNG files with labels.
 
-    Images are turned upright (EXIF) and become 8-bit RGB (or grayscale): of 16 bits the upper 8 are kept, transparent
-    parts become white. Labels come from dataset.json, class folders or the format's own labels.
+    Images are turned upright (EXIF) and become 8-bit RGB (or grayscale): of 16 bits the upper 8 are kept, and
+    transparent parts become white. Labels come from dataset.json, class folders or the format's own labels.
 
     \b
     Examples:
       # ImageNet at 512x512
       python dataset_tool.py convert --source=imagenet/train --dest=img512.zip \\
           --resolution=512x512 --transform=center-crop-dhariwal
-      # CIFAR-10, as it is published
+      # CIFAR-10 as published
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
     """
-    from training.conversion.convert import ImageSettings, convert_images, default_workers
-    from training.conversion.sources import open_source, read_label_file
+    from training.conversion.convert import ImageSettings, convert_images
+    from training.conversion.labels import read_label_file
+    from training.conversion.opening import open_source
+    from training.conversion.workers import default_workers
 
     opened = [open_source(path, split) for path in sources]
     width, height = resolution or (None, None)
@@ -119,7 +121,7 @@ def convert(
     report = convert_images(opened, dest, settings, given, max_images, workers, on_error, resume)
     print(f"{dest}: {report.written} images, {report.num_classes or 'no'} classes")
     if report.too_small:
-        print(f"  {report.too_small} were too small and are left out")
+        print(f"  left out: {report.too_small} that are too small")
     for name, reason in report.skipped[:10]:
         print(f"  left out: {name}: {reason}")
     if len(report.skipped) > 10:
@@ -175,7 +177,7 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
 @main.command()
 @with_options(LATENT_OPTIONS)
 def encode(**opts: Any) -> None:
-    """Encode images as latents of Stability AI's VAE, as the 512x512 models are trained on.
+    """Encode images as latents of Stability AI's VAE, on which the 512x512 models are trained.
 
     Under torchrun the processes share the work.
 
@@ -183,7 +185,7 @@ def encode(**opts: Any) -> None:
     Example:
       python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
     """
-    from training.conversion.convert import encode_images
+    from training.conversion.latents import encode_images
 
     run_vae(encode_images, **opts)
 
@@ -191,8 +193,8 @@ def encode(**opts: Any) -> None:
 @main.command()
 @with_options(LATENT_OPTIONS)
 def decode(**opts: Any) -> None:
-    """Decode latents into images, to look at them or to measure the VAE. Of a distribution, its mean is decoded."""
-    from training.conversion.convert import decode_latents
+    """Decode latents into images, to look at them or to measure the VAE. Of a distribution, the mean is decoded."""
+    from training.conversion.latents import decode_latents
 
     run_vae(decode_latents, **opts)
 
@@ -204,7 +206,7 @@ def decode(**opts: Any) -> None:
 )
 @click.option("--json", "as_json", help="Print JSON", is_flag=True)
 def check(data: str, grid: Path | None, as_json: bool) -> None:
-    """Look through a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it."""
+    """Inspect a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it."""
     from training.conversion.check import check_dataset
 
     facts, problems = check_dataset(data, grid)

@@ -12,7 +12,7 @@ from dnnlib.cli import CommandLine, imported_when_used, offline_option, parse_in
 from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS, generation_table
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 
 if TYPE_CHECKING:
     from training.generation import generate_images
@@ -24,7 +24,13 @@ __getattr__ = imported_when_used({"generate_images": "training.generation"})
 
 
 def parse_seeds(text: str) -> list[int]:
+    """Seeds, each once.
+
+    Raises:
+        UserError: one is named twice, or is too large to differ from a smaller one.
+    """
     seeds = parse_int_list(text)
+    check_seed(max(seeds))
     if len(set(seeds)) != len(seeds):
         raise UserError(f"{text!r} names a seed twice")
     return seeds

@@ -1,37 +1,19 @@
 """Convert, inspect, export and fetch network snapshots: `python snapshot_tool.py`."""
 
-import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 from tqdm import tqdm
 
 from dnnlib.cli import CommandGroup, offline_option
 from dnnlib.download import is_url, open_url
-from dnnlib.errors import UserError, one_line
-from torch_utils import safe_pickle
+from dnnlib.errors import one_line
 from training.config.edm2 import files_for
-from training.flops import count_parameters
-from training.metrics.files import ENTRIES, load_stats, published_stats
-from training.preconditioning import PRECISIONS
-from training.snapshot.files import (
-    WRITERS,
-    SnapshotFile,
-    build_for,
-    check_suffix,
-    finite_tensor,
-    open_snapshot,
-    weights_dtype,
-    write_snapshot,
-)
-from training.snapshot.hub import export_folder
+from training.config.metrics import PRECISIONS
 
-MEASURED = {"file", "bytes", "parameters", "tensors", "dtype"}  # what `inspect` finds out itself
 dtype_option = click.option(
-    "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(list(PRECISIONS))
+    "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(PRECISIONS)
 )
 
 
@@ -68,49 +50,17 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool)
       python snapshot_tool.py convert edm2-img512-s-2147483-0.130.pkl edm2-s.safetensors
       python snapshot_tool.py convert raw-snapshots/ native/
     """
-    if not is_url(source) and not Path(source).exists():
-        raise UserError(f"{source}: no such file or directory")
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        targets = plan_directory(Path(source), dest, f".{suffix}")
-    else:
-        check_suffix(dest)
-        if dest.exists() and Path(source).exists() and dest.samefile(source):
-            raise UserError(f"{dest}: is what is converted: choose another name for the result")
-        targets = {source: dest}
+    from training.preconditioning import PRECISIONS
+    from training.snapshot.conversion import convert_snapshot, plan_conversion
+
+    targets = plan_conversion(source, dest, f".{suffix}")
     if not targets:
         print("Nothing to convert.")
-    for path, target in tqdm(
-        targets.items(), unit="file", disable=None if len(targets) > 1 else True, dynamic_ncols=True
-    ):
+    disable = None if len(targets) > 1 else True  # None: only on a terminal
+    for path, target in tqdm(targets.items(), unit="file", disable=disable, dynamic_ncols=True):
         if not (skip and target.is_file()):
-            file = open_snapshot(path)
-            net, _ = build_for(file)
-            get_tensor = functools.partial(finite_tensor, file)
-            write_snapshot(target, net, get_tensor, chosen_dtype(file, net, dtype), file.metadata)
+            convert_snapshot(path, target, PRECISIONS.get(dtype or ""))
             tqdm.write(str(target))
-
-
-def plan_directory(source: Path, dest: Path, suffix: str) -> dict[str, Path]:
-    """Which file becomes which."""
-    files = sorted(path for path in source.iterdir() if path.suffix in WRITERS)
-    if not files:
-        raise UserError(f"{source}: no {' or '.join(WRITERS)} files in this directory")
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest}: a directory is converted into a directory, and this is a file")
-    targets: dict[str, Path] = {}
-    for path in files:
-        target = dest / (path.stem + suffix)
-        if target in files:
-            continue  # converted already, or of this format from the beginning
-        if target in targets.values():
-            raise UserError(f"{path}: another file of that name in {source} would become {target}, too")
-        targets[str(path)] = target
-    return targets
-
-
-def chosen_dtype(file: SnapshotFile, net: torch.nn.Module, dtype: str | None) -> torch.dtype:
-    """The type asked for, or that of the weights in the file."""
-    return PRECISIONS[dtype] if dtype is not None else weights_dtype(file, net)
 
 
 @main.command()
@@ -119,37 +69,15 @@ def chosen_dtype(file: SnapshotFile, net: torch.nn.Module, dtype: str | None) ->
 @offline_option
 def inspect(source: str, as_json: bool) -> None:
     """Print what a snapshot holds: architecture, sizes, EMA profile, provenance. Reference statistics work, too."""
-    facts = facts_of_statistics(source) or facts_of_network(source)
+    from training.snapshot.inspection import facts_of
+
+    facts = facts_of(source)
     if as_json:
         print(json.dumps(facts))
         return
     for key, value in facts.items():
         plainly = isinstance(value, str) and value.isprintable()
         print(f"{one_line(key) + ':':20s}{value if plainly else json.dumps(value)}")
-
-
-def facts_of_network(source: str) -> dict[str, Any]:
-    file = open_snapshot(source)
-    net, _ = build_for(file)
-    return {
-        "file": str(file.path),
-        "bytes": file.path.stat().st_size,
-        "parameters": count_parameters(net),
-        "tensors": len(file.names),
-        "dtype": str(weights_dtype(file, net)).removeprefix("torch."),
-    } | {key: value for key, value in file.metadata.items() if key not in MEASURED}
-
-
-def facts_of_statistics(source: str) -> dict[str, Any] | None:
-    """None if the file is something else."""
-    if Path(source).is_dir() or not source.partition("#")[0].endswith((".pkl", ".npz")):
-        return None
-    path = Path(open_url(source, return_filename=True))
-    if path.suffix == ".pkl" and not ENTRIES.keys() & published_stats(safe_pickle.load(path), str(path)).keys():
-        return None
-    stats = load_stats(path)
-    features = {name: f"mean and covariance of {len(stats[name].mu)} features" for name in ENTRIES if name in stats}
-    return {"file": str(path), "bytes": path.stat().st_size, **features}
 
 
 @main.command()
@@ -168,8 +96,11 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None) -
 
     What loads a snapshot loads the folder, too, and hf://owner/repo when it has been uploaded.
     """
-    file = open_snapshot(source)
-    export_folder(file, dest, license_id, PRECISIONS.get(dtype or ""))
+    from training.preconditioning import PRECISIONS
+    from training.snapshot import open_snapshot
+    from training.snapshot.hub import export_folder
+
+    export_folder(open_snapshot(source), dest, license_id, PRECISIONS.get(dtype or ""))
     print(dest)
 
 

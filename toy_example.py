@@ -1,16 +1,20 @@
-"""The toy example of autoguidance: train, plot and measure models of a two-dimensional distribution."""
+"""The toy example of autoguidance: train, plot and measure models of a two-dimensional distribution.
+
+`train` fits a model to the ground truth, `plot` draws the paper's figure, and `evaluate` prints its numbers: --help
+shows examples. Python callers find `gt` and `ToyModel` here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from tqdm import tqdm
 
 from dnnlib.cli import (
     CommandGroup,
@@ -24,13 +28,14 @@ from dnnlib.cli import (
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
-from training.config.metrics import TOY_CLASSES
+from training.config.toy import CFG_GUIDANCE, GUIDANCE, MAX_GUIDANCE, ToyConfig, parse_class, parse_weights
 
 if TYPE_CHECKING:
     import torch
 
     from training.networks.toy import ToyModel
     from training.toy.data import gt
+    from training.toy.models import Models
 
 __all__ = ["ToyModel", "gt"]  # for Python callers
 
@@ -38,105 +43,43 @@ MODELS = Path(__file__).parent / "models" / "toy"
 NET = MODELS / "clsA-layers04-dim64-iter4096.safetensors"
 GNET = MODELS / "clsA-layers04-dim32-iter0512.safetensors"
 CFG_NET = MODELS / "clsAB-layers04-dim32-iter0512.safetensors"
-GUIDANCE, CFG_GUIDANCE, MAX_GUIDANCE = 3.0, 4.0, 100.0
 PICTURE = Path("toy_example.png")  # where there is neither a display nor --save
-FIRST_SNAPSHOT = 256  # then at every doubling of the iterations, and at the end
-FRAME_INTERVAL = 64  # iterations
 WEIGHT = click.FloatRange(-MAX_GUIDANCE, MAX_GUIDANCE)
 __getattr__ = imported_when_used({"ToyModel": "training.networks.toy", "gt": "training.toy.data"})
 
 
-def parse_class(text: str) -> str:
-    if text not in TOY_CLASSES:
-        raise UserError(f"unknown class {text!r} (known: {', '.join(TOY_CLASSES)})")
-    return text
-
-
-def parse_weights(text: str) -> list[float]:
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = [math.nan]
-    if not all(abs(weight) <= MAX_GUIDANCE for weight in weights):
-        raise UserError(f"{text!r} is not a list of numbers such as 1.5,2,3 (up to {MAX_GUIDANCE:g})")
-    return weights
-
-
 def command_line(ctx: click.Context, leave_out: tuple[str, ...] = ()) -> str:
-    """The command that was given, as text."""
+    """The command that the user gave, as text."""
     return " ".join([f"python toy_example.py {ctx.info_name}", *given_options(ctx, leave_out)])
 
 
-class Models:
-    """The models of `plot` and `evaluate`: what the options name, or those in models/toy.
-
-    Raises:
-        UserError: a file is missing, damaged, or of another kind or class, `guidance` has no guide, or the guide is
-            the model itself.
-    """
-
-    def __init__(
-        self,
-        net: str | None,
-        gnet: str | None,
-        cfg_net: str | None,
-        cls: str | None,
-        device: torch.device,
-        guidance: float | None = None,
-    ):
-        if net is None and gnet is None:
-            gnet = str(GNET)
-        if guidance is not None and guidance != 1 and gnet is None:
-            raise UserError(f"--guidance={guidance:g} needs a guiding model: give --gnet")
-        net, cfg_net = net or str(NET), cfg_net or str(CFG_NET)
-        self.names = {"net": Path(net).name, "gnet": gnet and Path(gnet).name, "cfg_net": Path(cfg_net).name}
-        self.net, metadata = load_toy_model("--net", net, device)
-        self.gnet = load_toy_model("--gnet", gnet, device)[0] if gnet is not None else None
-        if self.gnet is not None and _are_equal(self.net, self.gnet):
-            raise UserError(f"--gnet={gnet} is the same model as --net={net}: give a worse one, or no --gnet")
-        self.cfg_net, cfg_metadata = load_toy_model("--cfg-net", cfg_net, device)
-        learned = _learned_class(metadata)
-        if cls is not None and learned in TOY_CLASSES and cls != learned:
-            raise UserError(f"--cls={cls}, but {net} has learned {learned}")
-        if learned in ("A", "B") and _learned_class(cfg_metadata) == learned:
-            raise UserError(f"--cfg-net={cfg_net} has learned {learned} alone, like --net: it must know both classes")
-        self.cls: str = cls or (learned if learned in TOY_CLASSES else "A")
-
-
-def _learned_class(metadata: dict[str, Any]) -> str | None:
-    return (metadata.get("config") or {}).get("cls")
-
-
-def _are_equal(a: ToyModel, b: ToyModel) -> bool:
-    parameters = zip(a.parameters(), b.parameters(), strict=True)
-    return a.init_kwargs == b.init_kwargs and all((p == q).all() for p, q in parameters)
-
-
-def load_toy_model(option: str, path: str, device: torch.device) -> tuple[ToyModel, dict[str, Any]]:
-    from training.networks.toy import ToyModel
+def chosen_models(
+    net: str | None, gnet: str | None, cfg_net: str | None, cls: str | None, device: torch.device
+) -> Models:
+    """The models that the options name, or those in models/toy; a model of the user's own has no guide by default."""
     from training.snapshot import load_network
+    from training.toy.models import load_models
 
-    snapshot = load_network(path, device)
-    net = snapshot.net
-    if not isinstance(net, ToyModel):
-        raise UserError(f"{option}={path} holds a {type(net).__name__}, not a model of the toy example")
-    if net.init_kwargs["in_dim"] != 2:
-        raise UserError(f"{option}={path} is a model of {net.init_kwargs['in_dim']} dimensions, not 2")
-    return net, snapshot.metadata
+    if net is None and gnet is None:
+        gnet = str(GNET)
+    load = functools.partial(load_network, device=device)
+    return load_models(load, net or str(NET), gnet, cfg_net or str(CFG_NET), cls)
 
 
 # Which models to load.
 MODEL_OPTIONS = [
-    click.option("--net", help="Model  [default: that of class A in models/toy]", metavar="FILE"),
-    click.option("--gnet", help="Its guide  [default: that in models/toy, if --net is not given]", metavar="FILE"),
+    click.option("--net", help="Main model  [default: that of class A in models/toy]", metavar="FILE"),
+    click.option(
+        "--gnet", help="Guide for autoguidance  [default: that in models/toy, unless --net is given]", metavar="FILE"
+    ),
     click.option(
         "--cfg-net",
-        help="Guide of classifier-free guidance, trained on AB  [default: that in models/toy]",
+        help="Guide for classifier-free guidance, trained on AB  [default: that in models/toy]",
         metavar="FILE",
     ),
     click.option(
         "--cls",
-        help="Class that --net has learned: A, B or AB  [default: as its file says, else A]",
+        help="Class that --net was trained on: A, B or AB  [default: as its file says, else A]",
         callback=parsed_by(parse_class),
     ),
     click.option("--seed", help="Random seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
@@ -151,7 +94,7 @@ def main() -> None:
 
     \b
     Examples:
-      # The paper's figure, with the models that are in models/toy
+      # The paper's figure, with the models in models/toy
       python toy_example.py plot --save=out/toy.png
       # Its numbers
       python toy_example.py evaluate
@@ -165,24 +108,36 @@ def main() -> None:
 @main.command()
 @click.option(
     "--outdir",
-    help="Where to save the model, every time that the iterations have doubled  [default: nowhere]",
+    help="Where to save the model, each time the iterations have doubled  [default: nowhere]",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
 )
 @click.option(
     "--cls",
     help="Class to learn: A, B, or AB for both",
-    default="A",
+    default=ToyConfig.cls,
     show_default=True,
     callback=parsed_by(parse_class),
 )
-@click.option("--layers", help="Hidden layers", type=click.IntRange(1, 64), default=4, show_default=True)
-@click.option("--dim", help="Their width", type=click.IntRange(1, 4096), default=64, show_default=True)
-@click.option("--iterations", help="Training length", type=click.IntRange(min=1), default=4096, show_default=True)
-@click.option("--seed", help="Random seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option(
+    "--layers", help="Hidden layers", type=click.IntRange(1, 64), default=ToyConfig.num_layers, show_default=True
+)
+@click.option(
+    "--dim", help="Their width", type=click.IntRange(1, 4096), default=ToyConfig.hidden_dim, show_default=True
+)
+@click.option(
+    "--iterations",
+    help="Training length",
+    type=click.IntRange(min=1),
+    default=ToyConfig.iterations,
+    show_default=True,
+)
+@click.option(
+    "--seed", help="Random seed", type=click.IntRange(0, 2**32 - 1), default=ToyConfig.seed, show_default=True
+)
 @click.option(
     "--viz",
-    help="Show the samples in a window as they become better, where there is a display",
+    help="Show the samples in a window during training, if there is a display",
     metavar="BOOL",
     type=bool,
     default=True,
@@ -209,51 +164,41 @@ def train(
     device: str,
 ) -> None:
     """Train a model by score matching."""
-    import torch
-
     from torch_utils.device import select_device
-    from training.encoders import StandardRGBEncoder
-    from training.snapshot import save_network
-    from training.toy.figure import TrainingView, check_frames, require_matplotlib
-    from training.toy.training import ToyConfig, train_toy
+    from training.toy.figure import check_frames, open_view
+    from training.toy.training import run_training
 
     if save is not None:
-        require_matplotlib()
         check_frames(save)
     target = select_device(device)
-    if outdir is not None:
-        outdir.mkdir(parents=True, exist_ok=True)
     config = ToyConfig(cls=cls, num_layers=layers, hidden_dim=dim, iterations=iterations, seed=seed)
+    command = command_line(ctx, leave_out=("outdir", "viz", "save", "device"))
+    keep = snapshot_writer(outdir, config, command) if outdir is not None else None
+    run_training(config, target, open_view(cls, target, save, viz), keep)
+
+
+def snapshot_writer(outdir: Path, config: ToyConfig, command: str) -> Callable[[int, ToyModel], str]:
+    """A function that saves the model after an iteration in a folder, which is created, and returns the path."""
+    import torch
+
+    from training.encoders import StandardRGBEncoder
+    from training.snapshot import save_network
+
+    outdir.mkdir(parents=True, exist_ok=True)
     metadata = {
         "config": dataclasses.asdict(config),
         "ema_std": config.ema_std,
-        "command": command_line(ctx, leave_out=("outdir", "viz", "save", "device")),
+        "command": command,
         "date": datetime.date.today().isoformat(),
     }
-    saved_at = {iterations} | {FIRST_SNAPSHOT << i for i in range(iterations.bit_length())}
-    view = None
-    if viz or save is not None:
-        try:
-            require_matplotlib()
-            view = TrainingView(cls, target, save, window=viz)
-        except UserError as err:  # the window is only an extra
-            print(f"Note: no window: {err}")
-            if save is not None:
-                view = TrainingView(cls, target, save, window=False)
-    with tqdm(total=iterations, unit="it", dynamic_ncols=True) as progress:
-        for iteration, loss, ema in train_toy(config, target):
-            if iteration % FRAME_INTERVAL == 0 or iteration == iterations:
-                progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-                if view is not None and view.wanted:
-                    view.draw(iteration, loss.item(), ema)
-            progress.update()
-            if outdir is not None and iteration in saved_at:
-                path = outdir / f"iter{iteration:04d}.safetensors"
-                nimg = {"nimg": iteration * config.batch}
-                save_network(path, ema, StandardRGBEncoder(), metadata | nimg, dtype=torch.float32)
-                progress.write(str(path))
-    if view is not None:
-        view.finish()
+
+    def write(iteration: int, net: ToyModel) -> str:
+        path = outdir / f"iter{iteration:04d}.safetensors"
+        nimg = {"nimg": iteration * config.batch}
+        save_network(path, net, StandardRGBEncoder(), metadata | nimg, dtype=torch.float32)
+        return str(path)
+
+    return write
 
 
 @main.command()
@@ -276,15 +221,12 @@ def train(
 @click.pass_context
 def plot(
     ctx: click.Context,
-    net: str | None,
-    gnet: str | None,
-    cfg_net: str | None,
-    cls: str | None,
     seed: int,
     device: str,
     guidance: float | None,
     cfg_guidance: float,
     save: Path | None,
+    **names: str | None,
 ) -> None:
     """Draw the paper's figure: samples with and without guidance, and what guides them."""
     from torch_utils.device import select_device
@@ -293,28 +235,21 @@ def plot(
     require_matplotlib()
     if save is not None:
         check_format(save)
-    models = Models(net, gnet, cfg_net, cls, select_device(device), guidance)
-    if models.gnet is None and (cfg_net is not None or cfg_guidance != CFG_GUIDANCE):
+    if guidance not in (None, 1) and names["net"] is not None and names["gnet"] is None:
+        raise UserError(f"--guidance={guidance:g} needs a guiding model: give --gnet")
+    models = chosen_models(**names, device=select_device(device))
+    if models.gnet is None and (names["cfg_net"] is not None or cfg_guidance != CFG_GUIDANCE):
         raise UserError("the figure shows classifier-free guidance beside autoguidance: give --gnet, too")
     width = 16 if models.gnet is not None else 8
     figure, window = new_figure(save is None, figsize=(width, 8.8), dpi=100, layout="constrained")
-    draw_paper_figure(
-        figure,
-        models.cls,
-        models.net,
-        models.gnet,
-        GUIDANCE if guidance is None else guidance,
-        models.cfg_net,
-        cfg_guidance,
-        seed,
-    )
+    draw_paper_figure(figure, models, GUIDANCE if guidance is None else guidance, cfg_guidance, seed)
     if window:
         from matplotlib import pyplot
 
         pyplot.show()
         return
     if save is None:
-        print(f"There is no display to show the figure on; saving it as {PICTURE} (choose with --save)")
+        print(f"No display: saving the figure as {PICTURE} (--save chooses another name)")
     path = save or PICTURE
     save_figure(figure, path, f"{command_line(ctx, leave_out=('save',))}; OpenEDM2 {code_version()}")
     print(path)
@@ -343,62 +278,36 @@ def plot(
 @click.pass_context
 def evaluate(
     ctx: click.Context,
-    net: str | None,
-    gnet: str | None,
-    cfg_net: str | None,
-    cls: str | None,
     seed: int,
     device: str,
     weights: list[float],
     samples: int,
     json_path: Path | None,
+    **names: str | None,
 ) -> None:
     """Measure samples without guidance, with classifier-free guidance, and with autoguidance.
 
     \b
     -log p     mean negative log-density under the ground truth, in nats
     outliers   share of samples outside the smallest region that holds 99 % of the ground truth
-    branch KL  divergence of the share of samples on each of the tree's branches from what it should be, in nats:
-               large where branches are lost
+    branch KL  divergence of the samples' distribution over the tree's branches from
+               that of the ground truth, in nats: large where branches are lost
 
-    Each with its standard error. The kinds share their noise, so differences between them are surer than that.
+    Each is given with its standard error. All kinds start from the same noise, so their differences are more certain
+    than that.
     """
-    import torch
-
     from torch_utils.device import select_device
-    from training.toy.data import gt
-    from training.toy.sampling import measure, sample_toy
+    from training.toy.evaluation import HEADING, compare
 
     target = select_device(device)
-    models = Models(net, gnet, cfg_net, cls, target)
-    distribution = gt(models.cls, target)
-    noise = torch.randn(samples, 2, generator=torch.Generator(target).manual_seed(seed), device=target)
-    guides = {"classifier-free guidance": models.cfg_net, "autoguidance": models.gnet}
-    kinds = [("no guidance", None, 1.0)]
-    kinds += [(name, guide, w) for name, guide in guides.items() if guide is not None for w in weights]
+    models = chosen_models(**names, device=target)
     rows = []
-    print(f"{'':26s}{'w':>4s}{'-log p':>18s}{'outliers':>18s}{'branch KL':>18s}")
-
-    def report(name: str, weight: float | None, x: torch.Tensor) -> None:
-        quality = measure(distribution, x)
-        plain = {
-            key: {k: v if math.isfinite(v) else None for k, v in e._asdict().items()}
-            for key, e in quality._asdict().items()
-        }
-        rows.append({"sampling": name, "weight": weight} | plain)
-        nll, outliers, kl = quality
-        print(
-            f"{name:26s}{'' if weight is None else f'{weight:g}':>4s}"
-            f"{nll.value:11.3f} ±{nll.error:5.3f}"
-            f"{outliers.value:11.2%} ±{outliers.error:5.2%}"
-            f"{kl.value:11.4f} ±{kl.error:6.4f}"
-        )
-
-    report("ground truth", None, distribution.sample(samples, generator=torch.Generator(target).manual_seed(seed)))
-    for name, guide, weight in kinds:
-        report(name, weight, sample_toy(models.net, noise, guide, weight))
+    print(HEADING)
+    for row in compare(models, weights, samples, seed, target):
+        print(row)
+        rows.append(row.to_json())
     if json_path is not None:
-        facts = {
+        facts: dict[str, Any] = {
             "command": command_line(ctx, leave_out=("json_path",)),
             "date": datetime.date.today().isoformat(),
             "code_version": code_version(),

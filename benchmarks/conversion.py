@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.harness import Job
 from benchmarks.textbook import convert_one_by_one
 from training.conversion.convert import ImageSettings, convert_images
-from training.conversion.sources import open_source
+from training.conversion.opening import open_source
 from training.dataset.images import ImageFolderDataset
 
 COUNT, RESOLUTION, WORKERS = 500, 64, 2
@@ -26,7 +26,7 @@ def make_photos() -> Path:
     """JPEG files of 320x256 pixels with detail at all scales."""
     folder = FOLDER / f"jpeg-{COUNT}"
     rng = np.random.default_rng(0)
-    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be about to make them
+    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be making them
         if not folder.is_dir():
             folder.mkdir()
             for i in range(COUNT):

@@ -20,34 +20,34 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job
 from benchmarks.textbook import PlainDataset
-from training.conversion.convert import encode_png, image_name
-from training.conversion.writer import DatasetWriter
-from training.dataset.images import ImageFolderDataset, collate
+from training.conversion.writer import DatasetWriter, encode_png, image_name
+from training.dataset import decoding
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import collate
 
 BATCH = 32
 COUNT = 4096
 FOLDER = Path("out/benchmark/dataset")
+PILLOW, COMPRESSED = "PNG 64x64x3 as Pillow writes it", "PNG 64x64x3 as Pillow compresses it"
+PLAIN, LATENTS = "PNG 64x64x3, plain rows", "latents 8x64x64"
 
 
 def make_files(folder: Path, count: int) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    paths = {
-        "PNG 64x64x3 as Pillow writes it": folder / f"pixels-{count}.zip",
-        "PNG 64x64x3, plain rows": folder / f"plain-{count}.zip",
-        "latents 8x64x64": folder / f"latents-{count}.zip",
-    }
+    names = {PILLOW: "pixels", COMPRESSED: "compressed", PLAIN: "plain", LATENTS: "latents"}
+    paths = {kind: folder / f"{name}-{count}.zip" for kind, name in names.items()}
     for kind, path in paths.items():
         if path.is_file():
             continue
         writer = DatasetWriter(path, {})
         for i in range(count):
-            if kind.startswith("PNG"):
+            if kind != LATENTS:
                 small = rng.integers(0, 256, [9, 9, 3], dtype=np.uint8)
                 image = PIL.Image.fromarray(small).resize((64, 64), PIL.Image.Resampling.BICUBIC)
                 f = io.BytesIO()
-                image.save(f, format="png", compress_level=0)
-                writer.write(image_name(i), encode_png(np.asarray(image)) if "plain" in kind else f.getvalue())
+                image.save(f, format="png", compress_level=6 if kind == COMPRESSED else 0)
+                writer.write(image_name(i), encode_png(np.asarray(image)) if kind == PLAIN else f.getvalue())
             else:
                 f = io.BytesIO()
                 np.save(f, rng.standard_normal([8, 64, 64], dtype=np.float32))
@@ -59,8 +59,10 @@ def make_files(folder: Path, count: int) -> dict[str, Path]:
 def batches(variant: str, kind: str) -> Callable[[], np.ndarray]:
     """All items once, in random order, in batches; gives the last of them."""
     torch.set_num_threads(1)
+    if variant == "ours without pyspng":
+        decoding.pyspng = None
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be about to make them
+    with filelock.FileLock(FOLDER / "lock"):  # the other variant may be making them
         path = make_files(FOLDER, COUNT)[kind]
     order = np.random.default_rng(1).permutation(COUNT).reshape(-1, BATCH).tolist()
     plain, ours = PlainDataset(path), ImageFolderDataset(path)
@@ -83,7 +85,16 @@ JOBS = [
         bar,
         tolerance=0,
     )
-    for kind, bar in [("PNG 64x64x3 as Pillow writes it", None), ("PNG 64x64x3, plain rows", 5), ("latents 8x64x64", 6)]
+    for kind, bar in [(PILLOW, None), (PLAIN, 5), (LATENTS, 6)]
+] + [
+    Job(
+        f"pyspng, reading {kind}",
+        functools.partial(batches, "ours without pyspng", kind),
+        functools.partial(batches, "ours", kind),
+        bar=None,
+        tolerance=0,
+    )
+    for kind in (PILLOW, COMPRESSED, PLAIN)
 ]
 
 
@@ -132,4 +143,4 @@ def measure_million(folder: Path, small: Path) -> None:
 
 
 if __name__ == "__main__":
-    measure_million(FOLDER, make_files(FOLDER, COUNT)["PNG 64x64x3, plain rows"])
+    measure_million(FOLDER, make_files(FOLDER, COUNT)[PLAIN])

@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.run import machine_facts
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
-from training.conversion.convert import encode_png, image_name
-from training.conversion.writer import DatasetWriter
+from training.conversion.writer import DatasetWriter, encode_png, image_name
 from training.dataset.images import ImageFolderDataset
 from training.families import denoiser_inputs
 from training.flops import count_operations

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.harness import Job
 from benchmarks.textbook import PlainMixtureScore
+from training.config.toy import ToyConfig
 from training.networks.toy import ToyModel
 from training.toy.data import gt
-from training.toy.training import ToyConfig, ToyTrainer, score_matching_loss, train_toy
+from training.toy.training import ToyTrainer, score_matching_loss, train_toy
 
 
 def iteration(variant: str) -> Callable[[], np.ndarray]:

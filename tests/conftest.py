@@ -18,9 +18,11 @@ import torch
 from click.testing import CliRunner, Result
 from servers import server  # noqa: F401 - a fixture
 
+import calculate_metrics
 import train_edm2
 from training.encoders import StandardRGBEncoder
 from training.networks.edm2 import Precond
+from training.networks.toy import ToyModel
 from training.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +41,8 @@ TINY = [
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores have work of their own
+        os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     os.environ["HF_HUB_OFFLINE"] = "1"  # tests need no network
 
@@ -185,6 +189,13 @@ class Golden:
         net.load_state_dict(self.state(prefix))
         return net.eval()
 
+    def toy_model(self, prefix: str, kwargs: str | None = None) -> ToyModel:
+        """Of toy.npz; its arguments have the name of the state unless `kwargs` says otherwise."""
+        meta = self.meta[kwargs or prefix]
+        net = ToyModel(2, meta["num_layers"], meta["hidden_dim"], meta.get("sigma_data", 0.5))
+        net.load_state_dict(self.state(prefix))
+        return net
+
 
 def relative_error(actual, expected) -> float:
     actual, expected = np.float64(actual), np.float64(expected)
@@ -209,12 +220,22 @@ def check(record_property):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Weights of detectors
+# Metrics
 
 
-def filled(key: str, shape: list[int]) -> torch.Tensor:
-    """The rule in the description of inception.npz."""
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) % 2**32)
+@pytest.fixture(scope="session")
+def digits_ref(tmp_path_factory) -> Path:
+    """Reference statistics of the digits, for all metrics of pixels."""
+    path = tmp_path_factory.mktemp("ref") / "digits.safetensors"
+    options = ["--metrics=fd_pixels,kd_pixels,prdc_pixels", "--workers=0"]
+    result = run_cli(calculate_metrics.main, "ref", f"--data={DIGITS}", f"--dest={path}", *options)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def filled(key: str, shape: list[int], seed: int) -> torch.Tensor:
+    """Weights by the rule in the description of inception.npz."""
+    generator = torch.Generator().manual_seed((zlib.crc32(key.encode()) + seed) % 2**32)
     if key.endswith("num_batches_tracked"):
         return torch.tensor(0)
     r = torch.randn(shape, generator=generator)
@@ -227,7 +248,8 @@ def filled(key: str, shape: list[int]) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def inception_state():
-    return {key: filled(key, shape) for key, shape in Golden("inception").meta["keys"].items()}
+    meta = Golden("inception").meta
+    return {key: filled(key, shape, meta["fill_seed"]) for key, shape in meta["keys"].items()}
 
 
 @pytest.fixture(scope="session")
@@ -250,3 +272,33 @@ def write_dinov2(folder, state: dict[str, torch.Tensor] | None = None, **changes
 @pytest.fixture(scope="session")
 def dinov2_folder(tmp_path_factory):
     return write_dinov2(tmp_path_factory.mktemp("dinov2"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Latents
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory) -> Path:
+    """A small AutoencoderKL with random weights that makes latents of an eighth of the size."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+    path = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pixels(tmp_path_factory) -> Path:
+    """A dataset of ten RGB images in three classes."""
+    path = tmp_path_factory.mktemp("pixels") / "pixels.zip"
+    labels = {f"00000/img{i:08d}.png": i % 3 for i in range(10)}
+    return make_dataset(path, random_images(10, size=16), labels)

@@ -2,33 +2,13 @@
 
 import pytest
 import torch
+from ideal import STD, Ideal
 from torch import nn
 
 from dnnlib.errors import UserError
 from training.denoiser import Preconditioned
 from training.preconditioning import Epsilon
 from training.schedules import VE, VP, DiscreteVE, DiscreteVP, SubVP
-
-STD = 0.5  # of normal data, whose ideal denoiser is known
-
-
-class Ideal(nn.Module):
-    """The noise (VP, sub-VP) or the score (VE) that an ideal network finds in the state u of normal data."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.schedule = schedule
-        self.seen: list[torch.Tensor] = []
-
-    def forward(self, u, labels, cond=None):
-        self.seen += [u, labels]
-        sigma = labels.double()
-        if not isinstance(self.schedule, VE):
-            t = labels.double() / self.schedule.label(1.0)
-            sigma, u = self.schedule.sigma(t), u / self.schedule.scale(t).reshape(-1, 1, 1, 1)
-        sigma = sigma.reshape(-1, 1, 1, 1)
-        score = -u.double() / (STD**2 + sigma**2)
-        return (score if isinstance(self.schedule, VE) else -sigma * score).float()
 
 
 @pytest.mark.parametrize("schedule", [VE(), VP(), SubVP(), DiscreteVP()], ids=repr)

@@ -140,6 +140,7 @@ def test_color_and_latents(tmp_path):
         (["--rho=1e-300"], ["rho=1e-300", "no finite noise levels"]),
         (["--seeds=5-1"], ["--seeds", "the range 5-1 runs backwards"]),
         (["--seeds=1,1"], ["--seeds", "names a seed twice"]),
+        (["--seeds=0,4294967296"], ["--seeds", "seed 4294967296 is too large: seeds are less than 2^32"]),
         (["--class=10"], ["--class=10 is out of range: the classes are 0 to 9"]),
         (["--class=-1"], ["--class=-1 is out of range"]),
         (["--guidance=2"], ["--guidance=2 needs a guiding network: give --gnet"]),

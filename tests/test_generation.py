@@ -8,8 +8,7 @@ from dnnlib.errors import UserError
 from training.conditioning import Conditioning, DataSpec
 from training.config.generation import SOLVERS
 from training.generation import generate_images
-from training.metrics import calculate_stats_for_iterable
-from training.metrics.statistics import calculate_metrics_from_stats
+from training.metrics import calculate_metrics_from_stats, calculate_stats_for_iterable
 
 SPEC = DataSpec(channels=1, resolution=2, conditioning=Conditioning(kind="classes", size=2))
 MEANS, STD = torch.tensor([-0.5, 0.5]), 0.1

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
 
 
@@ -28,18 +28,32 @@ def save_state(path: str | Path, state: dict[str, Any]) -> None:
             raise
 
 
+def load_state(path: str | Path) -> dict[str, Any]:
+    """A state as it was saved, its tensors on the CPU. Runs nothing that is named in the file.
+
+    Raises:
+        ValueError: the checksum of a part does not match, which torch would not notice.
+        Exception: the file is damaged in another way; torch has many errors for that.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum mismatch in {damaged}")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
 def restore_newest_state(
     directory: str | Path,
     pattern: str,
     restore: Callable[[dict[str, Any]], None],
     log: Callable[[str], None],
 ) -> bool:
-    """Restore the newest state of a directory that can be.
+    """Restore the newest state of a directory that is not damaged.
 
     Args:
         pattern: regular expression that the whole file name matches, its first group a number that grows.
         restore: puts a state (on the CPU) into effect; may fail on one that is incomplete.
-        log: gets a line about each damaged file, which is skipped.
+        log: takes a warning about each damaged file, which is skipped.
 
     Returns:
         Whether there was a state.
@@ -50,26 +64,12 @@ def restore_newest_state(
     found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := re.fullmatch(pattern, path.name))]
     for _number, path in sorted(found, reverse=True):
         try:
-            _check_sums(path)
-            restore(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            restore(load_state(path))
             return True
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as err:  # a damaged file can fail in any way
-            reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-            log(f"Warning: {path} is damaged and skipped ({reason})")
+            log(f"Warning: {path} is damaged and skipped ({one_line(err) or type(err).__name__})")
     if found:
         raise UserError(f"{directory}: no training state can be read: bring one back, or choose another --outdir")
     return False
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the checksums in a state file with its content, which torch does not do.
-
-    Raises:
-        ValueError: they differ; or another error where the file is no state at all.
-    """
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"checksum mismatch in {damaged}")

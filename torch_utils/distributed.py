@@ -11,12 +11,60 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dnnlib.errors import RunError, UserError
+
+# In messages of gloo and NCCL about processes that are gone.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out",
+    "timeout",
+    "remote process",
+)
+
 
 def init() -> None:
-    """Join the process group where torchrun started this process; otherwise, or if called again, do nothing."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    """Join the process group where torchrun started this process; otherwise, or if called again, do nothing.
+
+    Raises:
+        UserError: the environment names a rank, and not who else is there; or srun started several processes that know
+            nothing of each other.
+    """
+    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if dist.is_initialized():
+        return
+    if not rank or not world_size:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+            raise UserError(
+                "srun started several processes, which would all do the same: start one per machine, and torchrun in it"
+            )
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing and world_size != "1":
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are set, but not {missing[0]}: start with torchrun")
+    if not missing:
         # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with _naming_lost_processes():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+@contextmanager
+def _naming_lost_processes() -> Iterator[None]:
+    """Where the block fails because another process is gone, say so in one line.
+
+    Raises:
+        RunError: another process ended, or no longer answers.
+    """
+    try:
+        yield
+    except RuntimeError as err:  # gloo's and NCCL's errors have no narrower type in all versions of torch
+        if isinstance(err, RunError) or not any(word in str(err) for word in LOST):
+            raise
+        raise RunError(
+            "another process of this job ended or no longer answers (its own message says why); nothing more was "
+            "saved: repeat the command to continue from the last training state"
+        ) from None
 
 
 def shutdown() -> None:
@@ -39,9 +87,10 @@ def _exchange(value: int, op: Any) -> int:
     if get_world_size() == 1:
         return value
     message = torch.tensor([value])  # on the CPU: no GPU needs to be chosen yet
-    work = dist.all_reduce(message, op=op, async_op=True)
-    assert work is not None
-    work.wait()
+    with _naming_lost_processes():
+        work = dist.all_reduce(message, op=op, async_op=True)
+        assert work is not None
+        work.wait()
     _recent.append(work)
     return int(message.item())
 
@@ -58,7 +107,7 @@ def get_world_size() -> int:
 
 def get_local_rank() -> int:
     """Index of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def print0(message: str) -> None:
@@ -93,15 +142,17 @@ def fail_together() -> Iterator[None]:
 def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes, which replaces it."""
     if get_world_size() > 1:
-        dist.all_reduce(tensor)
+        with _naming_lost_processes():
+            dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
     """Copy rank 0's values to all processes, in place."""
     if get_world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.detach(), src=0)
+        with _naming_lost_processes():
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
 
 
 def from_first(value: Any) -> Any:
@@ -147,7 +198,7 @@ class SuspendSignals:
 
     def _handle(self, sig: int, _frame) -> None:
         if not self.received and get_rank() == 0:
-            os.write(2, b"\nStopping: the state is saved first. Press Ctrl-C again to stop at once, without saving.\n")
+            os.write(2, b"\nStopping, after the state is saved. Press Ctrl-C again to stop at once, without saving.\n")
         self.received = True
         if sig == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,8 +15,8 @@ KINDS = ("none", "classes", "vector")
 class Conditioning(Config):
     """What conditions are: none, one-hot class vectors, or other vectors, float32 [N, size]."""
 
-    kind: str = option("none", choices=KINDS)
-    size: int = option(0, low=0, high=MAX_CLASSES)
+    kind: str = option("none", flag=None, choices=KINDS)
+    size: int = option(0, flag=None, low=0, high=MAX_CLASSES)
 
     @staticmethod
     def of_labels(label_dim: int) -> "Conditioning":
@@ -58,8 +58,8 @@ class Conditioning(Config):
 class DataSpec(Config):
     """What a network's images look like, and what conditions it takes."""
 
-    channels: int = option(low=1, high=MAX_CHANNELS)
-    resolution: int = option(low=1, high=MAX_RESOLUTION)
+    channels: int = option(flag=None, low=1, high=MAX_CHANNELS)
+    resolution: int = option(flag=None, low=1, high=MAX_RESOLUTION)
     conditioning: Conditioning = Conditioning()
 
     @property

@@ -11,7 +11,9 @@ import torch
 from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
 from dnnlib.errors import RunError, UserError, one_line
 from training.conditioning import Conditioning, DataSpec
-from training.dataset.images import ImageFolderDataset, evenly_spaced
+from training.config.data import EncoderArguments
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import evenly_spaced
 
 RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
@@ -24,15 +26,15 @@ class Encoder:
     """Pixels <-> raw latents (as stored in datasets) <-> final latents (float32, what the model sees)."""
 
     def output_suffix(self, channels: int) -> str:
-        """File type for what `decode` makes of final latents with that many channels: '.png' or '.npy'."""
+        """File type of decoded final latents with that many channels: '.png' or '.npy'."""
         return ".png"
 
     def prepare(self, device: torch.device) -> None:
-        """Fetch and load what `encode_pixels` and `decode` need, which they would do when first called.
+        """Download and load what `encode_pixels` and `decode` would otherwise load when first called.
 
         Raises:
-            UserError: it is not to be had.
-            RunError: it could not be fetched now.
+            UserError: something is missing or damaged.
+            RunError: something could not be downloaded now.
         """
 
     def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,6 +46,7 @@ class Encoder:
         raise NotImplementedError
 
     def encode(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        """uint8 pixels [N, C, H, W] -> final latents."""
         return self.encode_latents(self.encode_pixels(x), randn_like)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,7 +55,7 @@ class Encoder:
 
     @property
     def init_kwargs(self) -> dict:
-        """Arguments that make an equal encoder, as plain JSON values."""
+        """Arguments that build an equal encoder, as plain JSON values."""
         return {}
 
 
@@ -109,8 +112,8 @@ class StabilityVAEEncoder(Encoder):
         """The VAE on `device`.
 
         Raises:
-            UserError: diffusers is not installed, or the VAE cannot be loaded.
-            RunError: it could not be fetched now.
+            UserError: diffusers is not installed, or the VAE is missing or damaged.
+            RunError: it could not be downloaded now.
         """
         if self._vae is None:
             self._vae = _load_vae(self.vae_name).eval().requires_grad_(False)
@@ -130,7 +133,7 @@ class StabilityVAEEncoder(Encoder):
         return to_pixels(self.decode_to_floats(x))
 
     def decode_to_floats(self, x: torch.Tensor) -> torch.Tensor:
-        """Final latents -> pixels as the VAE makes them, around [0, 1]."""
+        """Final latents -> pixels as the VAE gives them, around [0, 1]."""
         vae = self.vae(x.device)
         with torch.inference_mode():
             raw = unwhiten(x.float(), self.raw_mean, self.raw_std)
@@ -142,7 +145,7 @@ def _load_vae(name: str) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise UserError("turning latents into pixels needs diffusers: pip install diffusers") from None
+        raise UserError("converting between pixels and latents needs diffusers: pip install diffusers") from None
     failed = f"the VAE {name} could not be loaded"
     is_file = name.endswith(".safetensors")
     if not os.path.exists(name) and (is_file or re.fullmatch(HUB_NAME, name) is None):
@@ -157,9 +160,9 @@ def _load_vae(name: str) -> Any:
     except (UserError, RunError) as err:
         reason = err
         if is_file:
-            reason = f"no config.json beside it, and that of {PUBLISHED_VAE} is not to be had: put its own beside it"
+            reason = f"no config.json beside it, and that of {PUBLISHED_VAE} is not available: put its own beside it"
         raise type(err)(f"{failed}: {reason}") from None
-    # Without its default low_cpu_mem_usage, which wants another package and says so in five lines.
+    # Not its default low_cpu_mem_usage, which asks for another package in five lines.
     options = dict(low_cpu_mem_usage=False, local_files_only=True)
     try:
         if is_file:
@@ -175,16 +178,16 @@ def _load_vae(name: str) -> Any:
 
 
 def _hub_folder(repo: str, files: Sequence[str]) -> str:
-    """Where in the cache of huggingface_hub these files are, once they are fetched.
+    """The folder in huggingface_hub's cache that holds these files, downloaded if they are not there yet.
 
     Raises:
-        UserError: they are not to be had.
-        RunError: they could not be fetched now.
+        UserError: they are missing from the hub, or from the cache when offline.
+        RunError: they could not be downloaded now.
     """
     urls = [f"hf://{repo}/{file}" for file in files]
     advice = (
-        f"fetch it where there is a network by python snapshot_tool.py prefetch {' '.join(urls)}, "
-        "and bring the cache of huggingface_hub (HF_HOME) for --offline"
+        f"run python snapshot_tool.py prefetch {' '.join(urls)} where there is a network, "
+        "and copy huggingface_hub's cache (HF_HOME) from there for --offline"
     )
     try:
         paths = [open_url(url, return_filename=True) for url in urls]
@@ -194,7 +197,7 @@ def _hub_folder(repo: str, files: Sequence[str]) -> str:
         if not offline():
             raise
         raise UserError(
-            f"no network is wanted ({OFFLINE_VARIABLE}=1), and it is not in the cache of huggingface_hub; {advice}"
+            f"downloads are off ({OFFLINE_VARIABLE}=1), and it is not in huggingface_hub's cache; {advice}"
         ) from None
     return os.path.dirname(paths[0])
 
@@ -225,7 +228,7 @@ class RawLatentEncoder(Encoder):
 
 
 def to_pixels(x: torch.Tensor) -> torch.Tensor:
-    """[0, 1], and what goes beyond, -> uint8 pixels."""
+    """Floats around [0, 1], clamped to it, -> uint8 pixels."""
     return (x.clamp(0, 1) * 255).to(torch.uint8)
 
 
@@ -235,6 +238,7 @@ def whiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float])
 
 
 def unwhiten(x: torch.Tensor, raw_mean: Sequence[float], raw_std: Sequence[float]) -> torch.Tensor:
+    """The inverse of `whiten`."""
     return x / FINAL_STD * _channels(raw_std, x) + _channels(raw_mean, x)
 
 
@@ -248,10 +252,13 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 
 def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
-    """The encoder that a dataset's contents call for.
+    """The encoder that suits a dataset's contents.
 
     Pixels: `StandardRGBEncoder`; 8-channel latents: `StabilityVAEEncoder`; other latents: `RawLatentEncoder` with
     the statistics of up to `max_items` evenly spaced items.
+
+    Raises:
+        UserError: a channel of the latents is constant, not finite, or far larger or smaller than latents are.
     """
     if dataset.dtype == np.uint8:
         return StandardRGBEncoder()
@@ -259,15 +266,24 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
         return StabilityVAEEncoder()
     indices = evenly_spaced(len(dataset), max_items)
     moments = np.zeros([2, dataset.num_channels])
-    for idx in indices:
-        image = dataset[int(idx)][0].astype(np.float64)
+    largest, where = 0.0, 0
+    for idx in map(int, indices):
+        image = dataset[idx][0].astype(np.float64)
         moments += [image.mean(axis=(1, 2)), np.square(image).mean(axis=(1, 2))]
+        if np.abs(image).max() > largest:
+            largest, where = float(np.abs(image).max()), idx
     mean, mean_square = moments / len(indices)
     std = np.sqrt(mean_square - mean**2)
     if not np.all(np.isfinite(std)) or np.any(std == 0):
         raise UserError(
             f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)"
         )
+    try:
+        EncoderArguments(raw_mean=tuple(mean.tolist()), raw_std=tuple(std.tolist()))
+    except UserError as err:  # a snapshot with these could not be read
+        raise UserError(
+            f"{dataset.path}: {dataset.name(where)} holds {largest:.3g}: convert it again, or leave it out ({err})"
+        ) from None
     return RawLatentEncoder(mean.tolist(), std.tolist())
 
 

@@ -27,7 +27,7 @@ from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
 from training.networks.toy import ToyModel
-from training.optimizers import AdamOptimizer
+from training.optimizers import EMA, AdamOptimizer, Optimizer
 from training.phema import PowerFunctionEMA
 
 
@@ -55,10 +55,11 @@ class Architecture:
 
     Args:
         family: its name in texts.
+        paper: where it is described, in Markdown.
         network_class: of its networks, which say in `spec` what their data look like, and in `precision` what they
             compute in. None of these where it makes no images.
         network: its arguments beside the data, and how large they may be in a file.
-        build: arguments and data -> a freshly initialised network in float32.
+        make: arguments by name, and data -> a freshly initialised network in float32.
         inputs: (net, batch, device) -> arguments of one evaluation.
         training: configuration of a training run; None = it is not trained by the training loop.
         presets: of training, by name.
@@ -69,22 +70,42 @@ class Architecture:
         accelerate: (net, batch size, compiled) -> the fastest form of a finished network for sampling, which does not
             follow its later changes.
         makes_images: whether it can be asked for images.
+        take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
     """
 
     family: str
+    paper: str
     network_class: type[nn.Module]
     network: type[Config]
-    build: Callable[[Any, DataSpec], nn.Module]
+    make: Callable[[dict[str, Any], Any], nn.Module]
     inputs: Callable[[Any, int, torch.device | str], Inputs] = denoiser_inputs
     training: type[TrainConfig] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
     objective: Callable[[Any], Objective] | None = None
-    optimizer: Callable[[nn.Module, Any], Any] | None = None
-    ema: Callable[[nn.Module, Any], Any] | None = None
+    optimizer: Callable[[nn.Module, Any], Optimizer] | None = None
+    ema: Callable[[nn.Module, Any], EMA] | None = None
     core: Callable[[Any], nn.Module] = lambda net: net
     step: Callable[[nn.Module], AbstractContextManager] = no_context
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
+    take_data: Callable[[dict[str, Any]], DataSpec] | None = None
+
+    def build(self, network: Config, data: DataSpec) -> Any:
+        """A freshly initialised network."""
+        return self.make(network.to_json(), data)
+
+    def rebuild(self, kwargs: Mapping[str, Any], data: DataSpec | None) -> Any:
+        """A network of the arguments and data that a file names.
+
+        Raises:
+            UserError: an argument is unknown, of the wrong type, or larger than a network can be.
+            KeyError: one is missing.
+        """
+        arguments = dict(kwargs)
+        if self.take_data is not None:
+            data = self.take_data(arguments)
+        self.network.from_json(arguments)
+        return self.make(arguments, data)
 
     def generator(
         self, net: Any, sampling: SamplingConfig, batch_size: int | None, guide: Denoiser | None = None
@@ -111,13 +132,19 @@ def _edm2_objective(config: EDM2Training) -> EDM2Loss:
     return EDM2Loss(config.objective.P_mean, config.objective.P_std, config.network.sigma_data)
 
 
-def _edm2_network(network: EDM2Network, data: DataSpec) -> Precond:
-    size = data.conditioning.size
-    return Precond(data.resolution, data.channels, size, precision="fp32", **network.to_json())
+def _edm2_network(arguments: dict[str, Any], data: DataSpec) -> Precond:
+    return Precond(data.resolution, data.channels, data.conditioning.size, precision="fp32", **arguments)
 
 
-def _toy_network(network: ToyNetwork, data: DataSpec) -> ToyModel:
-    return ToyModel(**network.to_json())
+def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
+    conditioning = Conditioning.of_labels(kwargs.pop("label_dim"))
+    return DataSpec(
+        channels=kwargs.pop("img_channels"), resolution=kwargs.pop("img_resolution"), conditioning=conditioning
+    )
+
+
+def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
+    return ToyModel(**arguments)
 
 
 def _toy_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
@@ -127,9 +154,11 @@ def _toy_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
 ARCHITECTURES: dict[str, Architecture] = {
     "edm2.Precond": Architecture(
         family="EDM2",
+        paper="Karras et al., *Analyzing and Improving the Training Dynamics of Diffusion Models* (CVPR 2024, "
+        "[arXiv 2312.02696](https://arxiv.org/abs/2312.02696))",
         network_class=Precond,
         network=EDM2Network,
-        build=_edm2_network,
+        make=_edm2_network,
         training=EDM2Training,
         presets=TRAINING_PRESETS,
         objective=_edm2_objective,
@@ -138,12 +167,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         core=lambda net: net.unet,
         step=partial(effective_weights, normalize_first=True),
         accelerate=for_sampling,
+        take_data=_take_edm2_data,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",
+        paper="Karras et al., *Guiding a Diffusion Model with a Bad Version of Itself* (NeurIPS 2024, "
+        "[arXiv 2406.02507](https://arxiv.org/abs/2406.02507))",
         network_class=ToyModel,
         network=ToyNetwork,
-        build=_toy_network,
+        make=_toy_network,
         inputs=_toy_inputs,
         makes_images=False,
     ),

@@ -180,7 +180,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     data = config.dataset
     assert data is not None
     for key, value in {"outdir": str(outdir), **config.flat()}.items():
-        distributed.print0(f"{key + ':':<18s}{json.dumps(value)}")
+        distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
     distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
     distributed.print0(f"Classes:          {data.label_dim}")
     distributed.print0(f"Network:          {count_parameters(net)} parameters")

@@ -8,7 +8,7 @@ import torch
 from dnnlib.errors import UserError
 from training.config.edm2 import EDM2Network, EDM2Objective
 from training.preconditioning import DataPrediction
-from training.schedules import Schedule, wide
+from training.schedules import EPS, DiscreteVE, DiscreteVP, Schedule, wide
 from training.schedules_uvit import InterpolatedVP
 
 
@@ -165,3 +165,90 @@ class NoiseLoss(Stateless):
         # x = x_0 + sigma n is known, so the errors of x_0 and n differ by the factor sigma.
         powers = {"noise": 0, "data": 2}
         return error * (sigma ** (powers[self.prediction] - powers[estimated])).to(error)
+
+
+class ScoreLoss(Stateless):
+    """Denoising score matching (Song et al. 2021, arXiv 2011.13456, Eq. 7), of SMLD and DDPM where levels are discrete.
+
+    With x = y + sigma(t) n, all of them compare the noise in x with what the network takes it for,
+    (x - D(x; sigma)) / sigma, which is -sigma times the score.
+
+    Args:
+        schedule: of the noise; of the network's preconditioning, too.
+        reduce_mean: take the mean of the squares over an image, as VP presets do; otherwise half their sum (VE).
+        likelihood_weighting: weight times by g(t)^2 / std(t)^2, which bounds the likelihood (Song et al. 2021,
+            "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258, Theorem 1).
+        importance_sampling: draw times in proportion to that weight, in place of multiplying by it. The weight is
+            d ln(sigma^2) / dt, so ln sigma is then uniform.
+
+    Raises:
+        UserError: a weighting of likelihoods with discrete levels.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        reduce_mean: bool = True,
+        likelihood_weighting: bool = False,
+        importance_sampling: bool = False,
+    ):
+        self.num_levels = schedule.num_scales if isinstance(schedule, (DiscreteVE, DiscreteVP)) else None
+        if self.num_levels is not None and likelihood_weighting:
+            raise UserError("likelihood weighting needs continuous times, not discrete levels")
+        if importance_sampling and not likelihood_weighting:
+            raise UserError("importance sampling of times needs likelihood weighting")
+        self.schedule = schedule
+        self.reduce_mean = reduce_mean
+        self.likelihood_weighting = likelihood_weighting
+        self.importance_sampling = importance_sampling
+        self.ln_sigma_range = schedule.sigma(torch.tensor([EPS, 1.0], dtype=torch.float64)).log()
+
+    def times(self, uniform: torch.Tensor) -> torch.Tensor:
+        """Map draws from U[0, 1) to times, float64, elementwise: in [1e-5, 1), or one of the levels' times."""
+        u = wide(uniform)
+        if self.num_levels is not None:
+            return (u * self.num_levels).floor() / (self.num_levels - 1)
+        if self.importance_sampling:
+            first, last = self.ln_sigma_range.tolist()
+            return self.schedule.time((first + (last - first) * u).exp())
+        return EPS + (1 - EPS) * u
+
+    def __call__(
+        self,
+        net: Any,
+        images: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        rnd: Any = None,
+        nimg: int = 0,
+    ) -> torch.Tensor:
+        """Loss per image, float32 [N]. The training objective is its sum over the batch divided by N.
+
+        Args:
+            net: the denoiser (`Preconditioned`), whose preconditioning is `Epsilon(schedule)`.
+            images: clean images y, float32 [N, C, H, W].
+            labels: conditions, as `net` takes them.
+            t: times [N]; drawn if None.
+            noise: unit-variance noise n shaped like `images`; drawn if None.
+            rnd: what they are drawn from (`StackedRandomGenerator`); None = torch's own generator.
+            nimg: not used; this loss is the same throughout training.
+        """
+        rand: Callable[..., torch.Tensor] = torch.rand if rnd is None else rnd.rand
+        randn: Callable[..., torch.Tensor] = torch.randn if rnd is None else rnd.randn
+        if t is None:
+            t = self.times(rand([images.shape[0]], device=images.device))
+        if noise is None:
+            noise = randn(images.shape, device=images.device)
+        sigma = self.schedule.sigma(t)
+        column = sigma.float().reshape(-1, 1, 1, 1).to(images.device)
+        F_x, c = net.raw(images + column * noise, sigma, labels)
+        # (y - D) / sigma, without the difference of y and D: c_skip is 1.
+        square = (noise + c.c_out / column * F_x).square().flatten(1)
+        loss = square.mean(dim=1) if self.reduce_mean else square.sum(dim=1) / 2
+        if self.importance_sampling:
+            loss = loss * (2 * (self.ln_sigma_range[1] - self.ln_sigma_range[0])).item()
+        elif self.likelihood_weighting:
+            loss = loss * (self.schedule.diffusion(t) / self.schedule.std(t)).square().to(loss)
+        return loss

@@ -1,7 +1,7 @@
 """From gradients to weights: optimiser, learning rate, and what is done to gradients that are not finite."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -9,6 +9,53 @@ from torch_utils import distributed
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_
 from training.config.edm2 import EDM2Optimizer
 from training.lr import learning_rate_schedule
+
+
+class Optimizer(Protocol):
+    """Changes the weights by their gradients.
+
+    `nonfinite` counts the gradient elements that were not finite since the start of the run, int64 [].
+    """
+
+    nonfinite: torch.Tensor
+
+    def learning_rate(self, nimg: int) -> float:
+        """The learning rate after `nimg` images."""
+        ...
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the step before."""
+        ...
+
+    def step(self, nimg: int) -> None:
+        """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class EMA(Protocol):
+    """Averages the weights over training, with one or several profiles of relative widths `stds`."""
+
+    stds: list[float]
+
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the weights after an optimiser step; `cur_nimg` counts the step's images too."""
+        ...
+
+    def get(self) -> list[tuple[torch.nn.Module, str]]:
+        """The averaged networks, each with its file name suffix."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue exactly."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class AdamOptimizer:
@@ -39,6 +86,7 @@ class AdamOptimizer:
         return learning_rate_schedule(nimg, self.batch, config.lr, config.decay, config.rampup_Mimg)
 
     def zero_gradients(self) -> None:
+        """Forget the gradients of the step before."""
         self.gradients.zero_()
 
     def step(self, nimg: int) -> None:

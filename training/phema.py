@@ -125,7 +125,8 @@ class PowerFunctionEMA:
         return {"stds": list(self.stds), "emas": [ema.state_dict() for ema in self.emas]}
 
     def load_state_dict(self, state: dict) -> None:
-        """
+        """Take over the averages of a `state_dict`.
+
         Raises:
             ValueError: the state tracks other widths.
         """

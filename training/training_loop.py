@@ -18,7 +18,8 @@ from torch_utils.device import check_compiler, resolve_precision, select_device,
 from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
-from training.dataset.images import ImageFolderDataset, RunSampler, begin_loader_process, collate
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import RunSampler, begin_loader_process, collate
 from training.encoders import data_spec, encoder_for
 from training.families import trained_by
 from training.monitoring.health import Divergence, weight_beyond_float16
@@ -308,7 +309,7 @@ class TrainingRun:
         if self.config.run.on_divergence == "stop":
             raise RunError(
                 f"{text}. The training state before that is kept; start in a new --outdir with a lower --lr, "
-                f"or go on regardless with --on-divergence=warn"
+                f"or continue regardless with --on-divergence=warn"
             )
         self.journal.log(f"Warning: {text}")
 

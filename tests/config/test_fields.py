@@ -21,7 +21,7 @@ from training.config.training import RunConfig
 class Inner(Config):
     width: int = option(4, "Width", low=1, high=64)
     share: float = option(0.5, "Share", flag="--S_share", above=0, below=1)
-    limit: float = option(math.inf, "Limit", low=0)
+    limit: float = option(math.inf, "Limit", low=0, infinite=True)
     hidden: int = option(3, flag=None, low=0)
 
 
@@ -80,9 +80,9 @@ def test_what_is_not_allowed_is_named(values, message):
     [
         ({"images": 1, "bogus": 2}, "unknown option 'bogus'"),
         ({}, "option 'images' is missing"),
-        ({"images": 1, "inner": 3}, "a int where a dictionary of options belongs"),
+        ({"images": 1, "inner": 3}, "int where a dictionary of options belongs"),
         ({"images": 1, "inner": {"widht": 3}}, "unknown option 'widht'"),
-        ([], "a list where a dictionary of options belongs"),
+        ([], "list where a dictionary of options belongs"),
     ],
 )
 def test_json_is_strict(values, message):

@@ -119,6 +119,15 @@ def test_small_steps(server):
     assert len(server.requests) > 10
 
 
+@pytest.mark.parametrize(("answer", "longest", "seconds"), [("1", 60, 1.0), ("3600", 0.3, 0.3)])
+def test_the_server_says_when_to_try_again(answer, longest, seconds, server, monkeypatch):
+    monkeypatch.setattr(dnnlib.transfer, "MAX_BACK_OFF", longest)
+    server.script["/a.pkl"] = [status(503, **{"Retry-After": answer}), serve()]
+    start = time.monotonic()
+    assert read(f"{server.url}/a.pkl") == DATA
+    assert seconds <= time.monotonic() - start < 60
+
+
 def test_everything_was_there(server, cache):
     server.script["/a.pkl"] = [status(416, **{"Content-Range": f"bytes */{len(DATA)}"})]
     url = f"{server.url}/a.pkl"
@@ -140,17 +149,17 @@ def test_doubtful_beginnings(text, server, cache):
     assert read(url) == DATA
 
 
-def assert_went_on(server) -> None:
+def assert_resumed(server) -> None:
     """The second request asked for no more than what was missing, and a little."""
     first, second = (request[1] for request in server.requests)
     assert first is None
     assert 200_000 < int(second.removeprefix("bytes=").removesuffix("-")) <= 300_000
 
 
-def test_interrupted_downloads_go_on(server):
+def test_interrupted_downloads_resume(server):
     server.script["/a.pkl"] = [serve(stop_after=300_000), serve()]
     assert read(f"{server.url}/a.pkl") == DATA
-    assert_went_on(server)
+    assert_resumed(server)
 
 
 def test_redirect(server):
@@ -207,7 +216,7 @@ def test_killed_process(server):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert read(f"{server.url}/a.pkl") == DATA
-    assert_went_on(server)
+    assert_resumed(server)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -237,6 +246,15 @@ def test_giving_up(behave, server, cache):
     assert "\n" not in str(err.value)
     assert len(server.requests) == 3
     assert "a.pkl" not in kept(cache)
+
+
+def test_progress_renews_the_attempts(server):
+    server.script["/a.pkl"] = [status(503), status(503), serve(stop_after=300_000), status(503), serve()]
+    assert read(f"{server.url}/a.pkl", num_attempts=3) == DATA
+    server.script["/b.pkl"] = [status(503), serve(stop_after=300_000), status(503), serve(stop_after=0), serve()]
+    with pytest.raises(RunError, match="b.pkl: not fetched after 3 attempts .*; [1-9][0-9]+ bytes are kept"):
+        open_url(f"{server.url}/b.pkl", num_attempts=3)
+    assert read(f"{server.url}/b.pkl") == DATA
 
 
 def test_no_server():

@@ -5,7 +5,7 @@ import torch
 from conftest import relative_error, tiny_network
 
 from training.generation import generate_images
-from training.networks import edm2_cpu as fast_inference
+from training.networks import edm2_cpu
 from training.networks.edm2_cpu import FastDenoiser, can_prepack
 from training.networks.edm2_gpu import CompiledDenoiser
 from training.networks.edm2_layers import MPConv
@@ -57,25 +57,25 @@ def test_wide_networks_use_winograd():
 @pytest.mark.skipif(not can_prepack(torch.float32), reason="no Winograd here")
 def test_winograd_computes_with_one_shape(monkeypatch):
     """For others, oneDNN would convert the weights in each call."""
-    monkeypatch.setattr(fast_inference, "_WINOGRAD_CHUNK", 1 << 14)  # two images of 32x32 at a time
+    monkeypatch.setattr(edm2_cpu, "_WINOGRAD_CHUNK", 1 << 14)  # two images of 32x32 at a time
     net = tiny_network(**WIDE)
     fast = FastDenoiser(net, 3)
     shapes = {}
-    call = fast_inference._PackedConv.__call__
+    call = edm2_cpu._PackedConv.__call__
 
     def recorded(conv, x):
         if conv.groups > 1:
             shapes.setdefault(conv, set()).add(x.shape)
         return call(conv, x)
 
-    monkeypatch.setattr(fast_inference._PackedConv, "__call__", recorded)
+    monkeypatch.setattr(edm2_cpu._PackedConv, "__call__", recorded)
     for batch in (3, 1, 2, 5):
         assert relative_error(fast(*example(net, batch)), net(*example(net, batch))) < 1e-5
     assert shapes and all(len(found) == 1 for found in shapes.values())
 
 
 def test_equals_the_network_without_private_operators(monkeypatch):
-    monkeypatch.setattr(fast_inference, "can_prepack", lambda dtype: False)
+    monkeypatch.setattr(edm2_cpu, "can_prepack", lambda dtype: False)
     net = tiny_network(**WIDE)
     example_inputs = example(net, 2)
     assert relative_error(FastDenoiser(net, 2)(*example_inputs), net(*example_inputs)) < 1e-5
@@ -85,7 +85,7 @@ def test_operators_that_are_missing_are_noticed(monkeypatch):
     def missing(*_args):
         raise AttributeError("no such operator")
 
-    monkeypatch.setattr(fast_inference._PackedConv, "__init__", missing)
+    monkeypatch.setattr(edm2_cpu._PackedConv, "__init__", missing)
     assert not can_prepack.__wrapped__(torch.float32)
 
 

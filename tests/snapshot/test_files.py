@@ -1,213 +1,162 @@
-"""Snapshots and training states on disk: what goes in comes out, and damage is named."""
+"""Snapshots of all layouts through the same functions."""
 
-import json
-import struct
-import subprocess
-import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import ROOT, tiny_network
+from conftest import GOLDEN
+from torch import nn
 
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_write
-from torch_utils import checkpoint
-from training.encoders import RawLatentEncoder, StandardRGBEncoder
-from training.snapshot import load_network, read_metadata, save_network
+from training.config.edm2 import TRAINING_PRESETS
+from training.config.fields import Config, option
+from training.encoders import StandardRGBEncoder
+from training.families import ARCHITECTURES, Architecture, preset_network
+from training.snapshot import build_for, files, load_network, open_snapshot, save_network, write_snapshot
+from training.snapshot.layout import Reader, Request, Writer
+from training.snapshot.native import NativeFile, write_native
 
-
-def edit_metadata(path, **changes):
-    """Change fields of a snapshot's JSON block in the file's header."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    metadata = {**json.loads(header["__metadata__"]["openedm2"]), **changes}
-    header["__metadata__"]["openedm2"] = json.dumps(metadata)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def test_round_trip(tmp_path):
-    net = tiny_network()
-    save_network(tmp_path / "a.safetensors", net, RawLatentEncoder([1.0], [2.0]), {"nimg": 5, "ema_std": 0.1})
-    snapshot = load_network(tmp_path / "a.safetensors")
-    for name, parameter in net.named_parameters():
-        assert torch.equal(snapshot.net.get_parameter(name), parameter.half().float())
-    for name, buffer in net.named_buffers():
-        assert torch.equal(snapshot.net.get_buffer(name), buffer)
-    assert isinstance(snapshot.encoder, RawLatentEncoder)
-    assert (snapshot.encoder.raw_mean, snapshot.encoder.raw_std) == ([1.0], [2.0])
-    assert snapshot.metadata["nimg"] == 5
-    assert snapshot.metadata["ema_std"] == 0.1
-    assert snapshot.metadata["architecture"]["name"] == "edm2.Precond"
-    assert snapshot.metadata["code_version"].startswith("0.")
-    assert not snapshot.net.training
-    assert not any(p.requires_grad for p in snapshot.net.parameters())
-
-
-def test_float32_is_exact(tmp_path):
-    net = tiny_network()
-    save_network(tmp_path / "a.safetensors", net, StandardRGBEncoder(), {}, dtype=torch.float32)
-    x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(load_network(tmp_path / "a.safetensors").net(x, torch.tensor(1.0)), net(x, torch.tensor(1.0)))
+PUBLISHED = GOLDEN / "official" / "network-snapshot-0008388-0.050.pkl"
 
 
 def test_missing_or_of_another_kind(tmp_path, snapshot_file):
     with pytest.raises(UserError, match="no such file"):
         load_network(tmp_path / "nowhere.safetensors")
+    with pytest.raises(UserError, match="typo: no such file"):
+        load_network(tmp_path / "typo")
     other = tmp_path / "net.pt"
     other.write_bytes(b"x")
     with pytest.raises(UserError, match="snapshots are .safetensors or .pkl files"):
         load_network(other)
     with pytest.raises(UserError, match="holds no network 'net'"):
         load_network(snapshot_file, which="net")
-    import safetensors.torch
 
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a snapshot of this project"):
         load_network(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
-def test_truncated(snapshot_file, keep):
-    snapshot_file.write_bytes(snapshot_file.read_bytes()[:keep])
-    with pytest.raises(UserError, match="damaged or truncated"):
-        load_network(snapshot_file)
+# ---------------------------------------------------------------------------------------------------------
+# Presets
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(format_version=99), "format version 99"),
-        (dict(architecture={"name": "os.system", "kwargs": {}}), "unknown architecture 'os.system'"),
-        (dict(encoder={"name": "eval", "kwargs": {}}), "unknown encoder 'eval'"),
-        (dict(architecture=3), "architecture is not of type dict"),
-        (dict(nimg="many"), "nimg is not of type int"),
-        (dict(config=5), "config is not of type dict"),
-        (dict(dataset_kwargs={"a": 10**400}), "damaged"),
-        (dict(ema_std=float("nan")), "damaged"),
-        (dict(source="\ud800"), "damaged"),
-        (dict(architecture={"name": "edm2.Precond"}), "incomplete"),
-        (dict(architecture={"name": "edm2.Precond", "kwargs": {"bogus": 1}}), "do not fit"),
-        (dict(encoder={"name": "StandardRGBEncoder", "kwargs": {"bogus": 1}}), "do not fit"),
-        (
-            dict(
-                architecture={
-                    "name": "edm2.Precond",
-                    "kwargs": {"img_resolution": 8, "img_channels": 1, "label_dim": 0, "channel_mult": []},
-                }
-            ),
-            "do not fit",
-        ),
-    ],
-)
-def test_unknown_content(snapshot_file, changes, message):
-    edit_metadata(snapshot_file, **changes)
-    with pytest.raises(UserError, match=message):
-        load_network(snapshot_file)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pkl"])
+def test_preset_of_the_network(suffix, tmp_path):
+    path = tmp_path / f"net{suffix}"
+    net = preset_network(TRAINING_PRESETS["digits"])
+    save_network(path, net, StandardRGBEncoder(), {})
+    assert load_network(path, preset="digits").metadata == load_network(path).metadata
+    with pytest.raises(UserError, match="holds another network than that of preset 'edm2-img64-xs'"):
+        load_network(path, preset="edm2-img64-xs")
+    with pytest.raises(UserError, match="unknown preset 'digit'; the nearest are digits"):
+        load_network(path, preset="digit")
 
 
-def test_weights_of_another_size(snapshot_file):
-    kwargs = read_metadata(snapshot_file)["architecture"]["kwargs"]
-    edit_metadata(snapshot_file, architecture={"name": "edm2.Precond", "kwargs": {**kwargs, "model_channels": 16}})
-    with pytest.raises(UserError, match="do not fit the architecture") as err:
-        load_network(snapshot_file)
-    assert "\n" not in str(err.value)
+def test_preset_of_another_network():
+    with pytest.raises(UserError, match=f"{PUBLISHED.name}: holds another network"):
+        load_network(PUBLISHED, preset="digits")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Whole files only
+# The tables
 
 
-def test_failed_write_leaves_nothing(tmp_path):
-    target = tmp_path / "file"
-    target.write_bytes(b"old")
-
-    def write_half():
-        with atomic_write(target) as f:
-            f.write(b"half")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        write_half()
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
+@dataclass(frozen=True, kw_only=True)
+class Width(Config):
+    width: int = option(low=1, high=100)
 
 
-FULL_DISK = """
-import resource, sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from conftest import tiny_network
-from torch_utils.checkpoint import save_state
-from training.encoders import StandardRGBEncoder
-from training.snapshot import save_network
-resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
-target = Path({target!r})
-try:
-    if target.suffix == ".pt":
-        save_state(target, {{"x": torch.zeros(100000)}})
-    else:
-        save_network(target, tiny_network(), StandardRGBEncoder(), {{}})
-except OSError as err:
-    assert err.filename == str(target), err.filename
-    print("refused")
-"""
+class Other(nn.Module):
+    """A network of another family, with buffers of several types."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.init_kwargs = {"width": width}
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_buffer("sigmas", torch.linspace(1, 0, width, dtype=torch.float64))
+        self.register_buffer("steps", torch.tensor((1 << 40) + 1))
 
 
-@pytest.mark.parametrize("name", ["state.pt", "net.safetensors"])
-def test_no_space_left(tmp_path, name):
-    # A limit on the size of files stands for a full disk.
-    code = FULL_DISK.format(tests=str(ROOT / "tests"), target=str(tmp_path / name))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "refused\n", done.stderr
+@pytest.fixture
+def other(monkeypatch) -> Other:
+    entry = Architecture(
+        "other", "nobody", Other, Width, make=lambda arguments, _data: Other(**arguments), makes_images=False
+    )
+    monkeypatch.setitem(ARCHITECTURES, "other.Other", entry)
+    return Other(5)
+
+
+def test_networks_of_unknown_classes(tmp_path):
+    for suffix in (".safetensors", ".pkl"):
+        with pytest.raises(UserError, match=r"a Linear is no network of this project"):
+            save_network(tmp_path / f"net{suffix}", nn.Linear(2, 2), StandardRGBEncoder(), {})
     assert list(tmp_path.iterdir()) == []
 
 
-PATTERN = r"state-(\d+)\.pt"
+def test_an_architecture_is_an_entry(other, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_network(path, other, StandardRGBEncoder(), {})
+    file, loaded = open_snapshot(path), load_network(path).net
+    assert [file.dtype(name) for name in ("weight", "sigmas", "steps")] == [torch.float16, torch.float64, torch.int64]
+    assert isinstance(loaded, Other) and loaded.weight.dtype == torch.float32
+    for name, buffer in other.named_buffers():
+        assert loaded.get_buffer(name).dtype == buffer.dtype and torch.equal(loaded.get_buffer(name), buffer)
+    tensors = {**safetensors.torch.load_file(path), "steps": torch.tensor(1.0)}
+    with safetensors.safe_open(path, framework="pt") as f:
+        safetensors.torch.save_file(tensors, path, f.metadata())
+    with pytest.raises(UserError, match="steps is not of type int64"):
+        load_network(path)
 
 
-def test_newest_state_that_loads(tmp_path):
-    messages, restored = [], []
-
-    def newest() -> bool:
-        return checkpoint.restore_newest_state(
-            tmp_path, PATTERN, lambda state: restored.append(state["i"]), messages.append
-        )
-
-    assert not newest()
-    for i in (1, 2, 3, 10):
-        checkpoint.save_state(tmp_path / f"state-{i}.pt", {"i": i, "x": torch.tensor([float(i)])})
-    (tmp_path / "state-11.pt.tmp").write_bytes(b"")
-    assert newest()
-    (tmp_path / "state-10.pt").write_bytes((tmp_path / "state-10.pt").read_bytes()[:500])
-    (tmp_path / "state-3.pt").write_bytes(b"")
-    checkpoint.save_state(tmp_path / "state-2.pt", {"bogus": 1})  # loads, but cannot be restored
-    assert newest()
-    assert restored == [10, 1]
-    assert [next(i for i in (10, 3, 2) if f"state-{i}.pt is damaged" in m) for m in messages] == [10, 3, 2]
-    (tmp_path / "state-1.pt").unlink()
-    with pytest.raises(UserError, match="no training state can be read"):
-        newest()
+def test_layouts_hold_what_they_can(other, tmp_path):
+    with pytest.raises(UserError, match=r"net.pkl: .pkl files cannot hold a network of other.Other: keep it as"):
+        save_network(tmp_path / "net.pkl", other, StandardRGBEncoder(), {})
+    assert list(tmp_path.iterdir()) == []
 
 
-class Hostile:
-    def __reduce__(self):
-        return (print, ("executed",))
+def test_a_layout_is_an_entry(tmp_path, monkeypatch, snapshot_file):
+    """Two layouts that share a suffix: what is in a file decides."""
 
+    def begins_with(start: bytes):
+        return lambda request: request.fetch().read_bytes().startswith(start)
 
-def test_states_run_no_code(tmp_path, capsys):
-    torch.save({"x": Hostile()}, tmp_path / "state-1.pt")
-    with pytest.raises(UserError, match="no training state can be read"):
-        checkpoint.restore_newest_state(tmp_path, PATTERN, lambda state: None, print)
-    output = capsys.readouterr().out
-    assert "is damaged and skipped" in output
-    assert "executed\n" not in output
+    def open_after(count: int):
+        def read(request: Request) -> NativeFile:
+            request.check_which(request.fetch(), ["ema", "net"])
+            (tmp_path / "rest").write_bytes(request.fetch().read_bytes()[count:])
+            assert request.preset == "digits"
+            return NativeFile(tmp_path / "rest")
 
+        return read
 
-def test_spoiled_weights_are_refused(tmp_path):
-    net = tiny_network()
-    net.get_parameter("unet.out_conv.weight")[0, 0, 0, 0] = float("nan")
-    save_network(tmp_path / "a.safetensors", net, StandardRGBEncoder(), {})
-    with pytest.raises(UserError, match="unet.out_conv.weight holds NaN"):
-        load_network(tmp_path / "a.safetensors")
+    def write_after(start: bytes):
+        def write(path: Path, *args) -> None:
+            write_native(tmp_path / "rest", *args)
+            path.write_bytes(start + (tmp_path / "rest").read_bytes())
+
+        return write
+
+    readers = [Reader(".pth", open_after(1), begins_with(b"1")), Reader(".pth", open_after(2), begins_with(b"22"))]
+    writers = [
+        Writer(".pth", write_after(b"1"), ["toy.ToyModel"]),
+        Writer(".pth", write_after(b"22"), ["edm2.Precond"]),
+    ]
+    monkeypatch.setattr(files, "READERS", [*files.READERS, *readers])
+    monkeypatch.setattr(files, "WRITERS", [*files.WRITERS, *writers])
+    path = tmp_path / "net.pth"
+    source = open_snapshot(snapshot_file)
+    write_snapshot(path, build_for(source)[0], source.get_tensor, torch.float16, source.description)
+    assert path.read_bytes().startswith(b"22")
+    for which in ("ema", "net"):
+        opened = open_snapshot(path, which, preset="digits")
+        assert opened.metadata == source.metadata
+        assert all(torch.equal(opened.get_tensor(name), source.get_tensor(name)) for name in source.names)
+    with pytest.raises(UserError, match="holds no network 'raw', only 'ema', 'net'"):
+        open_snapshot(path, "raw", preset="digits")
+    path.write_bytes(b"3")
+    with pytest.raises(UserError, match="net.pth: a .pth of no layout that is known here"):
+        open_snapshot(path)
+    with pytest.raises(UserError, match="snapshots are .safetensors or .pkl or .pth files"):
+        open_snapshot("https://example.com/net.onnx")  # and nothing is fetched

@@ -18,7 +18,6 @@ from snapshot_tool import main as snapshot_tool
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import PersistentObject
 from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder
-from training.metrics.files import load_stats
 from training.networks.edm2 import Precond
 from training.networks.toy import ToyModel
 from training.snapshot import load_network, open_snapshot, save_network
@@ -315,39 +314,3 @@ def restored(value):
     if isinstance(value, PersistentObject):
         return PersistentObject(value.class_name, restored(value.state), value.module or "somewhere")
     return value
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Reference statistics
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_reference_statistics(dtype, tmp_path):
-    mu, sigma = np.arange(3).astype(dtype), np.eye(3).astype(dtype) * 2
-    other = dict(mu=mu[:2], sigma=sigma[:2, :2])
-    path = write(tmp_path, EasyDict(fid=EasyDict(mu=mu, sigma=sigma), fd_dinov2=other, num_images=5))
-    np.savez(tmp_path / "old.npz", mu=mu, sigma=sigma)
-    stats = load_stats(path)
-    assert stats.keys() == {"fid", "fd_dinov2", "num_images"} and stats.num_images == 5
-    for entry in (stats["fid"], load_stats(tmp_path / "old.npz")["fid"]):
-        assert entry["mu"].dtype == entry["sigma"].dtype == np.float64
-        np.testing.assert_array_equal(entry["mu"], mu)
-        np.testing.assert_array_equal(entry["sigma"], sigma)
-    assert stats["fd_dinov2"]["sigma"].shape == (2, 2)
-
-
-def test_bad_statistics(tmp_path):
-    with pytest.raises(UserError, match="holds no statistics"):
-        load_stats(COND)
-    with pytest.raises(UserError, match="must be finite"):
-        load_stats(write(tmp_path, dict(fid=dict(mu=np.array([np.nan]), sigma=np.eye(1)))))
-    with pytest.raises(UserError, match="must be of shapes"):
-        load_stats(write(tmp_path, dict(fid=dict(mu=np.zeros(2), sigma=np.eye(3)))))
-    np.savez(tmp_path / "other.npz", a=np.zeros(2))
-    with pytest.raises(UserError, match="other.npz: holds no statistics"):
-        load_stats(tmp_path / "other.npz")
-    np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.zeros(2))
-    with pytest.raises(UserError, match="objects.npz: cannot be read"):
-        load_stats(tmp_path / "objects.npz")
-    with pytest.raises(UserError, match="no such file"):
-        load_stats(tmp_path / "nowhere.npz")

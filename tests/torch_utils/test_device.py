@@ -1,12 +1,7 @@
 """What devices compute in."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 
 from torch_utils import device
 from torch_utils.device import resolve_precision, speed_of_bf16
@@ -26,12 +21,3 @@ def test_a_precision_that_loses_is_noted(monkeypatch, capsys, speed, noted):
 def test_speed_is_measured_once():
     assert 0.01 < speed_of_bf16() < 100
     assert speed_of_bf16() == speed_of_bf16()
-
-
-@pytest.mark.skipif("avx2" not in torch.backends.cpu.get_cpu_capability().lower() and "avx512"
-                    not in torch.backends.cpu.get_cpu_capability().lower(), reason="another kind of processor")  # fmt: skip
-def test_a_processor_without_bf16_instructions():
-    code = "from torch_utils.device import speed_of_bf16; print(speed_of_bf16())"
-    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.7

@@ -1,6 +1,5 @@
 """Hostile and damaged pickles: one clear error each, and nothing in them is run."""
 
-import contextlib
 import io
 import math
 import os
@@ -10,25 +9,21 @@ import random
 import struct
 import time
 import warnings
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
-import safetensors.torch
 import torch
-from conftest import GOLDEN, fails_with, npy, run_cli, tiny_network
+from conftest import GOLDEN, fails_with, run_cli
 
 from dnnlib.errors import UserError
 from dnnlib.util import EasyDict
 from snapshot_tool import main as snapshot_tool
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
-from training.encoders import StandardRGBEncoder
 from training.metrics.files import load_stats
-from training.snapshot import load_network, save_network
+from training.snapshot import load_network
 
 OFFICIAL = sorted((GOLDEN / "official").glob("*.pkl"))
 
@@ -149,7 +144,7 @@ CALL = pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.STOP
 HOSTILE = {
     "system": (pickle.dumps(Trap(os.system, ("true",))), "asks for 'posix.system'"),
     "eval": (pickle.dumps(Trap(eval, ("spring()",))), "asks for 'builtins.eval'"),
-    "ours": (pickle.dumps(Trap()), "asks for 'test_safe_pickle.spring'"),
+    "ours": (pickle.dumps(Trap()), f"asks for '{__name__}.spring'"),
     "attribute of an allowed name": (name("dnnlib.util", "EasyDict.__init__.__globals__") + CALL, "asks for"),
     "allowed name in another module": (name("os", "EasyDict") + CALL, "asks for 'os.EasyDict'"),
     "instruction that builds classes": (pickle.PROTO + b"\x02(ios\nsystem\n.", "instruction"),
@@ -170,7 +165,7 @@ HOSTILE = {
     "attributes of data": (pickle.PROTO + b"\x04" + pickle.EMPTY_LIST + pickle.EMPTY_DICT + b"b.", "damaged"),
     "object array": (pickle.dumps(np.array([{}])), "array that is not of numbers"),
     "text array": (pickle.dumps(np.array(["a"])), "array that is not of numbers"),
-    "storage that runs": (nested(saved(Trap())), "a tensor in it asks for 'test_safe_pickle.spring'"),
+    "storage that runs": (nested(saved(Trap())), f"a tensor in it asks for '{__name__}.spring'"),
     "storage that is no storage": (nested(saved({"a": 1})), "unknown form"),
     "storage that is zipped": (nested(saved(storage(), zipped=True)), "instruction"),
     "storage that is truncated": (nested(saved(storage())[:-1]), "a tensor is truncated"),
@@ -239,7 +234,22 @@ def many_calls(function: bytes, argument: bytes, count: int) -> bytes:
     return START + argument + PUT0 + pickle.POP + function + PUT1 + pickle.POP + call * count + pickle.NONE + b"."
 
 
+def colliding_keys(count: int) -> bytes:
+    """Pairs for a dict whose keys are integers that all have the same hash."""
+    keys = (((1 << 61) - 1) * (i + (1 << 20)) for i in range(count))
+    return b"".join(pickle.LONG1 + b"\x0c" + key.to_bytes(12, "little") + pickle.NONE for key in keys)
+
+
 EXHAUSTING = {
+    "deep tuple as a key": START + pickle.EMPTY_DICT + DEEP_TUPLE + pickle.NONE + pickle.SETITEM + b".",
+    "wide tuple as a key": START + pickle.EMPTY_DICT + WIDE_TUPLE + pickle.NONE + pickle.SETITEM + b".",
+    "wide tuple in a set": START + pickle.EMPTY_SET + pickle.MARK + WIDE_TUPLE + pickle.ADDITEMS + b".",
+    "keys that collide": START + pickle.EMPTY_DICT + pickle.MARK + colliding_keys(60_000) + pickle.SETITEMS + b".",
+    "memo of any size": START + pickle.NONE + pickle.LONG_BINPUT + b"\xff\xff\xff\x7f.",
+    "frame of any size": START + pickle.FRAME + b"\xff\xff\xff\xff\xff\0\0\0" + pickle.NONE + b".",
+    "text of any size": START + pickle.BINUNICODE8 + b"\xff\xff\xff\xff\xff\0\0\0.",
+    "only marks": repeated(b"", pickle.MARK, 10**6),
+    "only tuples": repeated(b"", pickle.MARK + pickle.NONE * 1000 + pickle.TUPLE, 5000),
     "hash of a deep tuple": dict_of(DEEP_TUPLE),
     "hash of a wide tuple": dict_of(WIDE_TUPLE),
     "type of a deep tuple": START + code_of("numpy", "dtype") + DEEP_TUPLE + pickle.TUPLE1 + pickle.REDUCE + b".",
@@ -272,18 +282,18 @@ def test_files_that_would_take_forever(case, tmp_path):
 )
 def test_arrays_as_options(shape):
     data = b"x" * math.prod(shape)
-    with pytest.raises(UserError, match="nested beyond all measure"):
+    with pytest.raises(UserError, match="too many or too deeply nested"):
         safe_pickle.plain({"a": safe_pickle.StoredArray(data, "|u1", shape)}, "x.pkl")
 
 
 @pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), b"x", "\ud800", {"a": {1}}])
 def test_no_options(value):
-    with pytest.raises(UserError, match="x.pkl: damaged pickle"):
+    with pytest.raises(UserError, match="x.pkl: damaged .* among its options|x.pkl: damaged .*surrogates"):
         safe_pickle.plain({"a": [value]}, "x.pkl")
 
 
 def test_text_many_times():
-    with pytest.raises(UserError, match="nested beyond all measure"):
+    with pytest.raises(UserError, match="too many or too deeply nested"):
         safe_pickle.plain(["a" * 500_000] * 60_000, "x.pkl")
 
 
@@ -316,144 +326,15 @@ def test_options_nested_beyond_measure():
     cyclic: dict = {}
     cyclic["a"] = cyclic
     for value in (deep, wide, cyclic):
-        with pytest.raises(UserError, match="nested beyond all measure"):
+        with pytest.raises(UserError, match="too many or too deeply nested"):
             safe_pickle.plain(value, "x.pkl")
 
 
 def test_cyclic_network():
     network = PersistentObject("ModuleDict", dict(_parameters={}, _buffers={}, _modules={}))
     network.state["_modules"].update(a=network, b=network)
-    with pytest.raises(UserError, match="modules are nested beyond all measure"):
+    with pytest.raises(UserError, match="modules are too many or too deeply nested"):
         safe_pickle.module_tensors(network, "x.pkl")
-
-
-def hostile_network(tmp_path: Path, **kwargs) -> Path:
-    state = dict(_init_args=(), _init_kwargs=kwargs, _parameters={}, _buffers={}, _modules={})
-    safe_pickle.save(tmp_path / "net.pkl", dict(ema=PersistentObject("Precond", state, "somewhere")))
-    return tmp_path / "net.pkl"
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        dict(num_blocks=10**7),
-        dict(channel_mult=[1] * 1000),
-        dict(model_channels=10**12),
-        dict(model_channels=-1),
-        dict(model_channels=64.5),
-        dict(sigma_data="0.5"),
-        dict(label_dim=None),
-        dict(img_resolution=1 << 40),
-        dict(channels_per_head=0),
-        dict(img_resolution=0, channel_mult=[1] * 8),
-        dict(model_channels=4093, channel_mult=[61] * 8, channels_per_head=1),
-        dict(resample_filter=[1, -1]),
-        dict(resample_filter=[1, 1, 1]),
-        dict(resample_filter=1),
-        dict(clip_act=-1),
-        dict(res_balance=1e308),
-        dict(concat_balance=[1, 2]),
-        dict(sigma_data=0),
-        dict(bogus=1),
-    ],
-)
-def test_networks_that_would_take_forever(kwargs, tmp_path):
-    defaults = dict(img_resolution=8, img_channels=1, label_dim=0)
-    with pytest.raises(UserError, match="do not fit the architecture"):
-        load_network(hostile_network(tmp_path, **{**defaults, **kwargs}))
-
-
-def test_arguments_of_the_encoder_do_not_hide_those_of_the_network(tmp_path):
-    record = safe_pickle.load(hostile_network(tmp_path, num_layers=10**9))["ema"]
-    record = PersistentObject("ToyModel", record.state, "somewhere")
-    encoder = PersistentObject("StabilityVAEEncoder", dict(_init_args=(), _init_kwargs=dict(num_layers=1)), "somewhere")
-    safe_pickle.save(tmp_path / "net.pkl", dict(ema=record, encoder=encoder))
-    with pytest.raises(UserError, match="num_layers cannot be 1000000000"):
-        load_network(tmp_path / "net.pkl")
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        dict(raw_mean={"a": 1}), dict(raw_mean="abc"), dict(raw_mean=[[1.0], 2.0]), dict(final_mean="abc"), dict(final_std=0),
-        dict(final_mean=[0.0] * 3), dict(raw_std=[1e308] * 4), dict(raw_std=[-1.0] * 4), dict(bogus=1), dict(vae_name=5),
-        dict(raw_mean=[0.0] * 5, raw_std=[1.0] * 5),
-    ],
-)  # fmt: skip
-def test_hostile_encoders(kwargs, tmp_path):
-    record = safe_pickle.load(hostile_network(tmp_path, img_resolution=8, img_channels=4, label_dim=0))["ema"]
-    record.module = "somewhere"
-    encoder = PersistentObject("StabilityVAEEncoder", dict(_init_args=(), _init_kwargs=kwargs), "somewhere")
-    safe_pickle.save(tmp_path / "net.pkl", dict(ema=record, encoder=encoder))
-    with pytest.raises(UserError, match="encoder|do not fit"):
-        load_network(tmp_path / "net.pkl")
-
-
-def test_native_files_of_other_types(tmp_path, snapshot_file):
-    tensors = safetensors.torch.load_file(snapshot_file)
-    with safetensors.safe_open(snapshot_file, framework="pt") as f:
-        metadata = f.metadata()
-    for dtype in (torch.float64, torch.int64, torch.complex64):
-        changed = {**tensors, "unet.out_gain": tensors["unet.out_gain"].to(dtype)}
-        safetensors.torch.save_file(changed, tmp_path / "other.safetensors", metadata)
-        with pytest.raises(UserError, match="unet.out_gain is not of type float32, float16 or bfloat16"):
-            load_network(tmp_path / "other.safetensors")
-
-
-def test_texts_of_metadata_do_not_reach_the_terminal_raw(tmp_path):
-    metadata = dict(source="\x1b[31m\nfake: line", code_version="\x1b[0m")
-    save_network(tmp_path / "a.safetensors", tiny_network(), StandardRGBEncoder(), metadata)
-    output = run_cli(snapshot_tool, "inspect", tmp_path / "a.safetensors").output
-    assert "\x1b" not in output and "\nfake" not in output
-
-
-def npz_member(name: str, data: bytes, path: Path, compression=zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("mu.npy", npy(np.zeros(2)))
-        archive.writestr("sigma.npy", npy(np.eye(2)))
-        archive.writestr(name, data)
-    return path
-
-
-def npy_file(header: str, data: bytes = b"") -> bytes:
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(
-    "member",
-    [
-        b"abc",
-        npy(np.array(["a"])),
-        npy(np.zeros(2, dtype=[("a", "f4")])),
-        npy(np.zeros(2, dtype=complex)),
-        npy(np.array([0x7FA00000, 0], dtype=np.uint32).view(np.float32)),
-        npy(np.zeros([2, 2])),
-        npy(np.zeros(2))[:-1],
-        npy_file("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,), }"),
-        npy_file(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({2**70},), }}"),
-        npy_file("{'descr': '<f8', 'fortran_order': False, 'shape': (2L,), }"),
-        npy_file("((((((2,"),
-        npy_file("-" * 9000 + "1"),
-    ],
-)
-def test_hostile_npz(member, tmp_path):
-    with pytest.raises(UserError, match="a.npz") as err:
-        load_stats(npz_member("mu.npy", member, tmp_path / "a.npz"))
-    assert "\n" not in str(err.value)
-
-
-@pytest.mark.parametrize("position", [6, 8, 20, 60])
-def test_damaged_npz(position, tmp_path):
-    path = npz_member("other", b"", tmp_path / "a.npz")
-    data = bytearray(path.read_bytes())
-    directory = data.index(b"PK\x01\x02")
-    for start in (position, directory + position % 40):
-        changed = data.copy()
-        changed[start] ^= 0xFF
-        path.write_bytes(changed)
-        with contextlib.suppress(UserError):
-            load_stats(path)
 
 
 # ---------------------------------------------------------------------------------------------------------

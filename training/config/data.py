@@ -1,9 +1,11 @@
-"""What identifies a dataset."""
+"""What identifies a dataset, and how images can be made square."""
 
 from dataclasses import dataclass
 
 from training.config.fields import Config, option
 
+TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
+TINY, HUGE = 1e-12, 1e12  # what scales are believed to lie between
 MAX_CHANNELS = 1 << 12
 MAX_RESOLUTION = 1 << 14
 MAX_CLASSES = 1 << 20
@@ -17,8 +19,17 @@ class DatasetInfo(Config):
     a folder and a ZIP file of the same files agree.
     """
 
-    count: int = option(low=1)
-    resolution: int = option(low=1, high=MAX_RESOLUTION)
-    channels: int = option(low=1, high=MAX_CHANNELS)
-    label_dim: int = option(low=0, high=MAX_CLASSES)
-    content_hash: str = option()
+    count: int = option(flag=None, low=1)
+    resolution: int = option(flag=None, low=1, high=MAX_RESOLUTION)
+    channels: int = option(flag=None, low=1, high=MAX_CHANNELS)
+    label_dim: int = option(flag=None, low=0, high=MAX_CLASSES)
+    content_hash: str = option(flag=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderArguments(Config):
+    """Arguments of encoders, and how large they may be in a file."""
+
+    vae_name: str = option("", flag=None)
+    raw_mean: tuple[float, ...] = option((), flag=None, low=-HUGE, high=HUGE, items=(0, MAX_CHANNELS))
+    raw_std: tuple[float, ...] = option((), flag=None, low=TINY, high=HUGE, items=(0, MAX_CHANNELS))

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dnnlib.errors import UserError
-from training.config.data import MAX_CHANNELS, MAX_RESOLUTION
+from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY
 from training.config.fields import FROM_PRESET, Config, option
 from training.config.metrics import METRIC_FILES
 from training.config.names import unknown_preset
 from training.config.training import Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
-
-TINY, HUGE = 1e-12, 1e12  # what scales are believed to lie between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +39,16 @@ class EDM2Network(Config):
         parse=parse_ints,
         default_text=FROM_PRESET,
     )
-    dropout: float = option(0.0, "Dropout probability", low=0, below=1, default_text=FROM_PRESET)
+    dropout: float = option(0, "Dropout probability", low=0, below=1, default_text=FROM_PRESET)
     channel_mult_noise: int | None = option(None, flag=None, low=1, high=64)
     channel_mult_emb: int | None = option(None, flag=None, low=1, high=64)
     label_balance: float = option(0.5, flag=None, low=0, high=1)
     concat_balance: float = option(0.5, flag=None, low=0, high=1)
-    resample_filter: tuple[float, ...] = option((1.0, 1.0), flag=None, low=-1e6, high=1e6, items=(2, 64))
+    resample_filter: tuple[float, ...] = option((1, 1), flag=None, low=-1e6, high=1e6, items=(2, 64))
     channels_per_head: int = option(64, flag=None, low=1, high=1 << 14)
     res_balance: float = option(0.3, flag=None, low=0, high=1)
     attn_balance: float = option(0.3, flag=None, low=0, high=1)
-    clip_act: float | None = option(256.0, flag=None, low=TINY, high=HUGE)
+    clip_act: float | None = option(256, flag=None, low=TINY, high=HUGE)
     sigma_data: float = option(0.5, flag=None, low=TINY, high=HUGE)
     logvar_channels: int = option(128, flag=None, low=1, high=1 << 14)
 

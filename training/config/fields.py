@@ -43,6 +43,7 @@ class Option:
     metavar: str | None
     default_text: str | None
     may_change: bool
+    infinite: bool
 
 
 def option(
@@ -60,6 +61,7 @@ def option(
     metavar: str | None = None,
     default_text: str | None = None,
     may_change: bool = False,
+    infinite: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -73,9 +75,10 @@ def option(
         parse: text -> value; by default as the type says.
         metavar, default_text: what the help shows for the value and the default.
         may_change: whether a resumed run may have another value.
+        infinite: whether infinity is a value.
     """
     described = Option(
-        help, flag, low, high, above, below, items, tuple(choices), parse, metavar, default_text, may_change
+        help, flag, low, high, above, below, items, tuple(choices), parse, metavar, default_text, may_change, infinite
     )
     return dataclasses.field(default=default, metadata={"option": described})
 
@@ -153,7 +156,7 @@ class Config:
             UserError: unknown or missing names, or values that the fields do not allow.
         """
         if not isinstance(values, dict):
-            raise UserError(f"a {type(values).__name__} where a dictionary of options belongs")
+            raise UserError(f"{type(values).__name__} where a dictionary of options belongs")
         parts = sections(cls)
         check_known(values, {field.name for field in own_fields(cls)} | parts.keys())
         made = {name: parts[name].from_json(value) if name in parts else value for name, value in values.items()}
@@ -251,7 +254,7 @@ def _problem_of_one(field: Field, kind: type, value: Any) -> str:
             return f"must be one of {', '.join(described.choices)}, not {_shown(value)}"
         return "" if len(value) <= MAX_TEXT and value.isprintable() else "must be text on one line"
     if kind is not bool:
-        if not math.isfinite(value) and value != field.default:
+        if not (math.isfinite(value) or (described.infinite and value == math.inf)):
             return f"must be a finite number, not {value}"
         beyond = value <= described.above > -math.inf or value >= described.below < math.inf
         if beyond or not described.low <= value <= described.high:

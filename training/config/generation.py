@@ -16,6 +16,16 @@ from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
 
 
+def check_seed(largest: int) -> None:
+    """Check the largest of some seeds.
+
+    Raises:
+        UserError: random generators would take it for a smaller one.
+    """
+    if largest >= 2**32:
+        raise UserError(f"seed {largest} is too large: seeds are less than 2^32, beyond which images would repeat")
+
+
 def parse_interval(text: str) -> tuple[float, float]:
     """Noise levels of the form 'LO,HI'.
 
@@ -52,7 +62,7 @@ class Churn(Config):
 
     S_churn: float = option(0.0, "Strength of added noise", flag="--S_churn", low=0, default_text="0")
     S_min: float = option(0.0, "Lowest noise level at which noise is added", flag="--S_min", low=0, default_text="0")
-    S_max: float = option(math.inf, "Highest noise level at which noise is added", flag="--S_max", low=0)
+    S_max: float = option(math.inf, "Highest noise level at which noise is added", flag="--S_max", low=0, infinite=True)
     S_noise: float = option(1.0, "Scale of added noise", flag="--S_noise", low=0, default_text="1")
 
 
@@ -110,7 +120,12 @@ class GuidanceConfig(Config):
 
     guidance: float = option(1.0, "Guidance weight", default_text="1, no guidance")
     guidance_interval: tuple[float, float] | None = option(
-        None, "Noise levels at which guidance acts", parse=parse_interval, metavar="LO,HI", default_text="all"
+        None,
+        "Noise levels at which guidance acts",
+        parse=parse_interval,
+        metavar="LO,HI",
+        default_text="all",
+        infinite=True,
     )
 
     @property

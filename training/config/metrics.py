@@ -69,7 +69,8 @@ def parse_metrics(text: str) -> list[str]:
 
 
 def check_metrics(names: Iterable[str]) -> None:
-    """
+    """Check that metrics of these names exist.
+
     Raises:
         UserError: there is no such metric.
     """

@@ -1,10 +1,11 @@
-"""What is in a dataset, and whether training can use it."""
+"""What a dataset contains, and whether training can use it."""
 
 import contextlib
 import hashlib
 import math
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from torch_utils.pictures import drawable
-from training.dataset.images import COMPRESSED, ImageFolderDataset, evenly_spaced
+from training.dataset.images import COMPRESSED, ImageFolderDataset
+from training.dataset.order import evenly_spaced
 from training.encoders import FINAL_STD, StandardRGBEncoder, encoder_for, final_channels
 
 GRID_IMAGES, TILE = 64, 96  # of the contact sheet
@@ -32,24 +34,74 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         grid: where to save a contact sheet; None = nowhere.
 
     Raises:
-        UserError: there is no such dataset, or no place for the contact sheet.
+        UserError: there is no such dataset, or the contact sheet cannot be saved there.
     """
     if grid is not None:
-        there = next(folder for folder in grid.absolute().parents if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UserError(f"--grid={grid}: {there} is no folder that can be written to: choose another place")
+        parent = next(folder for folder in grid.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"--grid={grid}: {parent} is not a folder that can be written to: choose another place")
     if not Path(path).exists():
         raise UserError(f"{path}: no such dataset")
     try:
         dataset = ImageFolderDataset(path)
     except UserError as err:
         return dict(path=path), [str(err)]
-    problems: list[str] = []
+    scan = _scan(dataset)
+    problems = scan.problems[:]
+    facts: dict[str, Any] = dict(
+        path=path,
+        images=len(dataset),
+        shapes=dict(scan.shapes),
+        channels_seen_by_the_model=final_channels(dataset),
+        label_dim=dataset.label_dim,
+        mean=_rounded(scan.mean),
+        std=_rounded(scan.std),
+        duplicates=len(scan.duplicates),
+        duplicate_examples=scan.duplicates[:SHOWN],
+        unreadable=len(problems),
+    )
+    if dataset.compressed:
+        facts["compressed"] = COMPRESSED
+    if dataset.resolution % LEVELS_DIVISOR != 0:
+        facts["resolution_note"] = (
+            f"{dataset.resolution} is not divisible by {LEVELS_DIVISOR}, as networks of four levels (all presets but "
+            "digits) need: convert with another --resolution, or train fewer levels (--channel-mult)"
+        )
+    facts.update(_labels(dataset, scan.readable))
+    if len(problems) > SHOWN:
+        problems[SHOWN:] = [f"and {len(problems) - SHOWN} more unreadable images"]
+    constant = np.flatnonzero(scan.std[: final_channels(dataset)] == 0).tolist()
+    if constant and scan.readable:
+        facts["constant_channels"] = constant
+        if dataset.dtype != np.uint8:
+            problems.append(f"{path}: channel {constant[0]} of the latents is constant")
+    if scan.readable and not problems:
+        facts.update(_noise(dataset, scan.readable))
+    with contextlib.suppress(UserError):  # already among the problems
+        facts["content_hash"] = dataset.info().content_hash
+    if grid is not None and scan.readable:
+        save_contact_sheet(grid, dataset, scan.readable)
+    return facts, problems
+
+
+@dataclass
+class _Scan:
+    """What reading all images of a dataset shows."""
+
+    readable: list[int]  # indices
+    problems: list[str]  # errors of the others
+    shapes: Counter[str]
+    duplicates: list[list[str]]  # pairs of names
+    mean: np.ndarray  # per stored channel
+    std: np.ndarray
+
+
+def _scan(dataset: ImageFolderDataset) -> _Scan:
+    readable, problems = [], []
     hashes: dict[bytes, str] = {}
     duplicates: list[list[str]] = []
     shapes: Counter[str] = Counter()
     moments = np.zeros([2, dataset.num_channels])
-    readable: list[int] = []
     for idx in tqdm(range(len(dataset)), unit="img", disable=None, dynamic_ncols=True):
         try:
             image, _label = dataset[idx]
@@ -67,40 +119,7 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         moments += [values.mean(axis=(1, 2)), np.square(values).mean(axis=(1, 2))]
     mean, mean_square = moments / max(len(readable), 1)
     std = np.sqrt(np.maximum(mean_square - mean**2, 0))
-    facts: dict[str, Any] = dict(
-        path=path,
-        images=len(dataset),
-        shapes=dict(shapes),
-        channels_seen_by_the_model=final_channels(dataset),
-        label_dim=dataset.label_dim,
-        mean=_rounded(mean),
-        std=_rounded(std),
-        duplicates=len(duplicates),
-        duplicate_examples=duplicates[:SHOWN],
-        unreadable=len(problems),
-    )
-    if dataset.compressed:
-        facts["compressed"] = COMPRESSED
-    if dataset.resolution % LEVELS_DIVISOR != 0:
-        facts["resolution_note"] = (
-            f"{dataset.resolution} is not divisible by {LEVELS_DIVISOR}, as networks of four levels (all presets but "
-            "digits) need: convert with another --resolution, or train fewer levels (--channel-mult)"
-        )
-    facts.update(_labels(dataset, readable))
-    if len(problems) > SHOWN:
-        problems[SHOWN:] = [f"and {len(problems) - SHOWN} more unreadable images"]
-    constant = np.flatnonzero(std[: final_channels(dataset)] == 0).tolist()
-    if constant and readable:
-        facts["constant_channels"] = constant
-        if dataset.dtype != np.uint8:
-            problems.append(f"{path}: channel {constant[0]} of the latents is constant")
-    if readable and not problems:
-        facts.update(_noise(dataset, readable))
-    with contextlib.suppress(UserError):  # told above
-        facts["content_hash"] = dataset.info().content_hash
-    if grid is not None and readable:
-        save_contact_sheet(grid, dataset, readable)
-    return facts, problems
+    return _Scan(readable, problems, shapes, duplicates, mean, std)
 
 
 def _rounded(values: np.ndarray) -> list[float]:
@@ -128,7 +147,7 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     """sigma_data of what the model sees, and the training noise that suits it.
 
     EDM2 trains 64x64 pixels (sigma_data 0.5) with P_mean = -0.8, P_std = 1.6 and latents with -0.4 and 1.0.
-    Neighbouring pixels of larger images agree, so that as much noise hides less of them: the levels go up by
+    Neighbouring pixels of larger images agree, so that the same noise hides less of them: the levels go up by
     ln(resolution / 64) (Hoogeboom et al., "simple diffusion", ICML 2023, Eq. 4).
     """
     chosen = [indices[i] for i in evenly_spaced(len(indices), 2000)]
@@ -167,7 +186,7 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
 
 
 def _whitening(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
-    """A note on the channel of latents furthest from what the network assumes, which sigma_data, of all, can hide."""
+    """A note on the channel of latents furthest from what the network assumes, which sigma_data can hide."""
     factor = np.abs(np.log2(np.maximum(std, 1e-9) / FINAL_STD))
     # Beyond 1: the standard deviation is off by more than a factor of two, or the mean by more than half of FINAL_STD.
     deviation = np.maximum(factor, np.abs(mean) / (FINAL_STD / 2))
@@ -175,8 +194,8 @@ def _whitening(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
     if deviation[worst] <= 1:
         return {}
     note = (
-        f"channel {worst} of the latents has mean {mean[worst]:.2f} and standard deviation {std[worst]:.2f} where the "
-        f"model sees them, not 0 and {FINAL_STD}: check how the data was made"
+        f"channel {worst} of the latents, as the model sees them, has mean {mean[worst]:.2f} and standard deviation "
+        f"{std[worst]:.2f}, not 0 and {FINAL_STD}: check how the data was made"
     )
     return dict(channels_note=note)
 

@@ -11,7 +11,6 @@ import PIL.ImageOps
 from dnnlib.errors import UserError
 
 Transform = Callable[[np.ndarray], np.ndarray | None]
-TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
 LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 
 
@@ -24,7 +23,7 @@ def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
         ValueError, OSError and others of Pillow: the data is damaged, or no image.
     """
     with warnings.catch_warnings():
-        # Large images are welcome; those beyond twice its limit Pillow refuses.
+        # Large images are welcome; Pillow refuses those beyond twice its limit.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else PIL.Image.open(io.BytesIO(data))
         with image:
@@ -45,7 +44,7 @@ def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
 
 
 def resize(image: np.ndarray, width: int, height: int, how: PIL.Image.Resampling = LANCZOS) -> np.ndarray:
-    """[H, W, C] -> [height, width, C]."""
+    """uint8 [H, W, C] -> [height, width, C]."""
     if image.shape[:2] == (height, width):
         return image
     flat = image[:, :, 0] if image.shape[2] == 1 else image
@@ -54,14 +53,17 @@ def resize(image: np.ndarray, width: int, height: int, how: PIL.Image.Resampling
 
 
 def center_crop(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The largest centred square, resized."""
+    """The largest centred square, resized: uint8 [H, W, C] -> [height, width, C]."""
     size = min(image.shape[:2])
     y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return resize(image[y : y + size, x : x + size], width, height)
 
 
 def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
-    """Rows around the middle, resized to width x height, in the middle of a black square; None if it is too small."""
+    """Rows around the middle, resized to width x height, in the middle of a black square [width, width, C].
+
+    None if the image is too small.
+    """
     rows = round(width * image.shape[0] / image.shape[1])
     if image.shape[1] < width or rows < height:
         return None
@@ -72,7 +74,10 @@ def center_crop_wide(image: np.ndarray, width: int, height: int) -> np.ndarray |
 
 
 def center_crop_dhariwal(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """As in ADM (Dhariwal and Nichol, 2021): halved while twice too large, bicubic to size, centre crop."""
+    """As in ADM (Dhariwal and Nichol, 2021): halved while twice too large, bicubic to size, centre crop.
+
+    uint8 [H, W, C] -> [height, width, C].
+    """
     while min(image.shape[:2]) >= 2 * width:
         image = resize(image, image.shape[1] // 2, image.shape[0] // 2, BOX)
     scale = width / min(image.shape[:2])
@@ -82,7 +87,9 @@ def center_crop_dhariwal(image: np.ndarray, width: int, height: int) -> np.ndarr
 
 
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:
-    """The transform of that name (None: resize only) to width x height (None: as the image is).
+    """The transform of that name (None: resize only) to width x height (None: the image's own size).
+
+    It maps uint8 [H, W, C] to a square, or to None where the image is too small.
 
     Raises:
         UserError: the transform and the size do not go together.

@@ -1,4 +1,4 @@
-"""Writing datasets: a ZIP file or folder that gets its name when it is complete, and goes on where it stopped."""
+"""Writing datasets: a ZIP file or folder that gets its name when it is complete, and can be resumed until then."""
 
 import contextlib
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write, naming_errors
@@ -23,26 +24,47 @@ END64_LOCATOR = struct.Struct("<4sIQI")
 END = struct.Struct("<4s4H2IH")
 DATE = (1 << 5) | 1  # 1 January 1980 for all files: the same images make the same archive
 VERSION, UNIX, STORED, UTF8 = 45, 3 << 8, 0, 1 << 11
-LAST_FILES = ("dataset.json", "report.json")  # written when all images are there
+LAST_FILES = ("dataset.json", "report.json")  # written after all images
 MAX32, MAX16 = 0xFFFFFFFF, 0xFFFF
+PNG_COLOR_TYPES = {1: 0, 3: 2}  # by number of channels
+
+
+def image_name(index: int, pattern: str = "img{}.png") -> str:
+    """'00000/img00000000.png' and so on, a thousand per folder."""
+    return f"{index // 1000:05d}/" + pattern.format(f"{index:08d}")
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Uncompressed PNG file of uint8 [H, W, 1 or 3], its rows unfiltered, so that reading costs next to nothing."""
+    height, width, channels = pixels.shape
+    rows = np.zeros([height, 1 + width * channels], dtype=np.uint8)
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">2I5B", width, height, 8, PNG_COLOR_TYPES[channels], 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
 
 
 class DatasetWriter:
-    """A dataset in the making, beside its destination. Leave with `finish`; else the partial one stays to go on from.
+    """Writes a dataset beside its destination, and moves it there with `finish`; `close` leaves it to be resumed.
+
+    `names` are the files written so far.
 
     Args:
         dest: file name ending in '.zip', or a folder.
-        options: what makes the contents; going on with other ones is refused.
-        resume: go on with what an interrupted run has left.
+        options: what makes the contents; a run with other options cannot be resumed.
+        resume: continue what an interrupted run has left.
 
     Raises:
-        UserError: `dest` exists, or something partial that is not to be or cannot be gone on with.
+        UserError: `dest` exists, another run is writing it, or an interrupted run left something that is not to be
+            resumed, or cannot be.
         OSError: it cannot be written.
     """
 
     def __init__(self, dest: Path, options: dict[str, Any], resume: bool = False):
         if not dest.name:
-            raise UserError(f"--dest={dest}: has no name: give that of a ZIP file or folder to make")
+            raise UserError(f"--dest={dest}: has no name: give the name of a ZIP file or folder to make")
         dest = Path(os.path.realpath(dest)) if dest.is_symlink() else dest
         self.dest = dest
         self._check_free()
@@ -53,12 +75,12 @@ class DatasetWriter:
         self._options_file = dest.with_name(f"{dest.name}.partial.json")
         dest.parent.mkdir(parents=True, exist_ok=True)
         lock = dest.with_name(f"{dest.name}.partial.lock")
-        lock.touch()  # says why where that fails
+        lock.touch()  # where this fails, the error says why
         self._lock = filelock.FileLock(lock, timeout=0)
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"--dest={dest}: another run is making it: wait for it, or stop it") from None
+            raise UserError(f"--dest={dest}: another run is writing it: wait for that run, or stop it") from None
         try:
             self._begin(options, resume)
         except BaseException:
@@ -67,12 +89,12 @@ class DatasetWriter:
 
     def _check_free(self) -> None:
         if self.dest.exists() and not (self.dest.is_dir() and not any(self.dest.iterdir())):
-            raise UserError(f"--dest={self.dest}: is there already: choose another name, or delete it")
+            raise UserError(f"--dest={self.dest}: exists already: choose another name, or delete it")
 
     def _begin(self, options: dict[str, Any], resume: bool) -> None:
         if self.partial.exists() or self._options_file.exists():
             if not resume:
-                raise UserError(f"{self.partial}: an interrupted run left this: go on with --resume, or delete it")
+                raise UserError(f"{self.partial}: an interrupted run left this: continue with --resume, or delete it")
             try:
                 before = json.loads(self._options_file.read_text())
                 changed = [name for name in {**before, **options} if before.get(name) != options.get(name)]
@@ -80,32 +102,37 @@ class DatasetWriter:
                 changed = ["options"]
             if changed:
                 raise UserError(
-                    f"--resume: {self.partial} was begun with other {', '.join(changed)} (see {self._options_file}): "
-                    "delete both to start anew"
+                    f"--resume: {self.partial} was started with different {', '.join(changed)} "
+                    f"(see {self._options_file}): delete both to start over"
                 )
         with atomic_write(self._options_file, "w") as f:
             json.dump(options, f, indent=2)
         is_zip = self.dest.suffix.lower() == ".zip"
         self._files = _ZipFiles(self.partial) if is_zip else _FolderFiles(self.partial)
-        self.names: Collection[str] = self._files.names  # what is there
+        self.names: Collection[str] = self._files.names
 
     def _unlock(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
     def write(self, name: str, data: bytes) -> None:
+        """Add a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self._files.write(name, data)
 
     def crc(self, name: str) -> int:
-        """CRC-32 of a file that is there."""
+        """CRC-32 of a file written before."""
         return self._files.crc(name)
 
     def discard(self) -> None:
-        """Keep nothing: what is there is of no use."""
+        """Have `close` delete the files written so far: they are of no use."""
         self._useless = True
 
     def close(self) -> None:
-        """Stop; what is there stays to go on from."""
+        """Stop; the files written so far stay to be resumed."""
         try:
             self._files.close()
             if self._useless or not self.names:
@@ -115,7 +142,12 @@ class DatasetWriter:
             self._unlock()
 
     def finish(self) -> None:
-        """Give the complete dataset its name."""
+        """Give the complete dataset its name.
+
+        Raises:
+            UserError: a file or folder of that name has appeared meanwhile.
+            OSError: it cannot be written.
+        """
         self._check_free()
         self._files.finish()
         if self.dest.is_dir():
@@ -126,11 +158,13 @@ class DatasetWriter:
 
 
 class _FolderFiles:
+    """Files of a folder in the making."""
+
     def __init__(self, path: Path):
         self.path = path
         path.mkdir(exist_ok=True)
         files = (Path(root) / name for root, _folders, names in os.walk(path) for name in names)
-        # An empty file is one that the disk had not got yet when the power failed.
+        # A file is empty if its contents had not reached the disk when the power failed.
         whole = (file for file in files if not file.name.endswith(".tmp") and file.stat().st_size > 0)
         self.names = {file.relative_to(path).as_posix() for file in whole}
 
@@ -151,9 +185,9 @@ class _FolderFiles:
 
 
 class _ZipFiles:
-    """An uncompressed ZIP file, with a few bytes of memory per entry, and its entries found again without a directory.
+    """Entries of an uncompressed ZIP file in the making, which takes a few bytes of memory per entry.
 
-    Python's zipfile keeps half a kilobyte per entry and cannot read a file that was never closed.
+    Python's zipfile keeps half a kilobyte per entry, and cannot read a file that was never closed, as `_recover` does.
     """
 
     def __init__(self, path: Path):
@@ -208,7 +242,7 @@ class _ZipFiles:
         return self._crcs[name]
 
     def close(self) -> None:
-        # What is still buffered may not fit on the disk: an entry less to go on from. The error that led here is told.
+        # What is still buffered may not fit on the disk: one entry less to resume from. The first error is reported.
         with contextlib.suppress(OSError):
             self._f.close()
 

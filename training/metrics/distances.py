@@ -1,4 +1,4 @@
-"""Distances between sets of features, and scores of them. All arithmetic is in float64."""
+"""Distances between sets of features, and scores of them, computed in float64."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB
 SUBSET_SIZE = 1000  # of the kernel distance
 SPLITS = 10  # of the inception score
 K_PRECISION, K_DENSITY = 3, 5  # which neighbours
-PROGRESS_DELAY = 2  # seconds after which it is shown
+PROGRESS_DELAY = 2  # seconds until a progress bar appears
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -22,20 +22,20 @@ PROGRESS_DELAY = 2  # seconds after which it is shown
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
-    """Squared Frechet distance between two Gaussians (Dowson & Landau 1982), which FID is (Heusel et al. 2017).
+    """Squared Frechet distance between two Gaussians (Dowson & Landau 1982): FID (Heusel et al. 2017).
 
     |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)). With S2 = L L^T, the eigenvalues of S1 S2 are those of the
-    symmetric L^T S1 L, so that the last trace is the sum of their roots and no root of a matrix is needed.
+    symmetric L^T S1 L, so the last trace is the sum of their square roots, and no matrix root is needed.
 
-    The error is about 1e-14 of tr(S1) + tr(S2) for covariances of full rank, and less than 1e-8 of it for others, where
-    eigenvalues that are zero come out as rounding errors before their roots are taken.
+    The error is about 1e-14 of tr(S1) + tr(S2) for covariances of full rank. It is less than 1e-8 of that for singular
+    ones, whose zero eigenvalues come out as rounding errors before the square roots are taken.
 
     Args:
         mu1, mu2: means [D].
         sigma1, sigma2: covariances [D, D], which may be singular.
 
     Raises:
-        UserError: the shapes do not agree, or a value is NaN or infinite.
+        UserError: the shapes do not match, or a value is NaN or infinite.
     """
     mu1, sigma1, mu2, sigma2 = (_double(x) for x in (mu1, sigma1, mu2, sigma2))
     if not (mu1.ndim == 1 and mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
@@ -44,7 +44,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
             f"covariances {list(sigma1.shape)} and {list(sigma2.shape)}"
         )
     root1, root2 = _root(sigma1), _root(sigma2)
-    # Of the thinner root, fewer eigenvalues are zero.
+    # The root with fewer columns gives fewer zero eigenvalues.
     if root1.shape[1] < root2.shape[1]:
         return _distance(mu2, sigma2, mu1, sigma1, root1)
     return _distance(mu1, sigma1, mu2, sigma2, root2)
@@ -53,23 +53,23 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
 def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: Array) -> float:
     """Standard error of the Frechet distance between images and a fixed reference: delete-a-group jackknife.
 
-    The distance is computed again without each of the G groups in turn; the variance is (G - 1) / G times the sum of
-    squared deviations (Quenouille 1956, Tukey 1958). It needs G distances and nothing but sums over the groups, and
-    takes care of means and covariances alike. A bootstrap would need the features, and repeats images in every draw:
-    the distance is biased upwards by an amount that depends on the number of different images. The jackknife loses
-    only 1 / G of them, and what that adds is the same for all groups. The bias of the distance itself is not part of
-    the error. With G groups the error is known to about 1 / sqrt(2 (G - 1)): 10 to 20 of them are enough.
+    The distance is recomputed without each of the G groups in turn; the variance is (G - 1) / G times the sum of
+    squared deviations (Quenouille 1956, Tukey 1958). This takes G distances and only sums over the groups, and accounts
+    for means and covariances alike. A bootstrap would need the features, and its draws repeat images, while the
+    distance has an upward bias that depends on the number of distinct images. The jackknife loses only 1 / G of them,
+    which adds the same bias for every group. The bias of the distance itself is not part of the error. With G groups
+    the error is known to about 1 / sqrt(2 (G - 1)), so 10 to 20 of them are enough.
 
-    On terminals, a progress bar appears if it takes longer than a few seconds, as that of thousands of features does.
+    On terminals, a progress bar appears after a few seconds, as thousands of features take longer.
 
     Args:
-        groups: of each group, equal in size up to rounding and drawn alike (image i in group i mod G): the number of
-            images, the sum of their features x [D], and the sum of x x^T [D, D], accumulated in float64.
+        groups: for each group, the number of images, the sum of their features x [D], and the sum of x x^T [D, D],
+            accumulated in float64. Groups are alike and of equal size up to rounding: image i is in group i mod G.
         mu, sigma: mean [D] and covariance [D, D] of the reference.
 
     Raises:
-        UserError: fewer than 2 groups, an empty one, or fewer than 2 images outside one of them; see
-            `frechet_distance`, too.
+        UserError: fewer than 2 groups, an empty one, or fewer than 2 images outside one of them; also as
+            `frechet_distance`.
     """
     counts = [count for count, _, _ in groups]
     total = sum(counts)
@@ -81,7 +81,7 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
     products = [_double(xx) for _, _, xx in groups]
     sum_of_all, product_of_all = sum(sums[1:], sums[0]), sum(products[1:], products[0])
     mu, sigma = _double(mu), _double(sigma)
-    root = _root(sigma)  # always that of the reference, which is the same for all groups
+    root = _root(sigma)  # that of the reference, as it is the same for all groups
     distances = []
     progress = tqdm(
         zip(counts, sums, products, strict=True),
@@ -103,18 +103,18 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
 def _distance(
     mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor, root2: torch.Tensor
 ) -> float:
-    """`frechet_distance`, the root of sigma2 being known."""
+    """`frechet_distance`, given the root of sigma2."""
     eigenvalues = torch.linalg.eigvalsh(root2.mT @ sigma1 @ root2)
     trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace_of_root)
 
 
 def _root(sigma: torch.Tensor) -> torch.Tensor:
-    """A of a covariance A A^T; of a singular one it has as many columns as the rank."""
+    """A of a covariance A A^T; if it is singular, A has as many columns as its rank."""
     root, failure = torch.linalg.cholesky_ex(sigma)
     if not failure:
         return root
-    # What is zero but for rounding is left out, or the root would make much of it.
+    # Eigenvalues that are zero up to rounding are dropped: their square roots would not be small.
     values, vectors = torch.linalg.eigh(sigma)
     kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
     return vectors[:, kept] * values[kept].sqrt()
@@ -127,22 +127,23 @@ def _root(sigma: torch.Tensor) -> torch.Tensor:
 def kernel_distance(
     x: Array, y: Array, subsets: int = 100, subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel distance KID (Binkowski et al. 2018): squared maximum mean discrepancy, and its standard error.
+    """Kernel distance KID (Bińkowski et al. 2018): squared maximum mean discrepancy, and its standard error.
 
-    The kernel is (a.b / D + 1)^3. The estimator is unbiased, so that it may be negative; the result is its mean over
-    subsets that are drawn from both sets without replacement.
+    The kernel is (a.b / D + 1)^3. The estimator is unbiased, so it may be negative; the result is its mean over subsets
+    that are drawn from both sets without replacement.
 
-    Subsets of the same images are not independent, and their standard deviation s over the root of their number would
-    promise too much. For subsets of m out of N images, the delete-d jackknife (Shao & Wu 1989) has the variance
-    s^2 m / (N - m); that of the draw, s^2 / subsets, is added. If both sets are from the same distribution, the result
-    is about twice the true error.
+    Subsets of the same images are not independent, so their standard deviation s over the square root of their number
+    would be too optimistic. For subsets of m out of N images, the delete-d jackknife (Shao & Wu 1989) has the variance
+    s^2 m / (N - m), to which that of the draw, s^2 / subsets, is added. If both sets are from the same distribution,
+    this is about twice the true error.
 
     Args:
         x, y: features [N, D] and [M, D].
-        seed: of the draw of subsets.
+        subsets, subset_size: how many subsets, of how many images.
+        seed: of the random subsets.
 
     Raises:
-        UserError: one of the sets has no more than `subset_size` images.
+        UserError: one of the sets has no more than `subset_size` images, or holds NaN or infinity.
     """
     x, y = _checked_pair(x, y)
     smaller = min(len(x), len(y))
@@ -154,13 +155,17 @@ def kernel_distance(
         chosen = torch.randperm(len(features), generator=generator)[:subset_size]
         return _double(features[chosen.to(features.device)])
 
-    values = [_unbiased_mmd(draw(x), draw(y)) for _ in range(subsets)]
+    values = [unbiased_mmd(draw(x), draw(y)) for _ in range(subsets)]
     variance = np.var(values, ddof=1) * (subset_size / (smaller - subset_size) + 1 / subsets)
     return float(np.mean(values)), math.sqrt(variance)
 
 
-def _unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Binkowski et al., Eq. 4, of float64 [m, D] and [m, D]."""
+def unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy (Bińkowski et al. 2018, Eq. 4).
+
+    Args:
+        x, y: features, float64 [m, D].
+    """
 
     def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a @ b.mT / a.shape[1] + 1) ** 3
@@ -179,10 +184,11 @@ def inception_score(logits: Array, splits: int = SPLITS) -> tuple[float, float]:
     """Inception score exp(E KL(p(y|x) || p(y))) (Salimans et al. 2016): mean and standard deviation over splits.
 
     Args:
-        logits: [N, classes]; the splits are consecutive images, equal in number up to one.
+        logits: [N, classes].
+        splits: how many parts of consecutive images, equal in size up to one image.
 
     Raises:
-        UserError: fewer images than splits.
+        UserError: fewer images than splits, or a value is NaN or infinite.
     """
     if len(logits) < splits:
         raise UserError(f"the inception score over {splits} splits needs {splits} or more images, not {len(logits)}")
@@ -201,13 +207,17 @@ def inception_score(logits: Array, splits: int = SPLITS) -> tuple[float, float]:
 def neighbour_scores(
     real: Array, fake: Array, k_precision: int = K_PRECISION, k_density: int = K_DENSITY
 ) -> dict[str, float]:
-    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+    """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Around each image is a closed ball whose radius is the distance to its k-th nearest neighbour of the same set.
-    precision: fake images that are in a ball of a real one; recall: real images that are in a ball of a fake one;
-    density: number of real balls that a fake image is in, over k, on average; coverage: real images whose ball holds a
-    fake one. All four share the distances between the sets, which are computed in blocks: beside the features, they
-    take about 0.3 GB.
+    Each image has a closed ball whose radius is the distance to its k-th nearest neighbour in the same set.
+
+    - precision: share of fake images inside the ball of a real one,
+    - recall: share of real images inside the ball of a fake one,
+    - density: mean number of real balls that a fake image is inside, over k,
+    - coverage: share of real images with a fake one inside their ball.
+
+    All four share the distances between the sets, which are computed in blocks: they take about 0.3 GB, beside the
+    features.
 
     Args:
         real, fake: features [N, D] and [M, D].
@@ -218,7 +228,7 @@ def neighbour_scores(
         `precision`, `recall`, `density`, `coverage`.
 
     Raises:
-        UserError: a set has no more than k images.
+        UserError: a set has no more than k images, or holds NaN or infinity.
     """
     real, fake = _checked_pair(real, fake)
     largest = max(k_precision, k_density)
@@ -256,7 +266,7 @@ def _nearest(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Squared distances between rows of x and y, a block at a time: which rows, which columns, float64 values."""
+    """Blocks of the squared distances between rows of x and of y: rows of x, rows of y, float64 values."""
     for i in range(0, len(x), ROWS):
         a = _double(x[i : i + ROWS])
         for j in range(0, len(y), COLUMNS):
@@ -266,25 +276,26 @@ def _blocks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, slice, to
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Arrays
 
 
 def _double(x: Array) -> torch.Tensor:
-    """As float64, on the CPU if the device has none.
+    """The array as a float64 tensor, on the CPU if its device has no float64.
 
     Raises:
         UserError: a value is NaN or infinite.
     """
     tensor = torch.as_tensor(x)
     if not tensor.isfinite().all():
-        raise UserError("features, or statistics of them, hold NaN or infinity: look at the images and the detector")
+        raise UserError("features or their statistics hold NaN or infinity: check the images and the detector")
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _checked_pair(x: Array, y: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of features on a device that has float64.
+    """Two sets of features, [N, D] and [M, D], on a device that has float64.
 
     Raises:
-        UserError: they are not of the same kind.
+        UserError: other shapes.
     """
     a, b = torch.as_tensor(x), torch.as_tensor(y)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:

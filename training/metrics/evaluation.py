@@ -14,15 +14,13 @@ from dnnlib.errors import UserError
 from dnnlib.files import append_line, file_sha256
 from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed
-from training.metrics.detectors import Detector
-from training.metrics.statistics import (
-    METRICS,
-    calculate_stats_for_files,
-    calculate_stats_for_iterable,
+from training.config.metrics import METRICS
+from training.metrics.detectors import load_detectors
+from training.metrics.files import load_stats
+from training.metrics.statistics import calculate_stats_for_files, calculate_stats_for_iterable, last_stats
+from training.metrics.values import (
     check_numbers,
     check_reference,
-    load_detectors,
-    load_stats,
     metric_values,
     mismatches,
     refuse,
@@ -38,11 +36,12 @@ class Evaluation:
         ref: statistics, as a file or URL (see `load_stats`), or an .npz file of images as ADM publishes them.
         device: where the detectors compute.
         weights, resize: of the detectors, see `load_detectors`.
-        groups: of images, for error bars (see `frechet_error`); 1 = none.
-        force: compare even with references that were made otherwise.
+        groups: number of groups of images for error bars (see `frechet_error`); 1 = no error bars.
+        force: compare even if another detector or resolution makes the figures incomparable.
 
     Raises:
-        UserError: the reference lacks what a metric needs, or something cannot be loaded.
+        UserError: the reference lacks what a metric needs, or a file is missing or damaged.
+        RunError: a download failed.
     """
 
     def __init__(
@@ -56,34 +55,41 @@ class Evaluation:
         force: bool = False,
     ):
         self.metrics, self.ref, self.groups, self.force = metrics, ref, groups, force
-        lacking: list[str] = []
         with distributed.fail_together():
             path = Path(open_url(ref, return_filename=True))
             self.ref_sha256 = file_sha256(path)
             arrays = _arrays_of_npz(path)
             holds_images = "arr_0.npy" in arrays
-            # ADM's own tool, too, prefers the statistics in such a file: they may be of more images than it holds.
+            # Like ADM's own tool, prefer statistics in such a file to its images: they may be of more images.
             self.stats = EasyDict() if holds_images and "mu.npy" not in arrays else load_stats(path)
-            for metric in metrics:
-                try:
-                    check_reference(metric, self.stats)
-                except UserError:
-                    if not holds_images:
-                        raise
-                    lacking.append(metric)
-            self.detectors: dict[str, Detector] = load_detectors(metrics, device, weights, resize)
+            lacking = [metric for metric in metrics if not self._is_stored(metric, holds_images)]
+            self.detectors = load_detectors(metrics, device, weights, resize)
         self.stored = {metric for metric in metrics if metric not in lacking and METRICS[metric].compares}
         if lacking:
-            detectors = {METRICS[metric].entry: self.detectors[METRICS[metric].entry] for metric in lacking}
-            computed = last_stats(calculate_stats_for_files(path, metrics=lacking, detectors=detectors))
-            if self.stored:
-                del computed["num_images"]  # stored statistics may be of more images than the file holds
-            for entry in detectors:
-                computed[entry] = EasyDict({**computed[entry], **self.stats.get(entry, {})})
-            self.stats.update(computed)
+            self._measure_reference(path, lacking)
+
+    def _is_stored(self, metric: str, holds_images: bool) -> bool:
+        """Whether the file of the reference holds what a metric needs; if not, it must hold images."""
+        try:
+            check_reference(metric, self.stats)
+        except UserError:
+            if not holds_images:
+                raise
+            return False
+        return True
+
+    def _measure_reference(self, path: Path, lacking: Sequence[str]) -> None:
+        """Add what metrics need and the file does not store, from the images in it."""
+        detectors = {METRICS[metric].entry: self.detectors[METRICS[metric].entry] for metric in lacking}
+        computed = last_stats(calculate_stats_for_files(path, metrics=lacking, detectors=detectors))
+        if self.stored:
+            del computed["num_images"]  # stored statistics may be of more images than the file holds
+        for entry in detectors:
+            computed[entry] = EasyDict({**computed[entry], **self.stats.get(entry, {})})
+        self.stats.update(computed)
 
     def check(self, num_images: int, resolution: int) -> None:
-        """To be called before the images are there, to know early.
+        """Refuse images that cannot be compared, before they are generated or read.
 
         Raises:
             UserError: so many images of that resolution cannot be compared with the reference.
@@ -98,10 +104,15 @@ class Evaluation:
                         refuse(mismatches(metric, detector.describe(), resolution, self.stats))
 
     def __call__(self, images: Iterable[Any], provenance: Mapping[str, Any], verbose: bool = True) -> list[dict]:
-        """Records, one per metric, of what `calculate_stats_for_iterable` takes; on the first process only.
+        """Records of the results, one per metric, on the first process; none on the others.
+
+        Args:
+            images: batches, as for `calculate_stats_for_iterable`.
+            provenance: what produced the images, for the records.
+            verbose: show a progress bar on terminals.
 
         Raises:
-            UserError: images and reference do not go together.
+            UserError: images and reference are not comparable, or there are too few images.
         """
         kwargs: dict[str, Any] = dict(detectors=self.detectors, groups=self.groups, verbose=verbose)
         stats = last_stats(calculate_stats_for_iterable(images, self.metrics, **kwargs))
@@ -134,29 +145,20 @@ class Evaluation:
         return record
 
 
-def last_stats(batches: Iterable[Any]) -> EasyDict:
-    """Go through all batches; the statistics that the last one brings."""
-    stats = None
-    for r in batches:
-        stats = r.stats
-    assert stats is not None
-    return stats
-
-
 def _arrays_of_npz(path: Path) -> set[str]:
-    """Names in an .npz file; none of another file, or of a damaged one."""
+    """Names of the files in an .npz archive; empty for any other file, or a damaged archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return set(archive.namelist())
-    except Exception:  # zipfile has many ways to say that a file is no archive, or a damaged one
+    except Exception:  # zipfile raises all kinds of errors for damaged archives
         return set()
 
 
 def save_records(outdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add each record to metric-{name}.jsonl.
+    """Append each record to metric-{name}.jsonl in a folder, which is created.
 
     Raises:
-        OSError: it could not be written.
+        OSError: a file could not be written.
     """
     for record in records:
         outdir.mkdir(parents=True, exist_ok=True)
@@ -164,9 +166,12 @@ def save_records(outdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def format_results(runs: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """Values of one or several runs, a line per value; of several runs also the mean and the minimum.
+    """A table of the values of one or several runs, one value per line; of several runs with mean and minimum.
 
     The minimum of three runs is what the papers publish (Karras et al. 2024).
+
+    Args:
+        runs: the records of each run.
     """
     names = [name for record in runs[0] for name in record["results"]]
     values = {

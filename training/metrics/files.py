@@ -1,15 +1,15 @@
-"""Statistics of image features, and their files: ours, the published ones, and those of other tools.
+"""Files of feature statistics: ours, the published ones, and those of other tools.
 
-As in the published tools, statistics are a dictionary: for each of 'fid' (Inception-v3), 'fd_dinov2' (DINOv2) and
-'fd_pixels' an entry with
+As in the published tools, statistics are a dictionary with an entry for each of 'fid' (Inception-v3), 'fd_dinov2'
+(DINOv2) and 'fd_pixels', which holds, as far as known or asked for:
 
 - `mu`, `sigma`: mean [D] and unbiased covariance [D, D] of the features, float64,
 - `features`: of all images, float32 [N, D],
+- `logits`: of Inception-v3 without biases, float32 [N, 1008]; never in files,
 - `detector`: what determines the features (`Detector.describe`),
-- `groups`: number of images, sum of x [D] and of x x^T [D, D] of groups of images, for error bars,
+- `groups`: for each group of images its size, the sum of x [D] and of x x^T [D, D]; for error bars, never in files.
 
-each where it is known or was asked for; beside them `num_images`, `resolution` (height and width), and `facts`: where
-the images are from, when this was made.
+Beside the entries are `num_images`, `resolution` (height and width), and `facts` about the origin of the images.
 """
 
 import io
@@ -34,18 +34,21 @@ from torch_utils.safe_pickle import StoredArray
 
 FORMAT, VERSION = "OpenEDM2 feature statistics", 1
 MAX_FEATURES = 1 << 13
-ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_pixels": "pixels"}  # entry of each detector
-ARRAYS = {"mu": 1, "sigma": 2, "features": 2}  # dimensions
+ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_pixels": "pixels"}  # detector of each entry
+ARRAYS = {"mu": 1, "sigma": 2, "features": 2}  # number of dimensions
 DESCRIPTION = {"detector", "resize", "weights"}  # see `Detector.describe`
 SUFFIXES = (".safetensors", ".npz", ".pkl")
 
 
 def save_stats(path: str | Path, stats: Mapping[str, Any]) -> None:
-    """Write statistics: .safetensors or .npz with all that is known, or .pkl as the published tools read it.
+    """Write statistics: .safetensors or .npz for everything, or .pkl for the published tools.
+
+    Args:
+        stats: as `calculate_stats_for_iterable` returns them; plain dictionaries of arrays will do.
 
     Raises:
-        UserError: another suffix, or features, for which the published layout has no place.
-        OSError: it could not be written.
+        UserError: another suffix, or features, which the published layout cannot hold.
+        OSError: the file could not be written.
     """
     path = Path(path)
     check_destination(path, any("features" in stats[name] for name in ENTRIES if name in stats))
@@ -75,12 +78,16 @@ def save_stats(path: str | Path, stats: Mapping[str, Any]) -> None:
 
 
 def check_destination(path: Path, with_features: bool) -> None:
-    """
+    """Refuse a name under which statistics cannot be saved.
+
+    Args:
+        with_features: whether the statistics include features.
+
     Raises:
-        UserError: no file of statistics has such a name, or it has no place for features.
+        UserError: another suffix, or features, which the published layout cannot hold.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: statistics are {', '.join(SUFFIXES)} files")
+        raise UserError(f"{path}: statistics are saved as {', '.join(SUFFIXES)}")
     if path.suffix == ".pkl" and with_features:
         raise UserError(f"{path}: the published layout holds means and covariances only: choose .safetensors")
 
@@ -96,11 +103,14 @@ def _write_published(path: Path, stats: Mapping[str, Any]) -> None:
 
 
 def load_stats(path_or_url: str | Path) -> EasyDict:
-    """Read statistics: ours (.safetensors, .npz), the published pickles, and .npz files of `mu` and `sigma` as older
-    releases, pytorch-fid and ADM write them, which are for FID.
+    """The statistics in a file: ours (.safetensors, .npz), a published pickle, or an .npz file of `mu` and `sigma`.
+
+    The latter is what older releases, pytorch-fid and ADM write, and is taken to be for FID. Nothing in a file is
+    executed.
 
     Raises:
-        UserError: no such file, or one that holds no statistics.
+        UserError: the file is missing or damaged, or holds no statistics.
+        RunError: a download failed.
     """
     path = Path(open_url(path_or_url, return_filename=True))
     with open(path, "rb") as f:
@@ -115,17 +125,21 @@ def load_stats(path_or_url: str | Path) -> EasyDict:
         stats = EasyDict()
     if not ENTRIES.keys() & stats.keys():
         raise UserError(
-            f"{path}: holds no statistics of features: files of calculate_metrics.py ref, published pickles, and .npz "
-            f"files of mu and sigma are read"
+            f"{path}: holds no statistics of features: give a file of calculate_metrics.py ref, a published pickle, or "
+            f"an .npz file of mu and sigma"
         )
     return stats
 
 
 def published_stats(data: Any, source: str) -> EasyDict:
-    """The entries with `mu` and `sigma` of what was read from the pickle `source`; none if it is something else.
+    """The statistics in the contents of a published pickle; empty if it holds something else.
+
+    Args:
+        data: what `safe_pickle.load` read.
+        source: name of the file, for messages.
 
     Raises:
-        UserError: they are not statistics.
+        UserError: an entry is damaged.
     """
     stats = EasyDict()
     for name, entry in data.items() if isinstance(data, dict) else ():
@@ -153,18 +167,27 @@ def _read_safetensors(path: Path) -> EasyDict:
 
 
 def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: Any) -> EasyDict:
-    """From the metadata, the shapes and a reader of the arrays of a file of ours."""
+    """The statistics in a file of ours.
+
+    Args:
+        text: its metadata, JSON.
+        shapes: of its arrays, by name.
+        read: name -> array.
+
+    Raises:
+        UserError: the file holds something else, or is damaged.
+    """
     try:
         metadata = json.loads(text)
         if metadata["format"] != FORMAT:
             raise ValueError("another format")
         if metadata["version"] != VERSION:
-            raise UserError(f"{path}: is of format version {metadata['version']}, not {VERSION}: use a newer release")
+            raise UserError(f"{path}: has format version {metadata['version']}, not {VERSION}: use a newer release")
         detectors = {name: metadata["detectors"][name] for name in ENTRIES if name in metadata["detectors"]}
         stats = EasyDict({key: metadata[key] for key in ("num_images", "resolution", "facts")})
         described = all(isinstance(d, dict) and d.keys() >= DESCRIPTION for d in detectors.values() if d is not None)
         if not described or any(type(stats[key]) not in (int, type(None)) for key in ("num_images", "resolution")):
-            raise ValueError("its metadata are damaged")
+            raise ValueError("its metadata is damaged")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -182,7 +205,10 @@ def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: An
 
 
 def _read_npz(path: Path) -> EasyDict:
-    """Read with a limit on the memory that it takes."""
+    """The statistics in an .npz file, ours or with `mu` and `sigma`; empty if it holds something else.
+
+    Arrays that would take too much memory are refused.
+    """
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("error")
@@ -196,7 +222,7 @@ def _read_npz(path: Path) -> EasyDict:
             arrays = {key: _read_npy(archive, f"{key}.npy") for key in ("mu", "sigma")}
     except UserError:
         raise
-    except Exception as err:  # zipfile, its decompressors and NumPy have many ways to say that a file is damaged
+    except Exception as err:  # damaged files raise all kinds of errors, from zipfile, its decompressors and NumPy
         raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
     _check_shapes({key: array.shape for key, array in arrays.items()}, str(path))
     return EasyDict(fid=EasyDict({key: _finite(array, str(path)) for key, array in arrays.items()}))

@@ -1,9 +1,9 @@
 """A finished EDM2 network, rewritten for sampling on processors.
 
-`FastDenoiser` computes what `networks_edm2.Precond` computes, up to rounding, from weights that are transformed once:
+`FastDenoiser` computes what `edm2.Precond` computes, up to rounding, from weights that are transformed once:
 normalisation, gains and the constants of magnitude preservation are folded into them, large 3x3 convolutions of
 float32 run as Winograd's F(4x4, 3x3), and the convolutions' weights are kept in the layout that oneDNN computes with.
-`for_sampling` chooses between it and what `compiled_inference` has for GPUs.
+`for_sampling` chooses between it and what `edm2_gpu` has for GPUs.
 """
 
 import functools

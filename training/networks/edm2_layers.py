@@ -225,7 +225,7 @@ def _normalize_rows_(weights: list[torch.Tensor], norms: list[torch.Tensor]) -> 
 def _pass_on_gradients(
     weights: list[torch.Tensor], norms: list[torch.Tensor], magnitudes: list[torch.Tensor], found: list[torch.Tensor]
 ) -> None:
-    """Add to the `.grad` of weights what the gradients of the effective ones make of it.
+    """Add the gradients of weights, computed from those of the effective ones, to the `.grad` of weights.
 
     Row by row, the effective weight is e = w / m with m = |w| + eps sqrt(fan_in), so the gradient is
     grad / m - w (w . grad) / (|w| m^2). Written out, it takes a quarter of the memory traffic of autograd's.

@@ -5,14 +5,13 @@
 
 from training.snapshot.files import (
     Snapshot,
-    SnapshotFile,
-    build_for,
     load_network,
     open_snapshot,
     read_metadata,
     save_network,
     write_snapshot,
 )
+from training.snapshot.layout import SnapshotFile, build_for
 
 __all__ = [
     "Snapshot",

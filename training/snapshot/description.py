@@ -1,7 +1,9 @@
-"""What a snapshot's JSON block says, and the network and encoder that are built from it."""
+"""What a snapshot says of itself, and the network and encoder that are built from it."""
 
-import functools
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,161 +12,222 @@ from torch import nn
 from dnnlib.errors import UserError, one_line
 from dnnlib.util import code_version
 from torch_utils import safe_pickle
+from training.conditioning import DataSpec
+from training.config.data import EncoderArguments
 from training.encoders import ENCODERS, Encoder
-from training.networks.edm2 import Precond
-from training.networks.toy import ToyModel
+from training.families import ARCHITECTURES, architecture_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "openedm2"  # under which the JSON block stands in a file
-ARCHITECTURES: dict[str, type[nn.Module]] = {"edm2.Precond": Precond, "toy.ToyModel": ToyModel}
 
 
-def describe(net: nn.Module, encoder: Encoder, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The JSON block of a snapshot: `metadata` and what it takes to build network and encoder again."""
-    architecture = next(name for name, cls in ARCHITECTURES.items() if type(net) is cls)
-    return {
-        **metadata,
-        "format_version": FORMAT_VERSION,
-        "architecture": {"name": architecture, "kwargs": safe_pickle.plain(net.init_kwargs, architecture)},
-        "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
-        "code_version": code_version(),
-    }
+@dataclass(frozen=True)
+class Part:
+    """Something that a file names, to be built with these arguments. The name is looked up in a table of ours."""
+
+    name: str
+    kwargs: dict[str, Any]
 
 
-def checked_metadata(source: str, metadata: Any) -> dict[str, Any]:
-    """A JSON block in which what is there is of the right type. `source` names the file.
+@dataclass(frozen=True)
+class Description:
+    """The JSON block of a snapshot. What a file does not say is None.
 
-    Raises:
-        UserError: it is not.
+    Args:
+        architecture: the network, of `ARCHITECTURES`.
+        encoder: between stored data and what the network sees, of `ENCODERS`.
+        format_version: of the file.
+        preconditioning: what turns the network into a denoiser; None = the architecture has its own, or needs none.
+        data: what the network works on; None = no images.
+        nimg: images that it was trained on.
+        ema_std: relative width of its EMA profile.
+        config: training configuration.
+        dataset: fingerprint of the training data.
+        code_version: of this code, when the snapshot was saved.
+        source: name of the published file that it was converted from.
+        license: of the weights, as the Hugging Face hub names it.
+        reconstructed_from: names of the snapshots that post-hoc EMA combined.
+        dataset_kwargs, loss_kwargs, use_fp16: what published pickles say of their training, and what they compute in.
+        notes: what else was known when the snapshot was saved.
     """
-    if not isinstance(metadata, dict):
-        raise UserError(f"{source}: its description is not that of a network of this project")
-    metadata = safe_pickle.plain(metadata, source)
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{source}: format version {one_line(version)[:50]} is unknown: update this code")
-    for key, kind in _METADATA_TYPES.items():
-        if metadata.get(key) is not None and type(metadata[key]) is not kind:
-            raise UserError(f"{source}: its description is damaged: {key} is not of type {kind.__name__}")
-    return metadata
+
+    architecture: Part
+    encoder: Part
+    format_version: int = FORMAT_VERSION
+    preconditioning: Part | None = None
+    data: DataSpec | None = None
+    nimg: int | None = None
+    ema_std: float | None = None
+    config: dict[str, Any] | None = None
+    dataset: dict[str, Any] | None = None
+    code_version: str | None = None
+    source: str | None = None
+    license: str | None = None
+    reconstructed_from: list[str] | None = None
+    dataset_kwargs: dict[str, Any] | None = None
+    loss_kwargs: dict[str, Any] | None = None
+    use_fp16: bool | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, source: str, block: Any) -> "Description":
+        """The description in a JSON block of format 1 or 2.
+
+        Args:
+            source: names the file in errors.
+
+        Raises:
+            UserError: the format is unknown, an entry is unknown, missing or of the wrong type.
+        """
+        if not isinstance(block, dict):
+            raise UserError(f"{source}: its description is not that of a network of this project")
+        block = safe_pickle.plain(block, source)
+        version = block.get("format_version")
+        if version not in (1, FORMAT_VERSION):
+            raise UserError(f"{source}: format version {one_line(version)[:50]} is unknown: update this code")
+        if version == 1:  # notes stood among the rest
+            block["notes"] = {key: block.pop(key) for key in list(block) if key not in _FORMAT_1}
+        for key, value in block.items():
+            if key not in _JSON_TYPES:
+                raise UserError(f"{source}: its description has an unknown entry {key[:50]!r}: update this code")
+            if value is not None and type(value) is not _JSON_TYPES[key]:
+                kind = _JSON_TYPES[key].__name__
+                raise UserError(f"{source}: its description is damaged: {key} is not of type {kind}")
+        values: dict[str, Any] = {key: value for key, value in block.items() if value is not None}
+        try:
+            for key in ("architecture", "encoder", "preconditioning"):
+                if key in values:
+                    values[key] = Part(**values[key])
+            if "data" in values:
+                values["data"] = DataSpec.from_json(values["data"])
+            return cls(**values)
+        except (KeyError, TypeError, UserError) as err:
+            reason = err if isinstance(err, UserError) else repr(err)
+            raise UserError(f"{source}: its description is incomplete ({one_line(reason)[:100]})") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON block, in the current format."""
+        block: dict[str, Any] = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
+        return {key: value for key, value in block.items() if value is not None and (key, value) != ("notes", {})}
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """All that is known, as plain JSON values in one dictionary: the JSON block, with the notes among the rest."""
+        block = self.to_json()
+        notes = block.pop("notes", {})
+        return {**notes, **block, "format_version": self.format_version}
+
+    def with_data(self, net: nn.Module) -> "Description":
+        """The same, with what the network works on where the file does not say it."""
+        return dataclasses.replace(self, data=self.data or _data_of(net))
+
+    def build(self, source: str) -> tuple[nn.Module, Encoder]:
+        """The network, still without values (on the meta device), and the encoder.
+
+        Args:
+            source: names the file in errors.
+
+        Raises:
+            UserError: unknown names, or arguments that do not make a network.
+        """
+        if self.preconditioning is not None:
+            raise UserError(f"{source}: unknown preconditioning {_shown(self.preconditioning)}: update this code")
+        architecture = ARCHITECTURES.get(_name(source, self.architecture))
+        if architecture is None:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"{source}: unknown architecture {_shown(self.architecture)} (known: {known})")
+        try:
+            with torch.device("meta"):
+                net = architecture.rebuild(self.architecture.kwargs, self.data)
+        except Exception as err:  # what a damaged or foreign description asks for can fail in any way
+            raise misfit(source, err) from None
+        encoder = self.build_encoder(source)
+        data = _data_of(net)
+        if self.data is not None and not _agree(self.data, data):
+            raise misfit(source, "the description of the data is not that of the network")
+        channels = {len(self.encoder.kwargs[key]) for key in ("raw_mean", "raw_std") if key in self.encoder.kwargs}
+        if data is not None and channels and channels != {data.channels}:
+            raise misfit(source, f"the encoder has statistics of {channels} channels")
+        return net, encoder
+
+    def build_encoder(self, source: str) -> Encoder:
+        """The encoder alone. Argument and errors as for `build`."""
+        encoder = ENCODERS.get(_name(source, self.encoder))
+        if encoder is None:
+            raise UserError(f"{source}: unknown encoder {_shown(self.encoder)} (known: {', '.join(ENCODERS)})")
+        try:
+            EncoderArguments.from_json(self.encoder.kwargs)
+            return encoder(**self.encoder.kwargs)
+        except Exception as err:  # as above
+            raise misfit(source, err) from None
 
 
-_METADATA_TYPES = {
-    **dict.fromkeys(["architecture", "encoder", "config", "dataset", "dataset_kwargs", "loss_kwargs"], dict),
+# Type of each entry of the JSON block.
+_JSON_TYPES: dict[str, type] = {
+    **dict.fromkeys(["architecture", "encoder", "preconditioning", "data"], dict),
+    **dict.fromkeys(["config", "dataset", "dataset_kwargs", "loss_kwargs", "notes"], dict),
     **dict.fromkeys(["source", "license", "code_version"], str),
-    "nimg": int,
+    **dict.fromkeys(["format_version", "nimg"], int),
     "use_fp16": bool,
     "ema_std": float,
     "reconstructed_from": list,
 }
+_FORMAT_1 = _JSON_TYPES.keys() - {"preconditioning", "data", "notes"}
 
 
-def build(source: str, metadata: dict[str, Any]) -> tuple[nn.Module, Encoder]:
-    """The network, still without values (on the meta device), and the encoder that a snapshot's JSON block describes.
+def describe(
+    net: nn.Module, encoder: Encoder, metadata: Mapping[str, Any], source: str = "the snapshot"
+) -> Description:
+    """The description of a network and its encoder.
+
+    Args:
+        metadata: what else is known, as JSON values: fields of `Description`, and notes. What it says of network,
+            encoder and data gives way to what they are.
+        source: names the file in errors.
 
     Raises:
-        UserError: unknown names, or arguments that do not make a network. `source` names the file.
+        UserError: the network's class is not in `ARCHITECTURES`, or `metadata` is not as it should be.
     """
+    name = architecture_name(net)
     try:
-        architecture, encoder = metadata["architecture"], metadata["encoder"]
-        net_name, net_kwargs = architecture["name"], architecture["kwargs"]
-        encoder_name, encoder_kwargs = encoder["name"], encoder["kwargs"]
-        net_class, encoder_class = ARCHITECTURES.get(net_name), ENCODERS.get(encoder_name)
-    except (KeyError, TypeError) as err:
-        raise UserError(f"{source}: its description is incomplete ({one_line(repr(err))[:100]})") from None
-    if net_class is None:
-        raise UserError(f"{source}: unknown architecture {net_name[:50]!r} (known: {', '.join(ARCHITECTURES)})")
-    if encoder_class is None:
-        raise UserError(f"{source}: unknown encoder {encoder_name[:50]!r} (known: {', '.join(ENCODERS)})")
-    make_net: Callable[..., nn.Module] = net_class
-    if net_class is Precond:
-        make_net = functools.partial(Precond, precision="fp32")
-    try:
-        _check_arguments(net_kwargs, _NETWORK_ARGUMENTS[net_name])
-        _check_arguments(encoder_kwargs, _ENCODER_ARGUMENTS)
-        with torch.device("meta"):
-            made = make_net(**net_kwargs), encoder_class(**encoder_kwargs)
-    except Exception as err:  # what a damaged or foreign description asks for can fail in any way
-        raise misfit(source, err) from None
-    channels = {len(encoder_kwargs[key]) for key in ("raw_mean", "raw_std") if key in encoder_kwargs}
-    if isinstance(made[0], Precond) and channels and channels != {made[0].img_channels}:
-        raise misfit(source, f"the encoder has statistics of {channels} channels")
-    return made
+        block = json.loads(json.dumps(dict(metadata)))
+    except (TypeError, ValueError) as err:
+        raise UserError(f"{source}: its metadata must be JSON values ({one_line(err)})") from None
+    notes = {key: block.pop(key) for key in list(block) if key == "notes" or key not in _JSON_TYPES}
+    block |= {
+        "format_version": FORMAT_VERSION,
+        "architecture": {"name": name, "kwargs": safe_pickle.plain(net.init_kwargs, name)},
+        "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
+        "preconditioning": None,
+        "code_version": code_version(),
+        "notes": notes,
+    }
+    description, data = Description.from_json(source, block), _data_of(net)
+    return description if _agree(description.data, data) else dataclasses.replace(description, data=data)
+
+
+def _data_of(net: Any) -> DataSpec | None:
+    """What a network works on; None = no images."""
+    return net.spec if ARCHITECTURES[architecture_name(net)].makes_images else None
 
 
 def misfit(source: str, err: Exception | str) -> UserError:
+    """The error for a file whose parts do not go together."""
     return UserError(f"{source}: the weights do not fit the architecture: {one_line(err)[:300]}")
 
 
-# Arguments of networks and encoders, and which values are believed. The largest are a few times those of the largest
-# published network: a hostile file could otherwise ask for one that takes hours to build.
+def _name(source: str, part: Part) -> str:
+    if type(part.name) is not str or type(part.kwargs) is not dict:
+        raise UserError(f"{source}: its description is incomplete (a name or arguments are of the wrong type)")
+    return part.name
 
 
-def _whole(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value <= high
+def _shown(part: Part) -> str:
+    return repr(part.name)[:50]
 
 
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and low <= value <= high
-
-
-def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
-def _list(check: Callable[[Any], bool], low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is list and low <= len(value) <= high and all(map(check, value))
-
-
-def _filter(value: Any) -> bool:
-    return _list(_number(-1e6, 1e6), 2, 64)(value) and len(value) % 2 == 0 and abs(sum(value)) > 1e-6
-
-
-TINY, HUGE = 1e-12, 1e12
-_NETWORK_ARGUMENTS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "edm2.Precond": dict(
-        img_resolution=_whole(1, 1 << 14),
-        img_channels=_whole(1, 1 << 12),
-        label_dim=_whole(0, 1 << 20),
-        sigma_data=_number(TINY, HUGE),
-        logvar_channels=_whole(1, 1 << 14),
-        model_channels=_whole(1, 1 << 12),
-        channel_mult=_list(_whole(1, 16), 1, 8),
-        channel_mult_noise=_optional(_whole(1, 64)),
-        channel_mult_emb=_optional(_whole(1, 64)),
-        num_blocks=_whole(0, 16),
-        attn_resolutions=_list(_whole(0, 1 << 14), 0, 16),
-        label_balance=_number(0, 1),
-        concat_balance=_number(0, 1),
-        resample_filter=_filter,
-        channels_per_head=_whole(1, 1 << 14),
-        dropout=_number(0, 0.999),
-        res_balance=_number(0, 1),
-        attn_balance=_number(0, 1),
-        clip_act=_optional(_number(TINY, HUGE)),
-    ),
-    "toy.ToyModel": dict(
-        in_dim=_whole(1, 1 << 12),
-        num_layers=_whole(0, 64),
-        hidden_dim=_whole(1, 1 << 14),
-        sigma_data=_number(TINY, HUGE),
-    ),
-}
-_ENCODER_ARGUMENTS: dict[str, Callable[[Any], bool]] = dict(
-    vae_name=lambda value: type(value) is str and 0 < len(value) <= 500 and value.isprintable(),
-    raw_mean=_list(_number(-HUGE, HUGE), 1, 1 << 12),
-    raw_std=_list(_number(TINY, HUGE), 1, 1 << 12),
-)
-
-
-def _check_arguments(kwargs: dict[str, Any], known: dict[str, Callable[[Any], bool]]) -> None:
-    """
-    Raises:
-        ValueError: there is an unknown argument, or one of the wrong type or beyond all measure.
-    """
-    for name, value in kwargs.items():
-        if name not in known:
-            raise ValueError(f"unknown argument {name[:50]!r}")
-        if not known[name](value):
-            shown = repr(value)[:50] if isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
-            raise ValueError(f"{name} cannot be {shown}")
+def _agree(said: DataSpec | None, found: DataSpec | None) -> bool:
+    """Whether they are the same to a network, which takes classes as vectors."""
+    if said is not None and said.conditioning.kind == "vector":
+        said = dataclasses.replace(said, conditioning=dataclasses.replace(said.conditioning, kind="classes"))
+    return said == found

@@ -1,10 +1,6 @@
-"""Snapshots of all formats, opened, loaded and written in the same way."""
+"""Snapshots of all layouts, opened, loaded and written in the same way."""
 
-import json
-import math
 import os
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,170 +8,179 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.download import is_url, open_url
-from dnnlib.errors import UserError, one_line
+from dnnlib.download import is_url
+from dnnlib.errors import UserError
+from training.config.names import unknown_preset
 from training.encoders import Encoder
-from training.preconditioning import PRECISIONS
-from training.snapshot.description import build, checked_metadata, describe, misfit
-from training.snapshot.native import NativeFile, write_native
-from training.snapshot.published_edm2 import PublishedFile, write_published
+from training.families import ARCHITECTURES, preset_network
+from training.snapshot.description import Description, describe
+from training.snapshot.hub import open_folder
+from training.snapshot.layout import (
+    FOLDER,
+    GetTensor,
+    Reader,
+    Request,
+    SnapshotFile,
+    Writer,
+    build_for,
+    finite_tensor,
+)
+from training.snapshot.native import open_native, write_native
+from training.snapshot.published_edm2 import PUBLISHED_ARCHITECTURES, PublishedFile, write_published
 
-FOLDER_FILES = ("config.json", "model.safetensors")  # of a Hugging Face folder
-WRITERS: dict[str, Callable[..., None]] = {".safetensors": write_native, ".pkl": write_published}
-SnapshotFile = NativeFile | PublishedFile
+# A layout is an entry in these tables. Of readers that share a suffix, the first that recognises a file opens it.
+READERS = [
+    Reader(".safetensors", open_native),
+    Reader(".pkl", PublishedFile),
+    Reader(FOLDER, open_folder),
+]
+WRITERS = [
+    Writer(".safetensors", write_native),
+    Writer(".pkl", write_published, architectures=PUBLISHED_ARCHITECTURES),
+]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A network ready for sampling, the encoder that goes with it, and what is known about it."""
+    """A network ready for sampling, the encoder that goes with it, and what is known about it.
 
-    net: Any  # a Precond, or a ToyModel
+    `metadata` are plain JSON values: those of `training.snapshot.description.Description`, notes among them.
+    """
+
+    net: Any  # of a class in `families.ARCHITECTURES`
     encoder: Encoder
     metadata: dict[str, Any]
 
 
-def load_network(path_or_url: str | Path, device: torch.device | str = "cpu", which: str = "ema") -> Snapshot:
-    """Load a snapshot for sampling: float32 weights, eval mode, no gradients. Runs nothing named in the file.
+def load_network(
+    path_or_url: str | Path, device: torch.device | str = "cpu", which: str = "ema", preset: str | None = None
+) -> Snapshot:
+    """The network of a snapshot, ready for sampling: float32 weights, eval mode, no gradients.
+
+    Runs nothing named in the file.
 
     Args:
         path_or_url: see `open_snapshot`.
         which: the network to load from files that hold several.
+        preset: training preset that names the architecture, for published layouts that do not say it. A file that does
+            must hold the network of that preset.
 
     Raises:
-        UserError: a missing or damaged file, unknown names in it, or weights that do not fit the architecture.
+        UserError: a missing or damaged file, unknown names in it, weights that do not fit the architecture, or a preset
+            of another network.
     """
-    file = open_snapshot(path_or_url, which)
+    file = open_snapshot(path_or_url, which, preset)
     net, encoder = build_for(file)
-    state = {name: finite_tensor(file, name).to(device, torch.float32) for name in file.names}
+    if preset is not None:
+        _check_preset(file, net, preset)
+    dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
+    state = {name: finite_tensor(file, name).to(device, dtypes[name]) for name in file.names}
     net.load_state_dict(state, assign=True)
-    return Snapshot(net.eval().requires_grad_(False), encoder, file.metadata)
+    return Snapshot(net.eval().requires_grad_(False), encoder, file.description.with_data(net).metadata)
 
 
 def save_network(
     path: str | Path, net: nn.Module, encoder: Encoder, metadata: dict[str, Any], dtype: torch.dtype = torch.float16
 ) -> None:
-    """Write a snapshot, complete or not at all. The suffix chooses the format.
+    """Write a snapshot, complete or not at all. The suffix chooses the layout.
 
     Args:
         path: '.safetensors', or '.pkl' for what the published tools read.
-        metadata: plain JSON values: `nimg`, `ema_std`, `config`, `dataset` where known.
+        metadata: plain JSON values: `nimg`, `ema_std`, `config`, `dataset` where known, and notes of any other name.
         dtype: of the weights; in native files, buffers (Fourier features) stay float32.
 
     Raises:
-        UserError: another suffix, or an encoder that the published tools do not know.
+        UserError: another suffix, a network of an unknown class, metadata of the wrong type, or an encoder that the
+            published tools do not know.
         OSError: it could not be written.
     """
-    write_snapshot(path, net, net.state_dict().__getitem__, dtype, describe(net, encoder, metadata))
+    description = describe(net, encoder, metadata, source=str(path))
+    write_snapshot(path, net, net.state_dict().__getitem__, dtype, description)
 
 
 def write_snapshot(
-    path: str | Path, net: nn.Module, get_tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, metadata: Mapping
+    path: str | Path, net: nn.Module, get_tensor: GetTensor, dtype: torch.dtype, description: Description
 ) -> None:
     """As `save_network`, one tensor at a time.
 
     Args:
         net: says names and shapes; its values do not matter.
         get_tensor: gives the values of a name.
-        metadata: the complete JSON block, as `describe` or `read_metadata` give it.
+        description: of the network, as `describe` or an open snapshot gives it.
+
+    Raises:
+        UserError: another suffix, or a network or encoder that the layout cannot hold.
+        OSError: it could not be written.
     """
-    WRITERS[check_suffix(path)](path, net, get_tensor, dtype, metadata)
+    suffix, name = check_suffix(path), description.architecture.name
+    for writer in WRITERS:
+        if writer.suffix == suffix and (writer.architectures is None or name in writer.architectures):
+            writer.write(Path(path), net, get_tensor, dtype, description.with_data(net))
+            return
+    raise UserError(f"{path}: {suffix} files cannot hold a network of {name}: keep it as .safetensors")
 
 
-def open_snapshot(path_or_url: str | Path, which: str = "ema") -> SnapshotFile:
-    """Open a snapshot without reading its weights: `metadata`, `names`, `shape(name)` and `get_tensor(name)`.
+def open_snapshot(path_or_url: str | Path, which: str = "ema", preset: str | None = None) -> SnapshotFile:
+    """An open snapshot, whose weights are not read yet: `metadata`, `names`, `shape(name)` and `get_tensor(name)`.
 
     Args:
         path_or_url: a file, a folder with config.json and model.safetensors, or a URL (http, https, file, hf) of a
             file; hf://owner/repo is a folder.
         which: the network to take from files that hold several.
+        preset: training preset that names the architecture, for layouts that do not say it.
 
     Raises:
         UserError: no such file, a damaged one, or one of another kind.
     """
-    text = os.fspath(path_or_url)
-    if Path(text).is_dir() or re.fullmatch(r"hf://[^/]+/[^/]+/?", text):
-        return _open_folder(text, which)
-    address = text.partition("#")[0].partition("?")[0] if is_url(text) else text
-    if is_url(text):
-        check_suffix(address)  # before it is fetched
-    path = Path(open_url(text, return_filename=True))
-    if check_suffix(address) == ".pkl":
-        return PublishedFile(path, address, which)
-    _check_which(path, which)
-    return NativeFile(path)
+    request = Request(os.fspath(path_or_url), which, preset)
+    suffixes = [reader.suffix for reader in READERS]
+    if request.suffix not in suffixes:
+        if not is_url(request.address):
+            request.fetch()  # fails for a missing file, which is the likelier mistake
+        raise UserError(f"{request.path}: snapshots are {_listed(suffixes)} files")
+    for reader in READERS:
+        if reader.suffix == request.suffix and reader.recognises(request):
+            return reader.open(request)
+    raise UserError(f"{request.path}: a {request.suffix} of no layout that is known here")
 
 
 def read_metadata(path_or_url: str | Path) -> dict[str, Any]:
-    """The JSON block of a snapshot. Arguments and errors as `open_snapshot`."""
+    """What a snapshot says of itself, as plain JSON values. Arguments and errors as for `open_snapshot`."""
     return open_snapshot(path_or_url).metadata
 
 
-def build_for(file: SnapshotFile) -> tuple[nn.Module, Encoder]:
-    """Network (on the meta device) and encoder of a file whose tensors have the names and shapes that it needs.
-
-    Raises:
-        UserError: they have not, or the description makes no network.
-    """
-    net, encoder = build(str(file.path), file.metadata)
-    wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
-    for what, names in [("lack", wanted.keys() - set(file.names)), ("hold besides", set(file.names) - wanted.keys())]:
-        if names:
-            raise misfit(str(file.path), f"they {what} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
-    for name in file.names:
-        if file.shape(name) != wanted[name]:
-            raise misfit(str(file.path), f"{name} is {list(file.shape(name))} instead of {list(wanted[name])}")
-        if file.dtype(name) not in PRECISIONS.values():
-            raise misfit(str(file.path), f"{name} is not of type float32, float16 or bfloat16")
-    return net, encoder
-
-
-def finite_tensor(file: SnapshotFile, name: str) -> torch.Tensor:
-    """A tensor as it is stored.
-
-    Raises:
-        UserError: it holds NaN or infinity, or cannot be read.
-    """
-    tensor = file.get_tensor(name)
-    # The sum is quick and finds every NaN and infinity; a sum that merely overflows is looked at again.
-    if not math.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
-        raise UserError(f"{file.path}: {name} holds NaN or infinity: use an earlier snapshot")
-    return tensor
-
-
-def weights_dtype(file: SnapshotFile, net: nn.Module) -> torch.dtype:
-    """The type of the parameters in a file that `build_for` has made `net` of."""
-    dtype = file.dtype(next(name for name, _ in net.named_parameters()))
-    assert dtype is not None  # build_for has looked
-    return dtype
-
-
 def check_suffix(path: str | Path) -> str:
-    """The suffix of a snapshot file.
+    """The suffix of a snapshot file that is to be written.
 
     Raises:
-        UserError: it is none.
+        UserError: no layout that is written has it.
     """
-    suffix = Path(path).suffix
-    if suffix not in WRITERS:
-        raise UserError(f"{path}: snapshots are {' or '.join(WRITERS)} files")
+    suffix, suffixes = Path(path).suffix, [writer.suffix for writer in WRITERS]
+    if suffix not in suffixes:
+        raise UserError(f"{path}: snapshots are {_listed(suffixes)} files")
     return suffix
 
 
-def _open_folder(folder: str, which: str) -> NativeFile:
-    missing = [name for name in FOLDER_FILES if not is_url(folder) and not Path(folder, name).is_file()]
-    if missing:
+def _listed(suffixes: list[str]) -> str:
+    return " or ".join(dict.fromkeys(suffix for suffix in suffixes if suffix != FOLDER))
+
+
+def _check_preset(file: SnapshotFile, net: nn.Module, preset: str) -> None:
+    """Check that a network is that of a training preset.
+
+    Raises:
+        UserError: it is another, or there is no such preset.
+    """
+    presets = {name: preset for architecture in ARCHITECTURES.values() for name, preset in architecture.presets.items()}
+    if preset not in presets:
+        raise unknown_preset("preset", preset, presets)
+    with torch.device("meta"):
+        wanted = preset_network(presets[preset])
+    shapes, wanted_shapes = (
+        {key: tensor.shape for key, tensor in network.state_dict().items()} for network in (net, wanted)
+    )
+    if shapes != wanted_shapes:
         raise UserError(
-            f"{folder}: a folder without {missing[0]} is no snapshot (it needs {' and '.join(FOLDER_FILES)})"
+            f"{file.path}: holds another network than that of preset {preset!r}: leave the preset out, "
+            f"the file says itself what it holds"
         )
-    config, weights = (Path(open_url(f"{folder.rstrip('/')}/{name}", return_filename=True)) for name in FOLDER_FILES)
-    try:
-        metadata = json.loads(config.read_text())
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{config}: not JSON ({one_line(err)})") from None
-    _check_which(weights, which)
-    return NativeFile(weights, checked_metadata(str(config), metadata))
-
-
-def _check_which(path: Path, which: str) -> None:
-    if which != "ema":
-        raise UserError(f"{path}: holds no network {which!r}, only 'ema'")

@@ -1,20 +1,46 @@
-"""Export of a snapshot as a folder for the Hugging Face hub: config.json, model.safetensors and a model card."""
+"""Folders for the Hugging Face hub: config.json, model.safetensors and a model card."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
 from training.encoders import Encoder, StabilityVAEEncoder
+from training.families import architecture_of
 from training.flops import count_parameters
-from training.networks.edm2 import Precond
-from training.snapshot.files import FOLDER_FILES, SnapshotFile, build_for, open_snapshot, weights_dtype, write_snapshot
+from training.snapshot.description import Description
+from training.snapshot.layout import Request, SnapshotFile, build_for, weights_dtype
+from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published_edm2 import PUBLISHED_LICENSE
 
+FOLDER_FILES = ("config.json", "model.safetensors")
 OWN_FILES = {*FOLDER_FILES, "README.md", ".gitattributes"}
+
+
+def open_folder(request: Request) -> NativeFile:
+    """Open a folder of the hub: a native snapshot whose description is config.json.
+
+    Raises:
+        UserError: a file is missing or damaged, or it is the folder of another project.
+    """
+    folder = request.address
+    missing = [name for name in FOLDER_FILES if not is_url(folder) and not Path(folder, name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: a folder without {missing[0]} is no snapshot (it needs {' and '.join(FOLDER_FILES)})"
+        )
+    config, weights = (request.fetch(name) for name in FOLDER_FILES)
+    try:
+        block = json.loads(config.read_text())
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{config}: not JSON ({one_line(err)})") from None
+    request.check_which(weights)
+    return NativeFile(weights, Description.from_json(str(config), block))
 
 
 def export_folder(file: SnapshotFile, outdir: Path, license_id: str | None, dtype: torch.dtype | None) -> None:
@@ -26,67 +52,68 @@ def export_folder(file: SnapshotFile, outdir: Path, license_id: str | None, dtyp
 
     Raises:
         UserError: the licence is not known, the network makes no images, or `outdir` holds something else.
+        OSError: it could not be written.
     """
-    license_id = license_id or file.metadata.get("license")
+    license_id = license_id or file.description.license
     if license_id is None:
         raise UserError("under which licence? Give --license, such as mit or cc-by-4.0: it belongs on the model card")
     if not license_id.isprintable():
         raise UserError(f"--license={one_line(license_id)} is not the name of a licence")
     net, encoder = build_for(file)
-    if not isinstance(net, Precond):
+    if not architecture_of(net).makes_images:
         raise UserError(f"{file.path}: a {type(net).__name__} makes no images and is not for the hub")
     config, weights = (outdir / name for name in FOLDER_FILES)
     if outdir.is_dir():
         if not {path.name for path in outdir.iterdir()} <= OWN_FILES:
             raise UserError(f"{outdir}: holds other files: choose a new folder")
         if config.is_file():
-            open_snapshot(outdir)  # fails for the model of another project
-    metadata = {**file.metadata, "license": license_id}
+            open_folder(Request(str(outdir)))  # fails for the model of another project
+    description = dataclasses.replace(file.description.with_data(net), license=license_id)
     config.unlink(missing_ok=True)  # comes last, so that weights never stand beside the description of others
-    write_snapshot(weights, net, file.get_tensor, dtype or weights_dtype(file, net), metadata)
+    write_native(weights, net, file.get_tensor, dtype or weights_dtype(file, net), description)
     for path, text in [
-        (outdir / "README.md", model_card(net, encoder, metadata)),
-        (config, json.dumps(metadata, indent=2) + "\n"),
+        (outdir / "README.md", model_card(net, encoder, description)),
+        (config, json.dumps(description.to_json(), indent=2) + "\n"),
     ]:
         with atomic_write(path, "w") as f:
             f.write(text)
 
 
-def model_card(net: Precond, encoder: Encoder, metadata: dict[str, Any]) -> str:
+def model_card(net: Any, encoder: Encoder, description: Description) -> str:
     """What the hub shows, in Markdown."""
-    rows = [("Architecture", metadata["architecture"]["name"])]
+    rows = [("Architecture", description.architecture.name)]
     rows.append(("Parameters", f"{count_parameters(net) / 1e6:.2f} M"))
-    size = f"{net.img_resolution} x {net.img_resolution} x {net.img_channels}"
+    architecture, data = architecture_of(net), net.spec
+    size = f"{data.resolution} x {data.resolution} x {data.channels}"
     latents = isinstance(encoder, StabilityVAEEncoder)
     rows.append(("Makes", f"{size} latents of {encoder.vae_name}" if latents else f"{size} images"))
-    rows.append(("Classes", str(net.label_dim) if net.label_dim else "none (unconditional)"))
-    if metadata.get("nimg") is not None:
-        rows.append(("Trained on", f"{metadata['nimg']:,} images"))
-    if metadata.get("ema_std") is not None:
-        rows.append(("EMA width", f"{metadata['ema_std']:.3f}"))
-    if metadata.get("source") is not None:
-        rows.append(("Converted from", f"`{one_line(metadata['source'])}`"))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    rows.append(("Classes", str(data.conditioning.size or "none (unconditional)")))
+    if description.nimg is not None:
+        rows.append(("Trained on", f"{description.nimg:,} images"))
+    if description.ema_std is not None:
+        rows.append(("EMA width", f"{description.ema_std:.3f}"))
     attribution = ""
-    if metadata.get("source") is not None and metadata["license"] == PUBLISHED_LICENSE:
-        attribution = "The weights are NVIDIA's, converted to another file format and otherwise unchanged.\n\n"
+    if description.source is not None:
+        rows.append(("Converted from", f"`{one_line(description.source)}`"))
+        if description.license == PUBLISHED_LICENSE:
+            attribution = "The weights are NVIDIA's, converted to another file format and otherwise unchanged.\n\n"
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
-license: {metadata["license"]}
+license: {description.license}
 library_name: openedm2
 tags:
 - diffusion
-- edm2
+- {architecture.family.lower()}
 ---
 
-# EDM2 diffusion model
+# {architecture.family} model
 
 | | |
 |---|---|
 {table}
 
-{attribution}The architecture is that of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
-Models" (CVPR 2024, [arXiv 2312.02696](https://arxiv.org/abs/2312.02696)). `config.json` describes the network,
-`model.safetensors` holds its weights.
+{attribution}The architecture is that of {architecture.paper}.
+`config.json` describes the network, `model.safetensors` holds its weights.
 
 ```bash
 python generate_images.py --net=hf://OWNER/REPOSITORY --outdir=out --seeds=0-15

@@ -1,8 +1,7 @@
-"""Published pickles <-> our names: what `torch_utils.safe_pickle` reads, as a snapshot's JSON block, and back."""
+"""Pickles of NVIDIA's EDM2 release: networks, raw snapshots and toy models, read as snapshots and written."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardR
 from training.networks.edm2 import Block, Precond, UNet
 from training.networks.edm2_layers import MPConv
 from training.networks.toy import ToyModel
-from training.snapshot.description import FORMAT_VERSION, METADATA_KEY, build, checked_metadata
+from training.snapshot.description import FORMAT_VERSION, METADATA_KEY, Description
+from training.snapshot.layout import GetTensor, Request, SnapshotFile
 
 # Positional arguments of the published classes.
 PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
@@ -29,6 +29,7 @@ OTHER_FAMILIES = {
     **dict.fromkeys(["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"], "an EDM (2022) network"),
     **dict.fromkeys(["Generator", "Discriminator"], "a StyleGAN network"),
 }
+PUBLISHED_ARCHITECTURES = ("edm2.Precond", "toy.ToyModel")  # that these pickles can hold
 # Where the published classes are.
 NETWORKS_MODULE, ENCODERS_MODULE, LOSS_MODULE, TOY_MODULE = (
     "training.networks_edm2",
@@ -41,40 +42,38 @@ PUBLISHED_PLACE = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
 PUBLISHED_LICENSE = "cc-by-nc-sa-4.0"
 
 
-class PublishedFile:
-    """A network in a published pickle, whose tensors are read when asked for.
+class PublishedFile(SnapshotFile):
+    """A network in a published pickle.
 
     Args:
-        address: path or URL, whose end says training time and EMA width: '...-{kimg}-{std}.pkl'.
-        which: the network to take from a file of several.
+        request: its address says training time and EMA width in its end, '...-{kimg}-{std}.pkl'.
 
     Raises:
-        UserError: a damaged or hostile file, or one of another kind.
+        UserError: no such file, a damaged or hostile one, or one of another kind.
     """
 
-    def __init__(self, path: Path, address: str, which: str = "ema"):
-        self.path = path
-        source = str(path)
-        data = safe_pickle.load(path)
-        record = self._find_network(data, which)
+    def __init__(self, request: Request):
+        self.path = request.fetch()
+        source = str(self.path)
+        data = safe_pickle.load(self.path)
+        record = self._find_network(data, request)
         self._tensors = safe_pickle.module_tensors(record, source)
         self.names = list(self._tensors)
         others = data if isinstance(data, dict) else {}
-        metadata: dict[str, Any] = {**_provenance(address), **_own_metadata(others)}
+        block: dict[str, Any] = {"format_version": FORMAT_VERSION, **_provenance(request.path), **_own_block(others)}
         toy = record.class_name == "ToyModel"
         arguments = _arguments(record, TOY_ARGS if toy else PRECOND_ARGS, source)
         use_fp16 = arguments.pop("use_fp16", True)
         if not toy:
-            metadata["use_fp16"] = bool(record.state.get("use_fp16", use_fp16))
-        metadata["format_version"] = FORMAT_VERSION
-        metadata["architecture"] = {"name": "toy.ToyModel" if toy else "edm2.Precond", "kwargs": arguments}
-        metadata["encoder"] = _encoder(others.get("encoder"), source)
+            block["use_fp16"] = bool(record.state.get("use_fp16", use_fp16))
+        block["architecture"] = {"name": "toy.ToyModel" if toy else "edm2.Precond", "kwargs": arguments}
+        block["encoder"] = _encoder(others.get("encoder"), source)
         if isinstance(others.get("dataset_kwargs"), dict):
-            metadata["dataset_kwargs"] = others["dataset_kwargs"]
+            block["dataset_kwargs"] = others["dataset_kwargs"]
         if isinstance(others.get("loss_fn"), PersistentObject):
             state = others["loss_fn"].state
-            metadata["loss_kwargs"] = {key: state[key] for key in LOSS_KEYS if key in state}
-        self.metadata = checked_metadata(source, metadata)
+            block["loss_kwargs"] = {key: state[key] for key in LOSS_KEYS if key in state}
+        self.description = Description.from_json(source, block)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].size
@@ -85,22 +84,8 @@ class PublishedFile:
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
 
-    def is_followed(self, name: str, other: str) -> bool:
-        """Whether `reader(name)` reads on into a tensor: no, each is loaded by itself."""
-        return False
-
-    def reader(self, name: str) -> Callable[[int, memoryview], None]:
-        """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on."""
-        values = self.get_tensor(name).contiguous().flatten()
-        data = values.view(torch.uint8).numpy().data
-
-        def read(start: int, out: memoryview) -> None:
-            position = start * values.itemsize
-            out[:] = data[position : position + len(out)]
-
-        return read
-
-    def _find_network(self, data: Any, which: str) -> PersistentObject:
+    def _find_network(self, data: Any, request: Request) -> PersistentObject:
+        """The record of the network that is asked for."""
         if isinstance(data, PersistentObject):
             record = data
         elif isinstance(data, dict):
@@ -109,10 +94,11 @@ class PublishedFile:
             networks = [
                 key for key, value in data.items() if isinstance(value, PersistentObject) and "_modules" in value.state
             ]
-            if which not in networks:
+            if request.which not in networks:
                 self._check_family([data[key].class_name for key in networks])
-                raise UserError(f"{self.path}: holds no network {which!r}, only {_listed(networks or data)}")
-            record = data[which]
+                held = _listed(networks or data)
+                raise UserError(f"{self.path}: holds no network {request.which!r}, only {held}")
+            record = data[request.which]
         else:
             raise UserError(f"{self.path}: a pickle, but not of a network")
         self._check_family([record.class_name])
@@ -134,30 +120,30 @@ def _listed(keys: Any) -> str:
 
 
 def _provenance(address: str) -> dict[str, Any]:
-    """What path or URL of a published file tell. Its snapshots were taken at multiples of 1024 images."""
+    """What the path or URL of a published file says. Its snapshots were taken at multiples of 1024 images."""
     name = address.rsplit("/", 1)[-1]
-    metadata: dict[str, Any] = {"source": name}
+    block: dict[str, Any] = {"source": name}
     match = re.search(r"-(\d{7})-(0\.\d+)\.pkl$", name)
     if match is not None:
-        metadata.update(nimg=-(-int(match[1]) * 1000 // 1024) * 1024, ema_std=float(match[2]))
+        block.update(nimg=-(-int(match[1]) * 1000 // 1024) * 1024, ema_std=float(match[2]))
     if re.fullmatch(PUBLISHED_NAME, name) or address.startswith(PUBLISHED_PLACE):
-        metadata["license"] = PUBLISHED_LICENSE
-    return metadata
+        block["license"] = PUBLISHED_LICENSE
+    return block
 
 
-def _own_metadata(data: dict[str, Any]) -> dict[str, Any]:
+def _own_block(data: dict[str, Any]) -> dict[str, Any]:
     """The JSON block of a pickle that we wrote, which knows better than a file's name."""
     if METADATA_KEY not in data:
         return {}
     try:
-        metadata = json.loads(data[METADATA_KEY])
+        block = json.loads(data[METADATA_KEY])
     except (TypeError, ValueError, RecursionError):
         return {}
-    return {"license": None, **metadata} if isinstance(metadata, dict) else {}
+    return {"license": None, **block} if isinstance(block, dict) else {}
 
 
 def _arguments(record: PersistentObject, names: tuple[str, ...], source: str) -> dict[str, Any]:
-    """Arguments that a library object was made with, by name."""
+    """Arguments that a library object was made with, by name; `names` are those of positional ones."""
     args = dict(zip(names, record.init_args, strict=False))
     return safe_pickle.plain({**args, **record.init_kwargs}, source)
 
@@ -197,7 +183,7 @@ def _per_channel(value: Any, channels: int, what: str) -> list[float]:
 
 
 def write_published(
-    path: str | Path, net: nn.Module, get_tensor: Callable[[str], torch.Tensor], dtype: torch.dtype, metadata: Mapping
+    path: str | Path, net: nn.Module, get_tensor: GetTensor, dtype: torch.dtype, description: Description
 ) -> None:
     """Write a pickle that the published tools can read, complete or not at all.
 
@@ -208,7 +194,6 @@ def write_published(
         UserError: the published tools know no such encoder.
         OSError: it could not be written.
     """
-    _, encoder = build(str(path), dict(metadata))
     parameters = {name for name, _ in net.named_parameters()}
 
     def get_stored(name: str) -> torch.Tensor:
@@ -222,23 +207,23 @@ def write_published(
     if isinstance(net, ToyModel):
         safe_pickle.save(path, record)
         return
-    config = metadata.get("config") or {}
-    use_fp16 = metadata.get("use_fp16", config.get("precision") != "fp32")
+    config = description.config or {}
+    use_fp16 = config.get("precision") != "fp32" if description.use_fp16 is None else description.use_fp16
     record.state.update(use_fp16=use_fp16, _init_kwargs={"use_fp16": use_fp16, **record.init_kwargs})
-    loss_kwargs = metadata.get("loss_kwargs") or {key: config[key] for key in ("P_mean", "P_std") if key in config}
-    dataset_kwargs = metadata.get("dataset_kwargs") or dict(
+    loss_kwargs = description.loss_kwargs or {key: config[key] for key in ("P_mean", "P_std") if key in config}
+    dataset_kwargs = description.dataset_kwargs or dict(
         class_name="training.dataset.ImageFolderDataset",
         path=config.get("data", ""),
         use_labels=config.get("cond", False),
     )
     loss_state = {"P_mean": -0.4, "P_std": 1.0, "sigma_data": 0.5, **loss_kwargs}
     data = EasyDict(
-        encoder=_encoder_record(encoder),
+        encoder=_encoder_record(description.build_encoder(str(path))),
         dataset_kwargs=EasyDict(dataset_kwargs),
         loss_fn=_record(LOSS_MODULE, "EDM2Loss", loss_state, loss_kwargs),
         ema=record,
     )
-    ours = {key: value for key, value in metadata.items() if key not in ("architecture", "encoder")}
+    ours = {key: value for key, value in description.to_json().items() if key not in ("architecture", "encoder")}
     data[METADATA_KEY] = json.dumps(ours)  # the published tools do not look at it
     safe_pickle.save(path, data)
 
@@ -260,7 +245,7 @@ def _encoder_record(encoder: Encoder) -> PersistentObject:
     return _record(ENCODERS_MODULE, "StabilityVAEEncoder", state, encoder.init_kwargs)
 
 
-def _module_record(module: nn.Module, get_tensor: Callable[[str], torch.Tensor], prefix: str = "") -> PersistentObject:
+def _module_record(module: nn.Module, get_tensor: GetTensor, prefix: str = "") -> PersistentObject:
     """The record of a module: torch's attributes, our tensors, and the attributes of the published class."""
 
     def lazy(name: str, is_parameter: bool) -> LazyTensor:

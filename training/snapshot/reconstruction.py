@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +21,9 @@ from dnnlib.errors import UserError
 from training.config.training import MAX_STD, MIN_STD
 from training.phema import solve_posthoc_coefficients
 from training.preconditioning import PRECISIONS
-from training.snapshot.files import (
-    SnapshotFile,
-    build_for,
-    finite_tensor,
-    open_snapshot,
-    read_metadata,
-    weights_dtype,
-    write_snapshot,
-)
+from training.snapshot.description import Description
+from training.snapshot.files import open_snapshot, write_snapshot
+from training.snapshot.layout import SnapshotFile, build_for, finite_tensor, weights_dtype
 from training.snapshot.native import GetPieces, write_native_files
 
 GROUP = 32  # files that a thread reads from before it sums up
@@ -65,8 +59,8 @@ def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None)
         if path.suffix == ".pkl" and path.with_suffix(".safetensors").is_file():
             continue  # its converted copy is there
         file = open_snapshot(path)
-        nimg, std = file.metadata.get("nimg"), file.metadata.get("ema_std")
-        if type(nimg) is not int or not nimg > 0 or not isinstance(std, float) or not MIN_STD <= std < MAX_STD:
+        nimg, std = file.description.nimg, file.description.ema_std
+        if nimg is None or not nimg > 0 or std is None or not MIN_STD <= std < MAX_STD:
             raise UserError(f"{path}: the file does not say its training time and EMA width")
         twin = next((avg for avg in found if (avg.nimg, avg.std) == (nimg, std)), None)
         if twin is not None:
@@ -128,20 +122,18 @@ def reconstruct_phema(
     if len(set(paths.values())) < len(outstds):
         raise UserError("--outstd: two widths share a file name (three decimals count)")
     for path in paths.values():
-        if path.is_file() and not skip and "reconstructed_from" not in read_metadata(path):
+        if path.is_file() and not skip and open_snapshot(path).description.reconstructed_from is None:
             raise UserError(f"{path} exists and is no reconstruction: choose another --outprefix or --outdir")
     todo = [std for std in outstds if not (skip and paths[std].is_file())]
     for start in tqdm(range(0, len(todo), batch), unit="pass", disable=None, dynamic_ncols=True):
         stds = todo[start : start + batch]
         coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
         names = [avg.path.name for avg in inputs]
-        metadata = {
-            paths[std]: {**newest.file.metadata, "ema_std": std, "nimg": out_nimg, "reconstructed_from": names}
-            for std in stds
-        }
+        described = replace(newest.file.description.with_data(net), nimg=out_nimg, reconstructed_from=names)
+        descriptions = {paths[std]: replace(described, ema_std=float(std)) for std in stds}
         dtype = weights_dtype(newest.file, net)
         with _weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters, dtype) as get_pieces:
-            _write(metadata, net, get_pieces, dtype)
+            _write(descriptions, net, get_pieces, dtype)
     return list(paths.values())
 
 
@@ -261,7 +253,7 @@ def _weighted_sums(
         return [(place.name, results[:, max(place.start - start, 0) : place.stop - start]) for place in inside]
 
     def buffer_of(name: str) -> list[Piece]:
-        return [(name, finite_tensor(newest.file, name).float().reshape(1, -1).expand(num_outputs, -1))]
+        return [(name, finite_tensor(newest.file, name).reshape(1, -1).expand(num_outputs, -1))]
 
     def jobs(names: Iterable[str]) -> Iterator[Callable[[], list[Piece]]]:
         for is_parameter, some in itertools.groupby(names, lambda name: name in parameters):
@@ -291,20 +283,17 @@ def _weighted_sums(
 
 
 def _write(
-    metadata: Mapping[Path, Mapping],
-    net: torch.nn.Module,
-    get_pieces: GetPieces,
-    dtype: torch.dtype,
+    descriptions: Mapping[Path, Description], net: torch.nn.Module, get_pieces: GetPieces, dtype: torch.dtype
 ) -> None:
-    """Write the snapshots of which `metadata` has the JSON blocks: native ones as their values come."""
-    if all(path.suffix == ".safetensors" for path in metadata):
-        write_native_files(metadata, net, get_pieces, dtype)
+    """Write the snapshots of these descriptions: native ones as their values come."""
+    if all(path.suffix == ".safetensors" for path in descriptions):
+        write_native_files(descriptions, net, get_pieces, dtype)
         return
-    outputs: list[dict[str, torch.Tensor]] = [{} for _ in metadata]
+    outputs: list[dict[str, torch.Tensor]] = [{} for _ in descriptions]
     state = net.state_dict()
     for name, pieces in itertools.groupby(get_pieces(state), key=lambda item: item[0]):
         values = torch.cat([piece for _, piece in pieces], dim=1)
         for tensors, row in zip(outputs, values, strict=True):
             tensors[name] = row.reshape(state[name].shape)
-    for (path, block), tensors in zip(metadata.items(), outputs, strict=True):
-        write_snapshot(path, net, tensors.__getitem__, dtype, block)
+    for (path, description), tensors in zip(descriptions.items(), outputs, strict=True):
+        write_snapshot(path, net, tensors.__getitem__, dtype, description)

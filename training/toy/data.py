@@ -2,7 +2,7 @@
 
 Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself", NeurIPS 2024 (arXiv 2406.02507),
 Appendix C. The paper does not give all numbers of the construction (lengths, widths, angles, order of the random
-draws); these were fitted until they reproduced the parameters of the published distribution.
+draws); they were fitted to the parameters of the published distribution.
 """
 
 import functools
@@ -22,17 +22,17 @@ TRUNK_ANGLE = {"A": math.pi / 4, "B": 5 * math.pi / 4}  # the trees grow away fr
 TRUNK_LENGTH, TRUNK_WIDTH, SHRINKAGE = 0.292, 0.012, 0.8  # per level
 FORK_ANGLE, FORK_SHRINKAGE = 1.0, 0.7  # radians, per level
 VARIATION = 0.2  # standard deviation of lengths and angles, as a share of them
-# Affine map that gives both classes together about zero mean and a standard deviation of 0.5 along both axes.
+# Affine map to about zero mean and a standard deviation of 0.5 along both axes, for both classes together.
 ORIGIN, STRETCH = np.array([0.0030, 0.0325]), np.array([1.3136, 1.3844])
 
-ROWS = 128  # points that are computed at a time, so that all intermediate results stay in the processor's cache
+ROWS = 128  # points computed at a time, so that intermediate results stay in the processor's cache
 
 
 class GaussianMixture(torch.nn.Module):
-    """p(x) = sum_k phi_k N(x; mu_k, Sigma_k) in two dimensions, also after adding noise of standard deviation sigma.
+    """p(x) = sum_k phi_k N(x; mu_k, Sigma_k) in two dimensions, also with noise of standard deviation sigma added.
 
     Noise turns Sigma_k into Sigma_k + sigma^2 I. Points x are [..., 2]; sigma is a number or [...]. Everything is
-    computed from log-densities, so it is finite where the density itself underflows.
+    computed from log-densities, so it is finite even where the density underflows.
 
     Args:
         phi: weights [K], summing to 1.
@@ -80,10 +80,10 @@ class GaussianMixture(torch.nn.Module):
         return torch.cat([self.score_at_once(*rows) for rows in _rows(x, sigma)]).reshape(x.shape)
 
     def score_at_once(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """`score` of x [N, 2] and sigma [N] in one piece, which `torch.compile` makes one kernel of."""
+        """`score` of x [N, 2] and sigma [N] in one piece, which `torch.compile` turns into one kernel."""
         peak, exponent, x_pull, y_pull = self._components(x, sigma)
-        # Relative to the largest exponential, so that not all underflow. The peaks lie within a few powers of ten and
-        # need no logarithm. What is below exp(-80) does not count, but denormal numbers are several times slower.
+        # Relative to the largest exponential, so that not all underflow. The peaks are within a few powers of ten of
+        # each other and need no logarithm. Below exp(-80) nothing counts, but denormal numbers would be slow.
         weight = peak * (exponent - exponent.amax(dim=1, keepdim=True)).clamp(min=-80).exp()
         gradient = torch.stack([(weight * x_pull).sum(dim=1), (weight * y_pull).sum(dim=1)], dim=1)
         return gradient / weight.sum(dim=1, keepdim=True)
@@ -94,7 +94,7 @@ class GaussianMixture(torch.nn.Module):
         sigma: torch.Tensor | float = 0,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
-        """Draw points [*shape, 2]; `sigma` is a number or of that shape."""
+        """Random points [*shape, 2]; `sigma` is a number or of that shape."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         device = self.mu.device
         k = self.phi.multinomial(math.prod(shape), replacement=True, generator=generator)
@@ -106,7 +106,7 @@ class GaussianMixture(torch.nn.Module):
     def _components(
         self, x: torch.Tensor, sigma: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Components at x [N, 2] with noise sigma [N], all [N, K]; C = Sigma_k + sigma^2 I, its inverse written out.
+        """Components at x [N, 2] with noise sigma [N], all [N, K], where C = Sigma_k + sigma^2 I.
 
         Returns:
             peak, exponent: such that phi_k N(x; mu_k, C) = peak * exp(exponent).
@@ -124,19 +124,20 @@ class GaussianMixture(torch.nn.Module):
 
 
 def _rows(x: torch.Tensor, sigma: torch.Tensor | float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Points [ROWS, 2] with their noise levels [ROWS]."""
     sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(x.shape[:-1])
     return list(zip(x.reshape(-1, 2).split(ROWS), sigma.reshape(-1).split(ROWS), strict=True))
 
 
 @functools.cache
 def gt(classes: str = "A", device: torch.device | str = "cpu") -> GaussianMixture:
-    """Ground truth of class 'A' or 'B', or of both, 'AB', where each has the share of its branches' lengths.
+    """Ground truth of class 'A', of 'B', or of both, 'AB', with shares proportional to the lengths of their branches.
 
-    Component k belongs to branch k // 8; both trees have 1016 components, A's come first. The same object is returned
-    every time: do not change it.
+    Component k belongs to branch k // 8. Each tree has 1016 components; those of A come first. The same object is
+    returned every time: do not change it.
 
     Raises:
-        UserError: another class.
+        UserError: an unknown class.
     """
     if classes not in TOY_CLASSES:
         raise UserError(f"unknown class {classes!r} (known: {', '.join(TOY_CLASSES)})")
@@ -163,14 +164,14 @@ def _tree(random_state: np.random.RandomState, trunk_angle: float) -> tuple[np.n
         return value * (1 + VARIATION * random_state.randn())
 
     def grow(level: int, start: np.ndarray, angle: float) -> None:
-        """Add a branch and what grows out of it, the whole left side before the right one."""
+        """Add a branch and everything that grows from it, all of the left side before the right."""
         if level == DEPTH:
             return
         along, across = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         length = vary(TRUNK_LENGTH * SHRINKAGE**level)
         width = TRUNK_WIDTH * SHRINKAGE**level
-        # Overlapping Gaussians in a row, stopping short of both ends. Both children together weigh as much as one
-        # branch of the same length.
+        # A row of overlapping Gaussians that stops short of both ends. The two children together weigh as much as one
+        # branch of their length.
         places = np.linspace(0.07, 0.93, GAUSSIANS_PER_BRANCH)
         spread = (0.06 * length) ** 2 * np.outer(along, along) + width**2 * np.outer(across, across)
         for place in places:

@@ -1,6 +1,6 @@
 """Pictures of the toy example: the paper's figure, and the view of a training run.
 
-Needs matplotlib, which is optional; it is imported when a picture is made.
+Needs matplotlib, which is optional and imported only when a picture is drawn.
 """
 
 import functools
@@ -18,14 +18,16 @@ from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
 from training.networks.toy import ToyModel
 from training.toy.data import gt
-from training.toy.sampling import Quality, measure, sample_toy, support_level
+from training.toy.evaluation import Quality, measure, support_level
+from training.toy.models import Models
+from training.toy.sampling import sample_toy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".pdf", ".svg")
-VIEW = (-1.65, 1.65)  # both coordinates of the upper panels
+VIEW = (-1.65, 1.65)  # limits of x and of y in the upper panels
 Box = tuple[tuple[float, float], tuple[float, float]]  # limits of x and of y
 CLOSEUP: dict[str, Box] = {  # of the lower panels: forks of the class's tree
     "A": ((0.3, 1.1), (0.55, 1.35)),
@@ -35,42 +37,48 @@ CLOSEUP: dict[str, Box] = {  # of the lower panels: forks of the class's tree
 SIGMA_MID = 0.03  # noise level of the densities in the lower panels
 GRID = 320  # points along each side of a density
 SAMPLES = 8192  # measured for each upper panel
-SHOWN = 2048  # of them drawn
-TRAJECTORIES, PATH_SIGMA = 40, 0.1  # how many are drawn, and from which noise level on
-RATIO_NATS = 5  # range of colours of the ratio, below its maximum
-ARROWS = 18  # along each side
+SHOWN = 2048  # how many of them are drawn
+TRAJECTORIES, PATH_SIGMA = 40, 0.1  # how many are drawn, and their noise level at the start
+RATIO_NATS = 5  # range of the colours of the ratio, below its maximum
+ARROWS = 18  # along each side of the ratio
 BOTH_COLOR, CLASS_COLOR, POINT_COLOR, GUIDED_COLOR = "#d9d9d9", "#fdc98b", "#1a1a1a", "#0060c0"
 FRAME_SECONDS = 0.1
 
 
 def require_matplotlib() -> None:
-    """
+    """Refuse to draw pictures without matplotlib.
+
     Raises:
-        UserError: it is not installed, or does not work with the user's settings.
+        UserError: it is not installed, or does not start with the user's settings.
     """
     try:
         import matplotlib.pyplot  # noqa: F401
     except ImportError:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
-    except ValueError as err:  # $MPLBACKEND is unknown; the message goes on with all that are known
+    except ValueError as err:  # $MPLBACKEND is unknown; the message continues with all known ones
         reason = one_line(err).partition("; supported values")[0]
         raise UserError(f"matplotlib does not start: {reason} (unset MPLBACKEND)") from None
 
 
 def check_format(path: Path) -> None:
-    """
+    """Refuse a name under which a picture cannot be saved.
+
     Raises:
-        UserError: a picture cannot be saved under this name.
+        UserError: another suffix.
     """
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--save={path}: the name of a picture ends in {', '.join(FORMATS)}")
+        raise UserError(f"--save={path}: pictures are saved as {', '.join(FORMATS)}")
 
 
 def new_figure(window: bool, **kwargs: Any) -> "tuple[Figure, bool]":
-    """A figure, and whether it is one that a window can show: if `window` asks for it and there is a display.
+    """A figure, and whether it has a window.
+
+    Args:
+        window: use a window if there is a display.
+        kwargs: arguments of matplotlib's figure.
 
     Raises:
-        UserError: a window is asked for, and what matplotlib is set to use for windows is not installed.
+        UserError: a window is wanted, but matplotlib's backend for windows is not installed.
     """
     if window:
         from matplotlib import pyplot
@@ -89,7 +97,11 @@ def new_figure(window: bool, **kwargs: Any) -> "tuple[Figure, bool]":
 
 
 def save_figure(figure: "Figure", path: Path, made_by: str) -> None:
-    """Write a figure, complete or not at all; `made_by` is noted in it."""
+    """Write a figure with a note of what made it; the format is that of the suffix.
+
+    Raises:
+        OSError: the file could not be written.
+    """
     key = {".png": "Description", ".pdf": "Subject", ".svg": "Description"}[path.suffix.lower()]
     with atomic_write(path, sync=False) as f:
         figure.savefig(f, format=path.suffix[1:].lower(), metadata={key: made_by})
@@ -99,23 +111,15 @@ def save_figure(figure: "Figure", path: Path, made_by: str) -> None:
 # The paper's figure
 
 
-def draw_paper_figure(
-    figure: "Figure",
-    cls: str,
-    net: ToyModel,
-    gnet: ToyModel | None,
-    guidance: float,
-    cfg_net: ToyModel,
-    cfg_guidance: float,
-    seed: int,
-) -> None:
-    """Samples above, and below what guides them (Figures 1 and 2 of the paper); 2 x 4 panels.
+def draw_paper_figure(figure: "Figure", models: Models, guidance: float, cfg_guidance: float, seed: int) -> None:
+    """Draw samples in the upper row, and what guides them in the lower row (Figures 1 and 2 of the paper).
 
     Args:
-        cls: class that `net` has learned.
-        gnet: guide of autoguidance; None leaves out all that needs one, which makes 2 x 2 panels.
-        cfg_net: guide of classifier-free guidance, which knows no class.
+        models: without `gnet`, everything that needs a guide is left out, which gives 2 x 2 instead of 2 x 4 panels.
+        guidance, cfg_guidance: weights of autoguidance and of classifier-free guidance.
+        seed: of the samples.
     """
+    cls, net, gnet = models.cls, models.net, models.gnet
     device = next(net.parameters()).device
     distribution, box = gt(cls, device), CLOSEUP[cls]
     noise = torch.randn(SAMPLES, 2, generator=torch.Generator(device).manual_seed(seed), device=device)
@@ -126,7 +130,8 @@ def draw_paper_figure(
     }
     lower: list[Callable[[Axes], None]] = [lambda axes: _draw_density(axes, box, net, "Density of the model, $p_1$")]
     if gnet is not None:
-        samples[f"Classifier-free guidance, $w = {cfg_guidance:g}$"] = sample_toy(net, noise, cfg_net, cfg_guidance)
+        cfg_samples = sample_toy(net, noise, models.cfg_net, cfg_guidance)
+        samples[f"Classifier-free guidance, $w = {cfg_guidance:g}$"] = cfg_samples
         samples[f"Autoguidance, $w = {guidance:g}$"] = sample_toy(net, noise, gnet, guidance)
         lower.append(lambda axes: _draw_density(axes, box, gnet, "Density of its guide, $p_0$"))
         lower.append(lambda axes: _draw_ratio(axes, box, net, gnet))
@@ -148,7 +153,7 @@ def _numbers(quality: Quality) -> str:
 
 
 def _grid(xlim: tuple[float, float], ylim: tuple[float, float], points: int, device: torch.device) -> torch.Tensor:
-    """[points, points, 2], rows along y."""
+    """Points [points, points, 2] of a grid, rows along y."""
     x, y = (torch.linspace(*limits, points, device=device) for limits in (xlim, ylim))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
 
@@ -164,10 +169,10 @@ def _fill_support(axes: "Axes", cls: str, xlim: tuple[float, float], ylim: tuple
 
 @functools.cache
 def _log_density(cls: str, xlim: tuple[float, float], ylim: tuple[float, float]) -> tuple[np.ndarray, ...]:
-    """Coordinates [GRID] along both axes, and log-density [GRID, GRID]; several panels show it."""
+    """Coordinates [GRID] along both axes, and log-density [GRID, GRID]; cached, as several panels show it."""
     grid = _grid(xlim, ylim, GRID, torch.device("cpu"))
     logp = gt(cls).logp(grid)
-    logp = logp.clamp(min=support_level(gt(cls)) - 10)  # with what is far below, contours get ragged
+    logp = logp.clamp(min=support_level(gt(cls)) - 10)  # far lower values would make the contours ragged
     return grid[0, :, 0].numpy(), grid[:, 0, 1].numpy(), logp.numpy()
 
 
@@ -180,7 +185,7 @@ def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
 
 
 def _draw_density(axes: "Axes", box: Box, model: ToyModel, title: str) -> None:
-    """The implied density at `SIGMA_MID`; a model gives it up to a factor."""
+    """Draw a model's density at `SIGMA_MID`, which it gives up to a factor."""
     grid = _grid(*box, GRID, next(model.parameters()).device)
     logp = model.logp(grid, SIGMA_MID)
     density = (logp - logp.max()).exp().detach().cpu().numpy()
@@ -191,7 +196,7 @@ def _draw_density(axes: "Axes", box: Box, model: ToyModel, title: str) -> None:
 
 
 def _draw_ratio(axes: "Axes", box: Box, net: ToyModel, gnet: ToyModel) -> None:
-    """log p_1 / p_0 at `SIGMA_MID`, and where its gradient points."""
+    """Draw log p_1 / p_0 at `SIGMA_MID`, with arrows along its gradient."""
     device = next(net.parameters()).device
     grid = _grid(*box, GRID, device)
     ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu().numpy()
@@ -217,7 +222,7 @@ def _draw_trajectories(
     guidance: float,
     generator: torch.Generator,
 ) -> None:
-    """Paths without and with guidance, from the same points of p(x; `PATH_SIGMA`)."""
+    """Draw paths without and with guidance, from the same points of p(x; `PATH_SIGMA`)."""
     x = gt(cls, generator.device).sample(SAMPLES, PATH_SIGMA, generator)
     (x0, x1), (y0, y1) = box
     inside = (x[:, 0] > x0) & (x[:, 0] < x1) & (x[:, 1] > y0) & (x[:, 1] < y1)
@@ -240,23 +245,32 @@ def _draw_trajectories(
 
 
 def check_frames(path: Path) -> None:
-    """
+    """Refuse to save frames where that cannot work.
+
     Raises:
-        UserError: frames cannot be saved under this name.
+        UserError: a suffix other than .gif, a folder of that name instead of a file or the reverse, or matplotlib does
+            not work.
     """
+    require_matplotlib()
     if path.suffix.lower() not in ("", ".gif"):
         raise UserError(f"--save={path}: frames are saved as a .gif file, or as PNG files in a folder")
     if path.is_dir() if path.suffix else path.is_file():
-        raise UserError(f"--save={path}: there is a {'folder' if path.suffix else 'file'} of that name")
+        raise UserError(
+            f"--save={path}: there is already a {'folder' if path.suffix else 'file'} of that name: choose another"
+        )
 
 
 class TrainingView:
-    """Samples of the model in training: in a window where there is a display, and as frames in a file.
+    """Samples of a model in training: in a window if there is a display, and as frames in files.
 
     Args:
         cls: class that is learned.
-        save: '.gif' for an animation, else a folder for one PNG per frame; None = no frames.
+        device: of the model.
+        save: a .gif file for an animation, or a folder for one PNG per frame; None = no frames.
         window: whether a window is wanted.
+
+    Raises:
+        UserError: a window is wanted, but matplotlib's backend for windows is not installed.
     """
 
     def __init__(self, cls: str, device: torch.device, save: Path | None, window: bool):
@@ -274,10 +288,11 @@ class TrainingView:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody sees what is drawn."""
+        """Whether anything that is drawn is seen or saved."""
         return self._window_is_open() or self.save is not None
 
     def draw(self, iteration: int, loss: float, net: ToyModel) -> None:
+        """Show the samples of the network after an iteration, and save the frame."""
         self.points.set_offsets(sample_toy(net, self.noise).cpu().numpy())
         self.axes.set_title(f"iteration {iteration}, loss {loss:.4f}", fontsize=13)
         if self._window_is_open():
@@ -294,7 +309,7 @@ class TrainingView:
                 f.write(frame.getvalue())
 
     def finish(self) -> None:
-        """Write the animation, and leave the window to the user until it is closed."""
+        """Write the animation, and wait until the user closes the window."""
         if self.save is not None and self.frames:
             first, *rest = self.frames
             with atomic_write(self.save, sync=False) as f:
@@ -312,3 +327,19 @@ class TrainingView:
         from matplotlib import pyplot
 
         return pyplot.fignum_exists(self.figure.number)
+
+
+def open_view(cls: str, device: torch.device, save: Path | None, window: bool) -> TrainingView | None:
+    """The view of a training run; None if there is nothing to show it in, or to save.
+
+    Args:
+        cls, device, save: as for `TrainingView`.
+        window: whether a window is wanted; if there cannot be one, a note is printed, as it is only an extra.
+    """
+    if window:
+        try:
+            require_matplotlib()
+            return TrainingView(cls, device, save, window=True)
+        except UserError as err:
+            print(f"Note: no window: {err}")
+    return TrainingView(cls, device, save, window=False) if save is not None else None

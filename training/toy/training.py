@@ -6,13 +6,14 @@ Appendix C.
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
+from tqdm import tqdm
 
 from dnnlib.errors import one_line
 from torch_utils.device import set_up_device
+from training.config.toy import ToyConfig
 from training.lr import learning_rate_schedule
 from training.networks.edm2_layers import normalize_weights_
 from training.networks.toy import ToyModel
@@ -22,41 +23,20 @@ from training.toy.data import GaussianMixture, gt
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class ToyConfig:
-    """What defines a training run of the toy example.
-
-    Args:
-        cls: class to learn: 'A', 'B' or 'AB'.
-        num_layers, hidden_dim: of the network.
-        P_mean, P_std: of ln(sigma), which is normally distributed.
-        sigma_data: standard deviation of the data.
-        lr: learning rate until iteration `lr_iter`, from where it falls with the inverse square root.
-        ema_std: relative width of the power-function EMA.
-    """
-
-    cls: str = "A"
-    num_layers: int = 4
-    hidden_dim: int = 64
-    iterations: int = 4096
-    batch: int = 4096
-    P_mean: float = -2.3
-    P_std: float = 1.5
-    sigma_data: float = 0.5
-    lr: float = 1e-2
-    lr_iter: int = 512
-    ema_std: float = 0.010
-    seed: int = 0
+FIRST_SNAPSHOT = 256  # iterations; further snapshots are at every doubling, and at the end
+FRAME_INTERVAL = 64  # iterations
 
 
 class ToyProgress(NamedTuple):
+    """State of a run after an iteration."""
+
     iteration: int  # number of finished iterations
     loss: torch.Tensor  # of the last one
     ema: ToyModel
 
 
 def score_matching_loss(net: ToyModel, score: Score, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Mean square of sigma (grad log p_theta(x; sigma) - grad log p(x; sigma)) over x [N, 2] and sigma [N]."""
+    """Mean square of sigma (grad log p_theta(x; sigma) - grad log p(x; sigma)) over x [N, 2], with sigma [N]."""
     difference = net.score(x, sigma, graph=True) - score(x, sigma)
     return (sigma.unsqueeze(1) * difference).square().mean()
 
@@ -66,7 +46,9 @@ class ToyTrainer:
 
     Args:
         net: the network, on its device.
-        compiled: whether to go through `torch.compile`, if that works here.
+        distribution: what it learns, on the same device.
+        config: of the run.
+        compiled: use `torch.compile`, if it works here.
     """
 
     def __init__(self, net: ToyModel, distribution: GaussianMixture, config: ToyConfig, compiled: bool = True):
@@ -78,7 +60,7 @@ class ToyTrainer:
         self.loss_fn = (compiled_loss(net, distribution, config.batch) if compiled else None) or in_pieces
 
     def step(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """One iteration on noisy points x [N, 2] with noise levels sigma [N]; returns its loss."""
+        """The loss of one iteration on noisy points x [N, 2] with noise levels sigma [N]."""
         normalize_weights_(self.net)
         self.optimizer.zero_grad()
         loss = self.loss_fn(x, sigma)
@@ -95,11 +77,12 @@ class ToyTrainer:
 
     @property
     def ema(self) -> ToyModel:
+        """The averaged network, which further iterations change."""
         return cast(ToyModel, self.tracker.emas[0])
 
 
 def compiled_loss(net: ToyModel, distribution: GaussianMixture, batch: int) -> Score | None:
-    """`score_matching_loss` as a function of (x, sigma), compiled; None, with a note, where that does not work."""
+    """`score_matching_loss` as a compiled function of (x, sigma); None, with a note, if that does not work here."""
 
     def loss(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return score_matching_loss(net, distribution.score_at_once, x, sigma)
@@ -108,14 +91,19 @@ def compiled_loss(net: ToyModel, distribution: GaussianMixture, batch: int) -> S
     try:
         compiled = torch.compile(loss, dynamic=False)
         compiled(torch.zeros(batch, 2, device=device), torch.ones(batch, device=device)).backward()
-    except Exception as err:  # whatever a compiler can fail with; without it, the same computation goes on
+    except Exception as err:  # compilers fail in all kinds of ways; the computation works without them
         print(f"Note: torch.compile does not work here, training takes longer ({one_line(err)[:100]})")
         return None
     return compiled
 
 
 def train_toy(config: ToyConfig, device: torch.device, compiled: bool = True) -> Iterator[ToyProgress]:
-    """Train a freshly initialised network; yields after every iteration.
+    """Progress of the training of a new network, after every iteration.
+
+    Args:
+        config: of the run.
+        device: where to train.
+        compiled: as for `ToyTrainer`.
 
     Raises:
         UserError: an unknown class.
@@ -131,3 +119,45 @@ def train_toy(config: ToyConfig, device: torch.device, compiled: bool = True) ->
         x = distribution.sample(config.batch, sigma, generator)
         loss = trainer.step(x, sigma)
         yield ToyProgress(trainer.iteration, loss, trainer.ema)
+
+
+class View(Protocol):
+    """Where the samples of a run are shown: a `training.toy.figure.TrainingView`."""
+
+    @property
+    def wanted(self) -> bool: ...
+
+    def draw(self, iteration: int, loss: float, net: ToyModel) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def run_training(
+    config: ToyConfig,
+    device: torch.device,
+    view: View | None = None,
+    save: Callable[[int, ToyModel], str] | None = None,
+) -> None:
+    """Train a new network with a progress bar, a view of its samples, and snapshots.
+
+    Args:
+        config: of the run.
+        device: where to train.
+        view: shown every `FRAME_INTERVAL` iterations; None = no view.
+        save: saves the EMA after the iterations given, and returns the path; None = no snapshots.
+
+    Raises:
+        UserError: an unknown class.
+    """
+    saved_at = {config.iterations} | {FIRST_SNAPSHOT << i for i in range(config.iterations.bit_length())}
+    with tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress:
+        for iteration, loss, ema in train_toy(config, device):
+            if iteration % FRAME_INTERVAL == 0 or iteration == config.iterations:
+                progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                if view is not None and view.wanted:
+                    view.draw(iteration, loss.item(), ema)
+            progress.update()
+            if save is not None and iteration in saved_at:
+                progress.write(save(iteration, ema))
+    if view is not None:
+        view.finish()

@@ -1,0 +1,300 @@
+"""Every kind of source, whole and damaged."""
+
+import gzip
+import json
+import os
+import pickle
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import fails_with, make_dataset, png
+from sources import convert, damaged, encoded, folder_of_classes, idx_file, image, labels_of, make_tar, python2_batch
+
+from training.dataset.images import ImageFolderDataset
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("folder", "key"), [("cifar-10-batches-py", "labels"), ("cifar-100-python", "fine_labels")])
+def test_cifar(folder, key, tmp_path):
+    pixels = RNG.integers(0, 256, [5, 3 * 32 * 32], dtype=np.uint8)
+    train, test = ("data_batch_1", "test_batch") if key == "labels" else ("train", "test")
+    files = {
+        f"{folder}/{test}": python2_batch(pixels[3:], [7, 8], key),
+        f"./{folder}/{train}": python2_batch(pixels[:3], [1, 2, 3], key),
+        f"{folder}/readme.html": b"x",
+    }
+    dataset = convert(tmp_path, make_tar(tmp_path / "cifar.tar.gz", files, "w:gz"))
+    assert labels_of(dataset) == [1, 2, 3]
+    for split, expected in {"all": [1, 2, 3, 7, 8], "test": [7, 8]}.items():
+        options = [f"--split={split}", "--workers=1"]
+        dataset = convert(tmp_path, tmp_path / "cifar.tar.gz", dest=f"{split}.zip", options=options)
+        assert labels_of(dataset) == expected
+        np.testing.assert_array_equal([image for image, _ in dataset], pixels[-len(expected) :].reshape(-1, 3, 32, 32))
+    options = ["--split=validation"]
+    fails_with(
+        convert(tmp_path, tmp_path / "cifar.tar.gz", dest="v.zip", ok=False, options=options),
+        "no validation data in it: choose --split=train or test or all",
+    )
+
+
+@pytest.mark.parametrize(
+    ("protocol", "reason"), [(2, "it asks for '_codecs.encode'"), (0, "not a pickle of protocol 2")]
+)
+def test_repacked_cifar(protocol, reason, tmp_path):
+    batch = pickle.dumps({"data": np.zeros([2, 3072], np.uint8), "labels": [0, 1]}, protocol=protocol)
+    source = make_tar(tmp_path / "cifar.tar", {"cifar-10-batches-py/data_batch_1": batch})
+    result = convert(tmp_path, source, ok=False)
+    fails_with(result, f"--source={source}: not as CIFAR is published", f"data_batch_1: {reason}", "download it again")
+    assert "network" not in result.stderr
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_mnist(packed, tmp_path):
+    pixels = RNG.integers(0, 256, [4, 28, 28], dtype=np.uint8)
+    pack, end = (gzip.compress, ".gz") if packed else (bytes, "")
+    (tmp_path / f"train-images-idx3-ubyte{end}").write_bytes(pack(idx_file(pixels)))
+    (tmp_path / f"train-labels-idx1-ubyte{end}").write_bytes(pack(idx_file(np.array([3, 1, 4, 1], np.uint8))))
+    source = tmp_path / f"train-images-idx3-ubyte{end}"
+    dataset = convert(tmp_path, source, options=["--channels=1", "--workers=1"])
+    assert labels_of(dataset) == [3, 1, 4, 1]
+    np.testing.assert_array_equal([dataset[i][0][0] for i in range(4)], pixels)
+
+
+def test_folder_of_mnist(tmp_path):
+    """Training and test images; labels compressed or not; single channels apart."""
+    pixels = RNG.integers(0, 256, [5, 8, 8, 1], dtype=np.uint8)
+    source = tmp_path / "mnist"
+    source.mkdir()
+    for part, start, stop in (("t10k", 0, 2), ("train", 2, 5)):
+        (source / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_file(pixels[start:stop])))
+        (source / f"{part}-labels-idx1-ubyte").write_bytes(idx_file(np.arange(start, stop, dtype=np.uint8)))
+    assert labels_of(convert(tmp_path, source)) == [2, 3, 4]
+    dataset = convert(tmp_path, source, dest="all.zip", options=["--split=all", "--channels=1", "--workers=1"])
+    assert labels_of(dataset) == [2, 3, 4, 0, 1]
+    np.testing.assert_array_equal([image[0] for image, _ in dataset], pixels[[2, 3, 4, 0, 1], :, :, 0])
+    (source / "train-labels-idx1-ubyte").write_bytes(idx_file(np.zeros([2], np.uint8)))
+    fails_with(convert(tmp_path, source, dest="b.zip", ok=False), "3 images, but labels of shape [2]")
+
+
+def test_tar_of_class_folders(tmp_path):
+    files = {f"{c}/{i}.png": encoded(image(8, 8, seed=i)) for c in ("dog", "cat") for i in range(2)}
+    assert labels_of(convert(tmp_path, make_tar(tmp_path / "a.tar", files))) == [1, 1, 0, 0]
+    files["dataset.json"] = json.dumps({"labels": [[name, 7] for name in files]}).encode()
+    path = make_tar(tmp_path / "b.tar.gz", {f"./{name}": data for name, data in files.items()}, "w:gz")
+    assert labels_of(convert(tmp_path, path, dest="b.zip")) == [7, 7, 7, 7]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_files_of_equal_names(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for seed in range(2):
+            archive.writestr("a.png", encoded(image(8, 8, seed=seed)))
+    make_tar(
+        tmp_path / "x.tar",
+        {"a.png": encoded(image(8, 8, seed=0)), "a.PNG": encoded(image(8, 8, seed=1)), "a.cls": b"4"},
+    )
+    for name in ("x.zip", "x.tar"):
+        dataset = convert(tmp_path, tmp_path / name, dest=f"{name}.out.zip")
+        np.testing.assert_array_equal(
+            [pixels for pixels, _ in dataset], [image(8, 8, seed=seed).transpose(2, 0, 1) for seed in range(2)]
+        )
+    assert labels_of(dataset) == [4, 4]
+
+
+def test_webdataset_shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        files = {}
+        for i in range(2):
+            files[f"{shard}{i}.cls"] = str(10 * shard + i).encode()
+            files[f"{shard}{i}.jpg"] = encoded(image(8, 8, seed=i), "jpeg")
+            files[f"{shard}{i}.json"] = b"{}"
+        make_tar(tmp_path / "shards" / f"{shard:06d}.tar", files)
+    assert labels_of(convert(tmp_path, tmp_path / "shards")) == [0, 1, 10, 11]
+    assert labels_of(convert(tmp_path, tmp_path / "shards" / "000001.tar", dest="one.zip")) == [10, 11]
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        images = [{"bytes": encoded(image(8, 8, seed=i)), "path": None} for i in range(3)]
+        table = pa.table({"image": images, "label": [part, 5, 6]})
+        pq.write_table(table, tmp_path / "data" / f"train-{part:05d}-of-00002.parquet", row_group_size=2)
+    dataset = convert(tmp_path, tmp_path / "data")
+    assert labels_of(dataset) == [0, 5, 6, 1, 5, 6]
+    np.testing.assert_array_equal(dataset[4][0], image(8, 8, seed=1).transpose(2, 0, 1))
+    # Other columns of bytes, other kinds of bytes, names of classes, rows without an image.
+    columns = {"thumbnail": [b"x", b"y"], "image": pa.array([encoded(image(8, 8)), None], pa.large_binary())}
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table({**columns, "label": [1, 0]}).replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "named.parquet")
+    result = convert(tmp_path, tmp_path / "named.parquet", dest="n.zip", ok=False, options=["--on-error=skip"])
+    assert result.exit_code == 0 and "named.parquet[1]: cannot be read: no image in column image" in result.output
+    assert labels_of(ImageFolderDataset(tmp_path / "n.zip")) == [1]
+    with zipfile.ZipFile(tmp_path / "n.zip") as archive:
+        assert json.loads(archive.read("report.json"))["classes"] == ["cat", "dog"]
+    # Of another order of classes, and with the class in a column of another name.
+    (tmp_path / "both").mkdir()
+    pq.write_table(table, tmp_path / "both" / "a.parquet")
+    names = {"info": {"features": {"target": {"names": ["dog", "cat"], "_type": "ClassLabel"}}}}
+    table = pa.table({"image": [encoded(image(8, 8))], "target": [1]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    pq.write_table(table, tmp_path / "both" / "b.parquet")
+    assert labels_of(convert(tmp_path, tmp_path / "both" / "b.parquet", dest="t.zip")) == [1]
+    fails_with(convert(tmp_path, tmp_path / "both", dest="x.zip", ok=False), "b.parquet: other names of classes than")
+    both = [tmp_path / "named.parquet", tmp_path / "both" / "b.parquet"]
+    fails_with(convert(tmp_path, *both, dest="x.zip", ok=False), "b.parquet: other names of classes than")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    fails_with(
+        convert(tmp_path, tmp_path / "other.parquet", dest="x.zip", ok=False), "no column of images", "there are a"
+    )
+
+
+def test_lmdb(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
+        for i in range(3):
+            transaction.put(f"{i:03d}".encode(), encoded(image(8, 8, seed=i), "webp", lossless=True))
+    dataset = convert(tmp_path, tmp_path / "db")
+    assert not dataset.has_labels
+    np.testing.assert_array_equal(dataset[2][0], image(8, 8, seed=2).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected", "note"),
+    [
+        (["default/test/0.tar", "default/train/0.tar"], "train", [1], "1 of 2 files: --split=train"),
+        (["default/test/0.tar", "default/train/0.tar"], "test", [0], "1 of 2 files: --split=test"),
+        (["extra-0.tar", "test-0.tar", "train-0.tar"], "all", [2, 1, 0], "tar shards"),
+        (["extra-0.tar", "test-0.tar", "train-0.tar"], "train", [2], "1 of 3 files"),
+        (["test-0.tar", "train_val-0.tar"], "all", [1, 0], "tar shards"),
+        (["a.tar", "contest.tar"], "train", [0, 1], "tar shards"),
+    ],
+)
+def test_splits(names, split, expected, note, tmp_path):
+    for i, name in enumerate(names):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        make_tar(tmp_path / "src" / name, {"0.png": encoded(image(8, 8, seed=i))})
+    result = convert(tmp_path, tmp_path / "src", ok=False, options=[f"--split={split}", "--workers=1"])
+    assert result.exit_code == 0 and note in result.output
+    dataset = ImageFolderDataset(tmp_path / "out.zip")
+    assert len(dataset) == len(expected)
+    for (pixels, _label), seed in zip(dataset, expected, strict=True):
+        np.testing.assert_array_equal(pixels, image(8, 8, seed=seed).transpose(2, 0, 1))
+
+
+def test_links(tmp_path):
+    """Links to folders are followed; what cannot be followed is told."""
+    source = folder_of_classes(tmp_path / "src")
+    (source / "bird").symlink_to(folder_of_classes(tmp_path / "other") / "cat")
+    assert labels_of(convert(tmp_path, source)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len(ImageFolderDataset(source)) == 9
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(source / "cat" / "1.png", "a.png")
+        os.link(source / "cat" / "1.png", tmp_path / "b.png")
+        archive.add(tmp_path / "b.png", "b.png")
+    fails_with(convert(tmp_path, tmp_path / "x.tar", dest="t.zip", ok=False), "b.png is a link")
+    (source / "cat" / "up").symlink_to(source)
+    fails_with(convert(tmp_path, source, dest="u.zip", ok=False), "this link leads back to a folder that contains it")
+
+
+def test_folders_of_several_kinds(tmp_path):
+    source = make_dataset(tmp_path / "src", {"preview.png": png(image(8, 8)), "train.tar": b"x"})
+    fails_with(convert(tmp_path, source, ok=False), "holds images (such as preview.png) and other sources (train.tar)")
+    inner = make_tar(tmp_path / "classes.tar", {"a.tar": b"x", "b.tar": b"x"})
+    fails_with(convert(tmp_path, inner, ok=False), "no images in it (found .tar); unpack archives first")
+
+
+def test_files_that_systems_leave_behind(tmp_path):
+    files = {"a/1.png": png(image(8, 8)), "b/2.PNG": png(image(8, 8))}
+    junk = {"__MACOSX/a/._1.png": b"x", "b/._2.png": b"x", ".trash/3.png": b"x", "Thumbs.db": b"x"}
+    for source in (
+        make_dataset(tmp_path / "s.zip", {**files, **junk}),
+        make_dataset(tmp_path / "s", {**files, **junk}),
+    ):
+        assert labels_of(convert(tmp_path, source, dest=f"{source.name}.out.zip")) == [0, 1]
+
+
+def test_bad_sources(tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails_with(convert(tmp_path, tmp_path / "empty", ok=False), "empty: no images in it (found no files)")
+    make_dataset(tmp_path / "texts", {"a.txt": b"x", "b.md": b"x"})
+    fails_with(convert(tmp_path, tmp_path / "texts", ok=False), "no images in it (found .md, .txt)")
+    fails_with(convert(tmp_path, tmp_path / "nowhere", ok=False), "nowhere: no such file or folder")
+    (tmp_path / "odd.bin").write_bytes(b"odd stuff")
+    fails_with(convert(tmp_path, tmp_path / "odd.bin", ok=False), "neither a ZIP", "b'odd stuf'")
+    whole = make_tar(tmp_path / "x.tar", {f"{i}.png": encoded(image(64, 64)) for i in range(9)})
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:40000])
+    fails_with(convert(tmp_path, tmp_path / "cut.tar", ok=False), "cut.tar")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_damaged_containers(tmp_path):
+    """Whatever is wrong with them is told in one line that names them."""
+    files = {f"{i}.png": encoded(image(64, 64, seed=i)) for i in range(9)}
+    tar = make_tar(tmp_path / "whole.tar", files).read_bytes()
+    second = 512 * (1 + -(-len(files["0.png"]) // 512))
+    packed = gzip.compress(tar)
+    whole_zip = make_dataset(tmp_path / "whole.zip", files).read_bytes()
+    batch = {"cifar-10-batches-py/data_batch_1": python2_batch(np.zeros([5, 3072], np.uint8), [1] * 5, "labels")}
+    cifar = make_tar(tmp_path / "cifar.tar.gz", batch, "w:gz").read_bytes()
+    containers = {
+        "header.tar": damaged(tar, second),
+        "joined.tar": tar + tar,
+        "flipped.tar.gz": damaged(packed, len(packed) // 2),
+        "cut.tar.gz": packed[: len(packed) // 2],
+        "directory.zip": damaged(whole_zip, whole_zip.index(b"PK\1\2") + 1),
+        "cut-cifar.tar.gz": cifar[: len(cifar) // 2],
+        "flipped-cifar.tar.gz": damaged(cifar, len(cifar) // 2),
+        "cut.idx.gz": gzip.compress(idx_file(np.zeros([5, 8, 8], np.uint8)))[:-9],
+        "cut.idx": idx_file(np.zeros([5, 8, 8], np.uint8))[:-9],
+        "flat.idx": idx_file(np.zeros([5, 0, 8], np.uint8)),
+        "x.parquet": b"PAR1 and nothing else",
+    }
+    for name, data in containers.items():
+        (tmp_path / name).write_bytes(data)
+        fails_with(convert(tmp_path, tmp_path / name, ok=False), name)
+        for left in tmp_path.glob("out*"):
+            left.unlink()
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "data.mdb").write_bytes(bytes(9000))
+    fails_with(convert(tmp_path, tmp_path / "db", ok=False), "db: damaged")
+
+
+def test_truncated_lmdb(tmp_path):
+    """Reading what is missing would kill the process."""
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
+        for i in range(30):
+            transaction.put(f"{i:03d}".encode(), encoded(image(64, 64, seed=i)))
+    os.truncate(tmp_path / "db" / "data.mdb", 100_000)
+    fails_with(convert(tmp_path, tmp_path / "db", ok=False), "data.mdb is truncated, it should have")
+
+
+def test_damaged_entries_can_be_left_out(tmp_path):
+    data = make_dataset(tmp_path / "x.zip", {"a.png": png(image(8, 8)), "b.png": png(image(8, 8))}).read_bytes()
+    (tmp_path / "x.zip").write_bytes(damaged(data, data.index(b"IDAT") + 9))
+    make_dataset(tmp_path / "folder", {"b.png": png(image(8, 8))})
+    (tmp_path / "folder" / "a.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "folder" / "c.png")  # reading it would wait for ever
+    for name, reason in (("x.zip", "Bad CRC-32"), ("folder", "No such file")):
+        result = convert(tmp_path, tmp_path / name, dest=f"{name}.out", ok=False, options=["--on-error=skip"])
+        assert result.exit_code == 0, result.output
+        assert f"left out: a.png: cannot be read: {reason}" in result.output
+        assert len(ImageFolderDataset(tmp_path / f"{name}.out")) == 1
+    fails_with(convert(tmp_path, tmp_path / "x.zip", ok=False), "a.png: cannot be read: Bad CRC-32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_names_that_are_no_text(tmp_path):
+    (tmp_path / "src").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "src") + b"/\xff.png")).write_bytes(b"broken")
+    fails_with(convert(tmp_path, tmp_path / "src", ok=False), "\ufffd.png: cannot be read")

@@ -1,0 +1,52 @@
+"""Labels of dataset.json and of class folders."""
+
+import pytest
+from conftest import DIGITS, make_dataset, random_images
+
+from dnnlib.errors import UserError
+from training.dataset.images import ImageFolderDataset
+
+
+def test_labels_from_directories(tmp_path):
+    files = {f"{c}/{i}.png": data for c in ("cat", "ant") for i, data in enumerate(random_images(2).values())}
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "data", files))
+    assert dataset.label_dim == 2
+    assert [dataset[i][1].argmax() for i in range(4)] == [0, 0, 1, 1]  # ant, cat
+    flat = make_dataset(tmp_path / "flat", {f"{i}.png": data for i, data in enumerate(random_images(2).values())})
+    assert not ImageFolderDataset(flat).has_labels
+
+
+def test_vector_labels(tmp_path):
+    files = random_images(2)
+    labels = {name: [0.5, float(i)] for i, name in enumerate(files)}
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "data", files, labels))
+    assert dataset.label_dim == 2
+    assert dataset[1][1].tolist() == [0.5, 1.0]
+
+
+def test_labels_ignored_or_null(tmp_path):
+    files = random_images(2)
+    path = make_dataset(tmp_path / "data", {**files, "dataset.json": b'{"labels": null}'})
+    assert ImageFolderDataset(path).label_dim == 0
+    assert ImageFolderDataset(DIGITS, use_labels=False)[0][1].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("json", "message"),
+    [
+        (b"{", "is not of the form"),
+        (b"[]", "is not of the form"),
+        (b'{"labels": [["00000/img00000000.png", 1]]}', "has no label for 1 images, such as 00000/img00000001.png"),
+        (b'{"labels": [["00000/img00000000.png", -1], ["00000/img00000001.png", 0]]}', "integers from 0"),
+        (b'{"labels": [["00000/img00000000.png", 1000000000], ["00000/img00000001.png", 0]]}', "integers from 0"),
+        (b'{"labels": [["00000/img00000000.png", [NaN]], ["00000/img00000001.png", [0]]]}', "finite numbers"),
+        (b'{"labels": [["00000/img00000000.png", []], ["00000/img00000001.png", []]]}', "finite numbers"),
+        (b"[" * 100000, "is not of the form"),
+        (b'{"labels": [["00000/img00000000.png", "a"], ["00000/img00000001.png", "b"]]}', "integers from 0"),
+        (b'{"labels": [["00000/img00000000.png", [1, 2]], ["00000/img00000001.png", [1]]]}', "differ in length"),
+    ],
+)
+def test_bad_labels(tmp_path, json, message):
+    path = make_dataset(tmp_path / "data", {**random_images(2), "dataset.json": json})
+    with pytest.raises(UserError, match=f"dataset.json.*{message}"):
+        ImageFolderDataset(path)

@@ -1,0 +1,187 @@
+"""Whole datasets through a VAE: pixels to latents and back."""
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dnnlib.errors import UserError
+from torch_utils import distributed
+from training.conversion.writer import DatasetWriter, encode_png, image_name
+from training.dataset.images import ImageFolderDataset
+from training.encoders import StabilityVAEEncoder, to_pixels, whiten
+
+LATENT_PATTERN = "img-mean-std-{}.npy"
+DOWNSAMPLING = 8  # of Stability AI's VAE
+
+
+def encode_images(
+    dataset: ImageFolderDataset,
+    dest: Path,
+    encoder: StabilityVAEEncoder,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_images: int | None = None,
+    batch: int = 8,
+    resume: bool = False,
+) -> int:
+    """Encode pixels as VAE latents, float32 [8, H/8, W/8]: mean and standard deviation of 4 channels.
+
+    Under torchrun the processes share the work, and the first one writes. Returns the number of images.
+
+    Args:
+        dtype: what the VAE computes in.
+
+    Raises:
+        UserError: the images are not RGB, the VAE gives NaN or infinity, or `dest` exists.
+        OSError: `dest` cannot be written.
+    """
+    if dataset.dtype != np.uint8 or dataset.num_channels != 3:
+        raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not RGB images")
+    if dataset.resolution % DOWNSAMPLING != 0:
+        raise UserError(
+            f"{dataset.path}: the VAE needs a size divisible by {DOWNSAMPLING}, not {dataset.resolution}: "
+            "convert the images to another --resolution"
+        )
+
+    def encode(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            latents = encoder.encode_pixels(images.to(device)).float()
+        _check_finite(latents, names, dtype)
+        return latents
+
+    work = _Work(
+        function=encode,
+        name_of=lambda index: image_name(index, LATENT_PATTERN),
+        file_of=_npy,
+        facts=dict(kind="encode", options=[encoder.vae_name, str(dtype)]),
+    )
+    return _map_dataset(dataset, dest, work, max_images, batch, resume)
+
+
+def decode_latents(
+    dataset: ImageFolderDataset,
+    dest: Path,
+    encoder: StabilityVAEEncoder,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_images: int | None = None,
+    batch: int = 8,
+    resume: bool = False,
+) -> int:
+    """Decode VAE latents into images: of mean and standard deviation (8 channels) the mean, or 4 raw channels.
+
+    Arguments, result and errors as `encode_images`.
+    """
+    if dataset.dtype != np.float32 or dataset.num_channels not in (4, 8):
+        raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not VAE latents")
+
+    def decode(latents: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        raw = latents[:, :4].to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            pixels = encoder.decode_to_floats(whiten(raw, encoder.raw_mean, encoder.raw_std))
+        _check_finite(pixels, names, dtype)
+        return to_pixels(pixels)
+
+    work = _Work(
+        function=decode,
+        name_of=image_name,
+        file_of=lambda image: encode_png(image.transpose(1, 2, 0)),
+        facts=dict(kind="decode", options=[encoder.vae_name, str(dtype)]),
+    )
+    return _map_dataset(dataset, dest, work, max_images, batch, resume)
+
+
+def _check_finite(values: torch.Tensor, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Refuse results that hold NaN or infinity.
+
+    Raises:
+        UserError: one does; names the image.
+    """
+    good = values.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(good):
+        remedy = (
+            "give --precision=fp32 or bf16" if dtype == torch.float16 else "is --model-url the right VAE, and complete?"
+        )
+        raise UserError(f"{names[good.index(False)]}: the VAE turns it into NaN or infinity: {remedy}")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is done to a dataset.
+
+    `function` maps a batch of images (and their names, for messages) to results, `file_of` a result to the contents of
+    its file, `name_of` its index to the name of that; `facts` must be the same when the work is resumed.
+    """
+
+    function: Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+    name_of: Callable[[int], str]
+    file_of: Callable[[np.ndarray], bytes]
+    facts: dict[str, Any]
+
+
+def _map_dataset(
+    dataset: ImageFolderDataset, dest: Path, work: _Work, max_images: int | None, batch: int, resume: bool
+) -> int:
+    """Write the results for all images, in order, with their labels; the number of images."""
+    count = len(dataset) if max_images is None else min(max_images, len(dataset))
+    writer: DatasetWriter | None = None  # in the first process
+    with distributed.fail_together():
+        if distributed.get_rank() == 0:
+            writer = DatasetWriter(dest, dict(source=dataset.info().content_hash, count=count, **work.facts), resume)
+    try:
+        _write_results(dataset, writer, work, count, batch)
+        with distributed.fail_together():
+            if writer is not None:
+                labels = [dataset.get_stored_label(i) for i in range(count)] if dataset.has_labels else None
+                pairs = None if labels is None else [[work.name_of(i), label] for i, label in enumerate(labels)]
+                writer.write("dataset.json", json.dumps({"labels": pairs}).encode())
+                writer.finish()
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        raise
+    return count
+
+
+def _write_results(
+    dataset: ImageFolderDataset, writer: DatasetWriter | None, work: _Work, count: int, batch: int
+) -> None:
+    """Rounds in which each process takes one batch; the last of them may be short or empty."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    done = 0
+    if writer is not None:
+        done = next(i for i in range(count + 1) if i == count or work.name_of(i) not in writer.names)
+    done = distributed.from_first(done)
+    starts = range(done, count, batch * world_size)
+    disable = None if rank == 0 else True
+    with tqdm(total=count, initial=done, unit="img", disable=disable, dynamic_ncols=True) as progress:
+        for start in starts:
+            begin = min(start + rank * batch, count)
+            indices = range(begin, min(begin + batch, count))
+            part = torch.zeros(0)
+            with distributed.fail_together():
+                if len(indices) > 0:
+                    images = torch.from_numpy(np.stack([dataset[i][0] for i in indices]))
+                    names = [f"{dataset.path}: {dataset.name(i)}" for i in indices]
+                    part = work.function(images, names).cpu()
+            parts = [part.numpy() for part in distributed.gather_to_first(part)]
+            with distributed.fail_together():
+                for image in itertools.chain.from_iterable(parts):
+                    assert writer is not None
+                    writer.write(work.name_of(done), work.file_of(image))
+                    done += 1
+                    progress.update()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    f = io.BytesIO()
+    np.save(f, array.astype(np.float32))
+    return f.getvalue()

@@ -1,0 +1,160 @@
+"""Where the files of a dataset are: in a folder, or in a ZIP file that is read through a memory map."""
+
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dnnlib.errors import UserError, one_line
+
+# Of the local header of a ZIP entry: its fixed size, and where the lengths of its name and extra field are.
+LOCAL_HEADER_BYTES, LOCAL_LENGTHS = 30, 26
+
+
+class Storage(Protocol):
+    """Files that are found by their position in a sorted list of names."""
+
+    names: list[str]
+
+    def read(self, idx: int) -> bytes | memoryview:
+        """The contents of a file."""
+        ...
+
+    def read_start(self, idx: int, size: int) -> bytes:
+        """The first `size` bytes of a file."""
+        ...
+
+    def size(self, idx: int) -> int:
+        """The number of bytes of a file."""
+        ...
+
+    def crc(self, idx: int) -> int:
+        """The CRC-32 of a file."""
+        ...
+
+    def compressed(self, indices: np.ndarray) -> bool:
+        """Whether any of these files is unpacked each time it is read."""
+        ...
+
+
+def open_storage(path: Path) -> Storage:
+    """The files of a folder or a ZIP file, without hidden ones.
+
+    Raises:
+        UserError: there is neither a folder nor a ZIP file of that name, or the ZIP file is damaged.
+        OSError: the folder or file cannot be read.
+    """
+    if path.is_dir():
+        return _Folder(path)
+    if path.is_file():
+        return _Zip(path)
+    raise UserError(f"{path}: no such dataset: give a ZIP file or a folder of images")
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Relative names of the files below a folder. Links are followed; broken ones are listed, pipes and devices not.
+
+    Raises:
+        UserError: a link leads back to a folder that contains it.
+        OSError: a folder cannot be read.
+    """
+
+    def walk(path: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    facts = os.stat(entry.path)
+                    key = (facts.st_dev, facts.st_ino)
+                    if key in above:
+                        raise UserError(f"{entry.path}: this link leads back to a folder that contains it: remove it")
+                    yield from walk(entry.path, f"{prefix}{entry.name}/", (*above, key))
+                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                    yield prefix + entry.name
+
+    facts = os.stat(folder)
+    yield from walk(os.fspath(folder), "", ((facts.st_dev, facts.st_ino),))
+
+
+class _Folder:
+    """Files below a directory, sorted by relative name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.names = sorted(name for name in files_below(path) if not name.rpartition("/")[2].startswith("."))
+
+    def read(self, idx: int) -> bytes:
+        return (self.path / self.names[idx]).read_bytes()
+
+    def read_start(self, idx: int, size: int) -> bytes:
+        with open(self.path / self.names[idx], "rb") as f:
+            return f.read(size)
+
+    def size(self, idx: int) -> int:
+        return (self.path / self.names[idx]).stat().st_size
+
+    def crc(self, idx: int) -> int:
+        return zlib.crc32(self.read(idx))
+
+    def compressed(self, indices: np.ndarray) -> bool:
+        return False
+
+
+class _Zip:
+    """Entries of a ZIP file, sorted by name. The directory is read once, into arrays; entries then come from a memory
+    map, so processes and threads can read at the same time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                infos = [info for info in archive.infolist() if not info.is_dir()]
+        except (OSError, MemoryError):
+            raise
+        except Exception as err:  # a damaged directory can fail in any way
+            raise UserError(f"{path}: not a complete ZIP file ({one_line(err)}): copy or convert it again") from None
+        infos = sorted((i for i in infos if not Path(i.filename).name.startswith(".")), key=lambda i: i.filename)
+        self.names = [info.filename for info in infos]
+        fields = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
+        self._offsets, self._stored_sizes, self._sizes, self._crcs, self._methods = (
+            np.array(fields, np.int64).reshape(-1, 5).T
+        )
+        self._map: mmap.mmap | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}
+
+    def _stored(self, idx: int) -> memoryview:
+        """The bytes of an entry as they lie in the file."""
+        if self._map is None:
+            with open(self.path, "rb") as f:
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        offset = int(self._offsets[idx])
+        name_length, extra_length = struct.unpack_from("<HH", self._map, offset + LOCAL_LENGTHS)
+        start = offset + LOCAL_HEADER_BYTES + name_length + extra_length
+        return memoryview(self._map)[start : start + int(self._stored_sizes[idx])]
+
+    def read(self, idx: int) -> bytes | memoryview:
+        data, method = self._stored(idx), int(self._methods[idx])
+        if method == zipfile.ZIP_STORED:
+            return data
+        if method == zipfile.ZIP_DEFLATED:
+            return zlib.decompress(data, wbits=-15)
+        raise ValueError(f"ZIP compression method {method} is not supported: store the file uncompressed")
+
+    def read_start(self, idx: int, size: int) -> bytes:
+        return bytes(self.read(idx)[:size])
+
+    def size(self, idx: int) -> int:
+        return int(self._sizes[idx])
+
+    def crc(self, idx: int) -> int:
+        return int(self._crcs[idx])
+
+    def compressed(self, indices: np.ndarray) -> bool:
+        return bool((self._methods[indices] != zipfile.ZIP_STORED).any())

@@ -1,0 +1,66 @@
+"""Conversion of snapshots to another layout or type of weights, one file or a whole directory."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+from dnnlib.download import is_url
+from dnnlib.errors import UserError
+from training.snapshot.files import READERS, check_suffix, open_snapshot, write_snapshot
+from training.snapshot.hub import FOLDER_FILES
+from training.snapshot.layout import FOLDER, build_for, finite_tensor, weights_dtype
+
+
+def plan_conversion(source: str, dest: Path, suffix: str) -> dict[str, Path]:
+    """The file that each snapshot becomes: `dest`, or if `source` is a directory of snapshots, files in `dest`.
+
+    Args:
+        source: a snapshot, as `open_snapshot` takes it, or a directory.
+        suffix: of the files in a directory.
+
+    Raises:
+        UserError: there is nothing to convert, or no place for the result.
+    """
+    if not is_url(source) and not Path(source).exists():
+        raise UserError(f"{source}: no such file or directory")
+    if Path(source).is_dir() and not Path(source, FOLDER_FILES[0]).is_file():
+        return _plan_directory(Path(source), dest, suffix)
+    check_suffix(dest)
+    if dest.exists() and Path(source).exists() and dest.samefile(source):
+        raise UserError(f"{dest}: is what is converted: choose another name for the result")
+    return {source: dest}
+
+
+def _plan_directory(source: Path, dest: Path, suffix: str) -> dict[str, Path]:
+    suffixes = dict.fromkeys(reader.suffix for reader in READERS if reader.suffix != FOLDER)
+    files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
+    if not files:
+        raise UserError(f"{source}: no {' or '.join(suffixes)} files in this directory")
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"{dest}: a directory is converted into a directory, and this is a file")
+    targets: dict[str, Path] = {}
+    for path in files:
+        target = dest / (path.stem + suffix)
+        if target in files:
+            continue  # converted already, or of this format from the beginning
+        if target in targets.values():
+            raise UserError(f"{path}: another file of that name in {source} would become {target}, too")
+        targets[str(path)] = target
+    return targets
+
+
+def convert_snapshot(source: str, dest: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the snapshot `source` to `dest`, whose suffix chooses the layout.
+
+    Args:
+        dtype: of the weights; None = as they are.
+
+    Raises:
+        UserError: `source` is no snapshot, is damaged or holds NaN, or the layout cannot hold the network.
+        OSError: it could not be written.
+    """
+    file = open_snapshot(source)
+    net, _ = build_for(file)
+    get_tensor = functools.partial(finite_tensor, file)
+    write_snapshot(dest, net, get_tensor, dtype or weights_dtype(file, net), file.description)

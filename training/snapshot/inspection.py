@@ -1,0 +1,48 @@
+"""What a file holds, for `snapshot_tool.py inspect`."""
+
+from pathlib import Path
+from typing import Any
+
+from dnnlib.download import open_url
+from torch_utils import safe_pickle
+from training.flops import count_parameters
+from training.metrics.files import ENTRIES, load_stats, published_stats
+from training.snapshot.files import open_snapshot
+from training.snapshot.layout import build_for, weights_dtype
+
+
+def facts_of(source: str) -> dict[str, Any]:
+    """Facts about a snapshot or a file of reference statistics, as plain JSON values.
+
+    Args:
+        source: file, folder or URL.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is neither.
+    """
+    return _facts_of_statistics(source) or _facts_of_network(source)
+
+
+def _facts_of_network(source: str) -> dict[str, Any]:
+    file = open_snapshot(source)
+    net, _ = build_for(file)
+    measured = {
+        "file": str(file.path),
+        "bytes": file.path.stat().st_size,
+        "parameters": count_parameters(net),
+        "tensors": len(file.names),
+        "dtype": str(weights_dtype(file, net)).removeprefix("torch."),
+    }
+    return measured | {key: value for key, value in file.metadata.items() if key not in measured}
+
+
+def _facts_of_statistics(source: str) -> dict[str, Any] | None:
+    """None if the file is something else."""
+    if Path(source).is_dir() or not source.partition("#")[0].endswith((".pkl", ".npz")):
+        return None
+    path = Path(open_url(source, return_filename=True))
+    if path.suffix == ".pkl" and not ENTRIES.keys() & published_stats(safe_pickle.load(path), str(path)).keys():
+        return None
+    stats = load_stats(path)
+    features = {name: f"mean and covariance of {len(stats[name].mu)} features" for name in ENTRIES if name in stats}
+    return {"file": str(path), "bytes": path.stat().st_size, **features}
