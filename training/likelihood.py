@@ -1,7 +1,7 @@
 """Likelihood of images by the probability flow: bits per dimension of every denoiser.
 
-Source: Song et al. 2021 (arXiv 2011.13456, Section 4.3 and Appendix D.2), after Chen et al. 2018 (arXiv 1806.07366) and,
-for the estimate of the trace, Hutchinson 1990. The flow carries an image u(0) to noise u(1) whose density is known, and
+Source: Song et al. 2021 (arXiv 2011.13456, Section 4.3 and Appendix D.2), after Chen et al. 2018 (arXiv 1806.07366) and
+Hutchinson 1990 (the estimate of the trace). The flow carries an image u(0) to noise u(1) whose density is known, and
 its divergence is what the logarithm of the density changes by:
 
     log p(u(0)) = log N(u(1); 0, prior_std^2) + int_0^1 div(du/dt) dt.
@@ -109,7 +109,7 @@ def dequantized(
         data_range: of the result.
         levels: number of values that a pixel has, evenly spaced from 0 to 255.
         dequantization: 'uniform' spreads each level evenly over its share of the range (Theis et al. 2016, arXiv
-            1511.01844); 'none' leaves pixels where the encoder of a network puts them. Their density has no upper bound.
+            1511.01844); 'none' leaves pixels where the encoder of a network puts them; their density has no bound.
         rnd: what is drawn from (`StackedRandomGenerator`); None = torch's own generator.
 
     Raises:
@@ -175,9 +175,7 @@ def log_likelihood(
         return torch.cat([flow.f * u - (clean - x) * flow.rate, divergence[:, None]], dim=1)
 
     start = wide(torch.cat([images.flatten(1), images.new_zeros(len(images), 1)], dim=1))
-    y, nfe = integrate(
-        derivative, start, options.first_time, 1.0, options.rtol, options.atol, options.common_norm
-    )
+    y, nfe = integrate(derivative, start, options.first_time, 1.0, options.rtol, options.atol, options.common_norm)
     z, change = y[:, :-1], y[:, -1]
     variance = schedule.prior_std**2
     log_prior = -(z.square().sum(dim=1) / variance + dims * math.log(2 * math.pi * variance)) / 2
@@ -210,5 +208,5 @@ def _probes(images: torch.Tensor, trace: str, epsilon: torch.Tensor | None, rnd:
 
 
 def _trace_part(product: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-    """e^T J e - e^T e for each image, from e^T J: float64 [N]. The difference comes before the sum, which keeps digits."""
+    """e^T J e - e^T e for each image, from e^T J: float64 [N]. Subtracted before it is summed, to keep digits."""
     return ((product.to(e) - e) * e).flatten(1).sum(dim=1)

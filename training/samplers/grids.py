@@ -1,11 +1,12 @@
 """Grids: the noise levels that a sampler visits."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from dnnlib.errors import UserError
+from training.config.dpm_solver import SPACINGS
 from training.config.generation import EDMGrid
 from training.schedules import VE, Schedule
 
@@ -39,6 +40,59 @@ class Grid:
         kept = torch.cat([self.sigmas.new_ones(1, dtype=torch.bool), self.sigmas.diff() != 0])
         times = None if self.times is None else self.times[kept]
         return Grid(self.sigmas[kept], times, self.start, self.end)
+
+
+def time_grid(schedule: Schedule, times: torch.Tensor) -> Grid:
+    """The grid of a schedule's times, for samples u = s(t) x that begin as its prior and stay as they are at the end.
+
+    Args:
+        times: decreasing, float64 [steps + 1].
+    """
+    start = schedule.prior_std / float(schedule.scale(times[0]))
+    return Grid(schedule.sigma(times), times, start, float(schedule.scale(times[-1])))
+
+
+def spaced_times(schedule: Schedule, spacing: str, steps: int, first: float, last: float) -> torch.Tensor:
+    """Decreasing times [steps + 1] from `first` to `last`, float64, as samplers of the DPM-Solver family space them.
+
+    Args:
+        spacing: 'time' = evenly in t, 'quadratic' = in the root of t, 'log-snr' = in ln(1 / sigma).
+
+    Raises:
+        UserError: another spacing, fewer than one step, or not 0 < last < first.
+    """
+    if spacing not in SPACINGS:
+        raise UserError(f"unknown spacing {spacing!r} (known: {', '.join(SPACINGS)})")
+    if steps < 1 or not 0 < last < first:
+        raise UserError(
+            f"{steps} steps from time {first} to {last}: it takes one or more, from a later time to an earlier"
+        )
+    if spacing == "log-snr":
+        log_sigma = schedule.sigma(torch.tensor([first, last], dtype=torch.float64)).log()
+        sigmas = torch.linspace(log_sigma[0], log_sigma[1], steps + 1, dtype=torch.float64).exp()
+        return schedule.time(sigmas)
+    power = 2 if spacing == "quadratic" else 1
+    return torch.linspace(first ** (1 / power), last ** (1 / power), steps + 1, dtype=torch.float64) ** power
+
+
+def euler_maruyama_times(steps: int, first: float = 1.0, last: float = 1e-3) -> torch.Tensor:
+    """Decreasing times [steps + 1], float64: `steps` evenly spaced ones from `first` to `last`, then 0."""
+    times = torch.linspace(first, last, steps, dtype=torch.float64)
+    return torch.cat([times, times.new_zeros(1)])
+
+
+def with_inner_levels(grid: Grid, orders: Sequence[int]) -> Grid:
+    """The grid with k - 1 levels inside each step of order k, evenly spaced in ln sigma.
+
+    Args:
+        orders: of each step.
+    """
+    assert len(orders) == len(grid), f"{len(orders)} orders for {len(grid)} steps"
+    parts = [
+        sigma * (sigma_next / sigma) ** (torch.arange(order, dtype=torch.float64) / order)
+        for (sigma, sigma_next), order in zip(grid.steps(), orders, strict=True)
+    ]
+    return replace(grid, sigmas=torch.cat([*parts, grid.sigmas[-1:]]), times=None)
 
 
 def edm_grid(config: EDMGrid) -> Grid:
@@ -107,7 +161,7 @@ def ode_grid(schedule: Schedule, end_time: float | None = None) -> Grid:
 
 
 def last_time(schedule: Schedule) -> float:
-    """Where sampling ends (Song et al. 2021, Appendix C): at 1e-5 for VE, 1e-3 for others, whose score is rough there."""
+    """Where sampling ends (Song et al. 2021, Appendix C): 1e-5 for VE; 1e-3 else, where scores are rough."""
     return 1e-5 if isinstance(schedule, VE) else 1e-3
 
 
