@@ -163,8 +163,13 @@ def image_values(decoder: Any, images: torch.Tensor, pad: int = 0, randn_like: A
     images = F.pad(images, [pad] * 4)
     if decoder.levels == 2:
         p = images.float() / 255
-        return (torch.special.ndtr(randn_like(p)) < p).float()
+        return binarize(p, torch.special.ndtr(randn_like(p)))
     return torch.div(images.int() * decoder.levels, 256, rounding_mode="floor").float() / (decoder.levels - 1)
+
+
+def binarize(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Black and white pixels, 1 with probability p, made of uniform draws of the same shape."""
+    return (uniform < p).float()
 
 
 def reconstruction_loss(net: Any, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

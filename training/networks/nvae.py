@@ -208,7 +208,8 @@ class NVAE(nn.Module):
         log_q, log_p, kl = [], [], []
 
         def latent(i: int, x: torch.Tensor) -> torch.Tensor:
-            prior, posterior = self._prior(i, x), self._posterior(i, x, features, repeat)
+            parameters = self._prior(i, x)
+            prior, posterior = Normal.split(parameters), self._posterior(i, x, parameters, features, repeat)
             before = posterior.sample(next(draws))
             z = self._flow(i, before)
             log_q.append(posterior.log_prob(before))
@@ -229,7 +230,7 @@ class NVAE(nn.Module):
     def sample(self, n: int, temperature: float = 1, noise: Noise = None) -> torch.Tensor:
         """Logits of n images drawn from the prior, whose standard deviations are multiplied by `temperature`."""
         draws = self._draws(noise, n)
-        return self._top_down(lambda i, x: self._prior(i, x, temperature).sample(next(draws)), n)
+        return self._top_down(lambda i, x: Normal.split(self._prior(i, x), temperature).sample(next(draws)), n)
 
     def prior_draws(self, x: torch.Tensor, noise: Noise = None) -> list[torch.Tensor]:
         """Latents of images as `sample` would have to draw them: (z - mu_p) / sigma_p of each group, [N, Z, H, W].
@@ -240,8 +241,9 @@ class NVAE(nn.Module):
         features = self.encode(x)
 
         def latent(i: int, x: torch.Tensor) -> torch.Tensor:
-            z = self._flow(i, self._posterior(i, x, features).sample(next(draws)))
-            found.append(self._prior(i, x).standardize(z))
+            parameters = self._prior(i, x)
+            z = self._flow(i, self._posterior(i, x, parameters, features).sample(next(draws)))
+            found.append(Normal.split(parameters).standardize(z))
             return z
 
         self._top_down(latent, x.shape[0])
@@ -289,22 +291,21 @@ class NVAE(nn.Module):
         """Combiners of the encoder, in its own order: the last one belongs to the decoder's second group."""
         return [m for m in self.enc_tower if isinstance(m, EncoderCombiner)]
 
-    def _prior(self, i: int, x: torch.Tensor, temperature: float = 1) -> Normal:
+    def _prior(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Parameters of the prior of group i [N, 2 Z, H, W]: 0 for the top group."""
         if i > 0:
-            return Normal(*self.dec_sampler[i - 1](x).chunk(2, dim=1), temperature)
-        zeros = x.new_zeros(x.shape[0], *self.latent_shapes[0])
-        return Normal(zeros, zeros, temperature)
+            return self.dec_sampler[i - 1](x)
+        Z, H, W = self.latent_shapes[0]
+        return x.new_zeros(x.shape[0], 2 * Z, H, W)
 
-    def _posterior(self, i: int, x: torch.Tensor, features: Features, repeat: int = 1) -> Normal:
-        if i == 0:
-            parameters = self.enc_sampler[0](features.top)
-            return Normal(*parameters.repeat_interleave(repeat, dim=0).chunk(2, dim=1))
-        mine = features.groups[i - 1].repeat_interleave(repeat, dim=0)
-        mu, log_sigma = self.enc_sampler[i](self._combiners[-i](mine, x)).chunk(2, dim=1)
-        if self.res_dist:
-            prior_mu, prior_log_sigma = self.dec_sampler[i - 1](x).chunk(2, dim=1)
-            mu, log_sigma = prior_mu + mu, prior_log_sigma + log_sigma
-        return Normal(mu, log_sigma)
+    def _posterior(self, i: int, x: torch.Tensor, prior: torch.Tensor, features: Features, repeat: int = 1) -> Normal:
+        """Posterior of group i, given the parameters of its prior."""
+        if i > 0:
+            mine = features.groups[i - 1].repeat_interleave(repeat, dim=0)
+            parameters = self.enc_sampler[i](self._combiners[-i](mine, x))
+        else:
+            parameters = self.enc_sampler[0](features.top).repeat_interleave(repeat, dim=0)
+        return Normal.split(prior + parameters if self.res_dist else parameters)
 
     def _flow(self, i: int, z: torch.Tensor) -> torch.Tensor:
         per_group = len(self.nf_cells) // self.num_groups

@@ -36,6 +36,12 @@ class Normal:
         self.mu = soft_clamp(mu.float())
         self.sigma = (soft_clamp(log_sigma.float()).exp() + SIGMA_MIN) * temperature
 
+    @classmethod
+    def split(cls, parameters: torch.Tensor, temperature: float = 1) -> "Normal":
+        """The normals of parameters [N, 2 C, H, W], which hold C times mu, then C times log_sigma."""
+        mu, log_sigma = parameters.chunk(2, dim=1)
+        return cls(mu, log_sigma, temperature)
+
     def sample(self, eps: torch.Tensor) -> torch.Tensor:
         """mu + sigma eps for draws `eps` ~ N(0, I)."""
         return torch.addcmul(self.mu, self.sigma, eps)
@@ -216,7 +222,7 @@ class NormalDecoder:
         self.logit_channels = 2 * channels
 
     def log_prob(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        normal = Normal(*logits.chunk(2, dim=1))
+        normal = Normal.split(logits)
         y = 2 * x.float() - 1
         if self.published:
             return normal.log_prob(y)
@@ -227,12 +233,12 @@ class NormalDecoder:
         return torch.where(right - left < NARROW_BIN, narrow, _log_interval_mass(left, right))
 
     def mean(self, logits: torch.Tensor) -> torch.Tensor:
-        return Normal(*logits.chunk(2, dim=1)).mu.clamp(-1, 1) / 2 + 0.5
+        return Normal.split(logits).mu.clamp(-1, 1) / 2 + 0.5
 
     def draws(self, logits: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> list[torch.Tensor]:
         n, channels, h, w = logits.shape
         return [randn_like(logits.new_empty((n, channels // 2, h, w), dtype=torch.float32))]
 
     def sample(self, logits: torch.Tensor, draws: Sequence[torch.Tensor], temperature: float = 1) -> torch.Tensor:
-        normal = Normal(*logits.chunk(2, dim=1), temperature)
+        normal = Normal.split(logits, temperature)
         return normal.sample(draws[0]).clamp(-1, 1) / 2 + 0.5

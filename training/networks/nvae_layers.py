@@ -151,9 +151,9 @@ def effective_weights(net: Any) -> Iterator[None]:
     net.shared_stacks = shared
     try:
         yield
-        found = [(stack, shared[shape].grad) for shape, stack in stacks.items() if shared[shape].grad is not None]
-        if found:
-            torch.autograd.backward(*map(list, zip(*found, strict=True)))
+        used = [shape for shape, w in shared.items() if w.grad is not None]
+        if used:
+            torch.autograd.backward([stacks[shape] for shape in used], [shared[shape].grad for shape in used])
     finally:
         net.shared_stacks = None
         for conv in convs:
