@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, Golden
@@ -11,6 +12,9 @@ from conftest import GOLDEN, Golden
 from training.losses_vae import POWER_EPS, VAEObjective, reconstruction_loss
 from training.networks.nvae import NVAE, Output
 from training.snapshot.published_nvae import network_options
+
+if not (GOLDEN / "nvae").is_dir():
+    pytest.skip("no golden values of NVAE here: OPENEDM2_GOLDEN names a set that has them", allow_module_level=True)
 
 Close = Callable[..., None]  # the fixture `close`
 FORWARD, GRADIENT = 1e-5, 2e-5  # see the README of the golden set

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.likelihood_vae import VAELikelihood, importance_bounds, readjust_batch_norms_
 from training.networks.nvae import NVAE
 from training.samplers import StackedRandomGenerator

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.losses_vae import image_values, reconstruction_loss
 from training.networks.nvae import NVAE
 from training.networks.nvae_distributions import RandnLike
@@ -143,18 +143,18 @@ def readjust_batch_norms_(
     """
     if not temperature > 0:
         raise UserError(f"temperature must be above 0, not {temperature}")
-    if randn_like is None:
-        generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-        def randn_like(template: torch.Tensor) -> torch.Tensor:
-            return torch.randn(template.shape, generator=generator).to(template.device)
+    def seeded(template: torch.Tensor) -> torch.Tensor:
+        return torch.randn(template.shape, generator=generator).to(template.device)
 
+    draw = seeded if randn_like is None else randn_like
     net.eval()
     for norm in net.decoder_batch_norms():
         norm.train()
     try:
         with effective_weights(net), torch.autocast(net.prior_ftr0.device.type, enabled=False):
             for _ in range(batches):
-                net.sample(batch_size, temperature, randn_like)
+                net.sample(batch_size, temperature, draw)
     finally:
         net.eval()

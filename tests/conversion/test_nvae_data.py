@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.conversion.nvae_data import crop_celeba, fixed_split, open_lmdb, read_mat, read_omniglot
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.nvae import NVAE, groups_per_scale
 from training.networks.nvae_cells import ARCHITECTURES
 from training.networks.nvae_distributions import BernoulliDecoder, LogisticMixtureDecoder, NormalDecoder

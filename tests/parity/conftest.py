@@ -1,12 +1,13 @@
 """Fixtures of the comparisons with golden values."""
 
 import pytest
-from nvae_golden import largest_error
 
 
 @pytest.fixture
 def close(record_property):
     """Compare by the largest difference; the largest error of the test is recorded in the JUnit report."""
+    from nvae_golden import largest_error
+
     largest = [0.0]
 
     def compare(actual, expected, tolerance: float, name: str = "") -> None:

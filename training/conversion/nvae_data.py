@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from dnnlib.util import UserError
-from training.conversion.sources import Source, SourceImage, open_source
+from dnnlib.errors import UserError
+from training.conversion.opening import open_source
+from training.conversion.sources import Source, SourceImage
 from training.conversion.transforms import resize
 
 BILINEAR = PIL.Image.Resampling.BILINEAR

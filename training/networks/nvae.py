@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.nvae_cells import ARCHITECTURES, UP, Cell
 from training.networks.nvae_distributions import (
     BernoulliDecoder,

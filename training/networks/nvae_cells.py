@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dnnlib.util import UserError
+from dnnlib.errors import UserError
 from training.networks.nvae_layers import SE, BatchNorm2d, BNSwish, Conv2d, DataInitConv2d, SkipDown, SkipUp
 
 BRANCH_SCALE = 0.1  # of what a cell adds to its skip connection

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from dnnlib.util import UserError, atomic_write, one_line
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
 from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
 from training.networks.nvae_layers import Conv2d, DataInitConv2d, convolutions
