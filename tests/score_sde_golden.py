@@ -27,7 +27,7 @@ class GoldenFile(golden_files.GoldenFile):
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Descriptions of the entries that have arrays."""
-        found = {key: value for key, value in self.meta.items() if any(a.startswith(f"{key}/") for a in self.arrays)}
+        found = {key: v for key, v in self.meta.items() if any(f"{a}/".startswith(f"{key}/") for a in self.arrays)}
         assert found
         return found
 
