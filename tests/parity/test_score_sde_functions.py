@@ -36,8 +36,7 @@ GRIDS = [(name, entry) for name, entry in entries("sdes*") if entry.startswith("
 
 def sde_of(meta: dict):
     arguments = dict(zip(meta["arg_names"], meta["args"], strict=True))
-    published = {"beta_min": "beta_0", "beta_max": "beta_1"}
-    return schedule(meta["kind"], {published.get(key, key): value for key, value in arguments.items()}), arguments["N"]
+    return schedule(meta["kind"], arguments), arguments["N"]
 
 
 @pytest.mark.parametrize(("name", "entry"), SDES)
