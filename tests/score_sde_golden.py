@@ -1,5 +1,6 @@
 """Golden files of score-SDE models, and the networks and schedules that they describe."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -27,7 +28,7 @@ class GoldenFile(golden_files.GoldenFile):
 
     def entries(self) -> dict[str, dict[str, Any]]:
         """Descriptions of the entries that have arrays."""
-        found = {key: value for key, value in self.meta.items() if any(a.startswith(f"{key}/") for a in self.arrays)}
+        found = {key: v for key, v in self.meta.items() if any(f"{a}/".startswith(f"{key}/") for a in self.arrays)}
         assert found
         return found
 
@@ -42,6 +43,7 @@ class GoldenFile(golden_files.GoldenFile):
 
 
 names = GoldenFile.names
+opened = functools.cache(GoldenFile)  # for files that many tests read
 
 
 def entries(pattern: str) -> list[tuple[str, str]]:
@@ -60,15 +62,20 @@ def network(config: dict[str, dict[str, Any]]) -> torch.nn.Module:
     return cls(data["image_size"], data["num_channels"], **options).eval()
 
 
-def shared_network(name: str) -> torch.nn.Module:
-    """One of the small networks that entries of other files name."""
-    for file in names("nets*"):
-        g = GoldenFile(file)
+def shared_entry(name: str) -> tuple[GoldenFile, dict[str, dict[str, Any]]]:
+    """Where one of the small networks is that entries of other files name, and its configuration."""
+    for g in map(opened, names("nets*")):
         if name in g.meta:
-            net = network(g.meta[name]["config"])
-            net.load_state_dict(g.below(name))
-            return net
+            return g, g.meta[name]["config"]
     raise AssertionError(f"no golden file nets*.npz has a network {name}")
+
+
+def shared_network(name: str) -> torch.nn.Module:
+    """One of the small networks."""
+    g, config = shared_entry(name)
+    net = network(config)
+    net.load_state_dict(g.below(name))
+    return net
 
 
 def filled_network(config: dict[str, dict[str, Any]], weights: str) -> torch.nn.Module:
@@ -80,16 +87,19 @@ def filled_network(config: dict[str, dict[str, Any]], weights: str) -> torch.nn.
     return net
 
 
-def schedule(sde: str, parameters: dict[str, float], levels: int | None = None) -> Schedule:
+def schedule(sde: str, parameters: dict[str, float], levels: int | None = None, first_time: float = 0.0) -> Schedule:
     """The schedule of an SDE, with discrete levels if their number is given."""
     if sde == "VE":
         bounds = (parameters["sigma_min"], parameters["sigma_max"])
         return VE(*bounds) if levels is None else DiscreteVE(*bounds, levels)
-    bounds = (parameters["beta_0"], parameters["beta_1"])
+    bounds = (
+        parameters.get("beta_0", parameters.get("beta_min")),
+        parameters.get("beta_1", parameters.get("beta_max")),
+    )
     if sde == "subVP":
         return SubVP(*bounds)
     assert sde == "VP"
-    return VP(*bounds) if levels is None else DiscreteVP(*bounds, levels)
+    return VP(*bounds) if levels is None else DiscreteVP(*bounds, levels, first_time)
 
 
 def denoiser(net: torch.nn.Module, of: Schedule) -> Preconditioned:
