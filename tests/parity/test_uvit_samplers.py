@@ -11,8 +11,8 @@ from training.denoiser import Preconditioned
 from training.guidance import GuidedDenoiser
 from training.preconditioning import DataPrediction, Epsilon
 from training.samplers.dpm_solver import adaptive, multistep, singlestep, singlestep_orders
-from training.samplers.euler_maruyama import euler_maruyama
-from training.samplers.grids import Grid, euler_maruyama_times, spaced_times, time_grid, with_inner_levels
+from training.samplers.euler_maruyama import EulerMaruyama, euler_maruyama
+from training.samplers.grids import Grid, sde_grid, spaced_times, time_grid, with_inner_levels
 from training.samplers.thresholding import ThresholdedDenoiser
 from training.schedules import VP
 from training.schedules_uvit import CosineVP, InterpolatedVP
@@ -108,8 +108,8 @@ class Run:
         """Solver, grid and options."""
         o, schedule = self.options, self.schedule
         if self.solver.startswith("em_"):
-            times = euler_maruyama_times(o["nfe"], o["T"], o["eps"])
-            return euler_maruyama(schedule, stochastic=self.solver == "em_sde"), time_grid(schedule, times), None
+            options = EulerMaruyama(schedule, stochastic=self.solver == "em_sde")
+            return euler_maruyama, sde_grid(schedule, o["nfe"], o["eps"], o["T"]), options
         of_noise = self.solver.startswith("dpm_")
         prediction = "noise" if of_noise or not o.get("predict_x0", True) else "data"
         if self.is_adaptive:

@@ -9,11 +9,11 @@ import torch
 from dnnlib.errors import RunError, UserError
 from training.config.dpm_solver import AdaptiveDPMSolver, DPMSolver
 from training.samplers.dpm_solver import adaptive, multistep, singlestep, singlestep_orders
-from training.samplers.euler_maruyama import euler_maruyama
+from training.samplers.euler_maruyama import EulerMaruyama, euler_maruyama
 from training.samplers.grids import (
     Grid,
     edm_sigmas,
-    euler_maruyama_times,
+    sde_grid,
     spaced_times,
     time_grid,
     with_inner_levels,
@@ -234,7 +234,7 @@ def test_euler_maruyama_flow_is_of_order_1(schedule):
     for steps in (400, 800):
         grid = time_grid(schedule, torch.linspace(0.9, 0.01, steps + 1, dtype=torch.float64))
         x = start() / FIRST * grid.sigmas[0]
-        out = run(euler_maruyama(schedule, stochastic=False), x, grid, None)
+        out = run(euler_maruyama, x, grid, EulerMaruyama(schedule, stochastic=False))
         errors.append((out - exact(x, grid.sigmas[0], grid.sigmas[-1])).abs().mean().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
 
@@ -242,10 +242,11 @@ def test_euler_maruyama_flow_is_of_order_1(schedule):
 @pytest.mark.parametrize("schedule", [VP(), VE(0.01, 10), InterpolatedVP()], ids=repr)
 def test_euler_maruyama_samples_the_distribution(schedule):
     torch.manual_seed(0)
-    grid = time_grid(schedule, euler_maruyama_times(200))
-    assert grid.sigmas[-1] == schedule.sigma(0.0) and len(grid) == 200
+    grid = sde_grid(schedule, 200)
+    assert grid.sigmas[-1] == 0 and len(grid) == 200 and grid.start is not None
     D = Gaussian()
-    x = run(euler_maruyama(schedule), grid.start * torch.randn(20000, 1, dtype=torch.float64), grid, None, D)
+    x = grid.start * torch.randn(20000, 1, dtype=torch.float64)
+    x = run(euler_maruyama, x, grid, EulerMaruyama(schedule), D)
     assert len(D.sigmas) == 200
     assert x.mean().item() == pytest.approx(MEAN, abs=0.015)
     assert x.std().item() == pytest.approx(STD, rel=0.03)
@@ -253,9 +254,13 @@ def test_euler_maruyama_samples_the_distribution(schedule):
 
 def test_euler_maruyama_adds_no_noise_last():
     draws = []
-    solve = euler_maruyama(VP())
-    grid = time_grid(VP(), euler_maruyama_times(5))
-    solve(Gaussian(), start(), grid, None, randn_like=lambda x: draws.append(1) or x, after_update=lambda x, *_: x)
+
+    def randn_like(x):
+        draws.append(x)
+        return torch.randn_like(x)
+
+    options = EulerMaruyama(VP())
+    euler_maruyama(Gaussian(), start(), sde_grid(VP(), 5), options, randn_like=randn_like, after_update=unchanged)
     assert len(draws) == 4
 
 

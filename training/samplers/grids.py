@@ -75,12 +75,6 @@ def spaced_times(schedule: Schedule, spacing: str, steps: int, first: float, las
     return torch.linspace(first ** (1 / power), last ** (1 / power), steps + 1, dtype=torch.float64) ** power
 
 
-def euler_maruyama_times(steps: int, first: float = 1.0, last: float = 1e-3) -> torch.Tensor:
-    """Decreasing times [steps + 1], float64: `steps` evenly spaced ones from `first` to `last`, then 0."""
-    times = torch.linspace(first, last, steps, dtype=torch.float64)
-    return torch.cat([times, times.new_zeros(1)])
-
-
 def with_inner_levels(grid: Grid, orders: Sequence[int]) -> Grid:
     """The grid with k - 1 levels inside each step of order k, evenly spaced in ln sigma.
 
@@ -129,13 +123,14 @@ def edm_sigmas(
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def sde_grid(schedule: Schedule, num_steps: int, end_time: float | None = None) -> Grid:
-    """N evenly spaced times from 1 to `end_time`, and 0 at the end (Song et al. 2021, Appendix G).
+def sde_grid(schedule: Schedule, num_steps: int, end_time: float | None = None, first_time: float = 1.0) -> Grid:
+    """N evenly spaced times from `first_time` to `end_time`, and 0 at the end (Song et al. 2021, Appendix G).
 
     Args:
         schedule: what times mean.
         num_steps: N.
         end_time: of the last evaluation; None = `last_time(schedule)`.
+        first_time: of the first evaluation.
 
     Raises:
         UserError: fewer than one step, or not 0 < end_time < 1.
@@ -143,9 +138,9 @@ def sde_grid(schedule: Schedule, num_steps: int, end_time: float | None = None) 
     if num_steps < 1:
         raise UserError(f"num_steps must be at least 1, not {num_steps}")
     end = _checked_time(last_time(schedule) if end_time is None else end_time)
-    times = torch.linspace(1, end, num_steps, dtype=torch.float64)
+    times = torch.linspace(first_time, end, num_steps, dtype=torch.float64)
     sigmas = torch.cat([schedule.sigma(times), times.new_zeros(1)])
-    start = schedule.prior_std / float(schedule.scale(1.0))
+    start = schedule.prior_std / float(schedule.scale(first_time))
     return Grid(sigmas, torch.cat([times, times.new_zeros(1)]), start)
 
 
@@ -155,9 +150,7 @@ def ode_grid(schedule: Schedule, end_time: float | None = None) -> Grid:
     Args and errors are those of `sde_grid`.
     """
     end = _checked_time(last_time(schedule) if end_time is None else end_time)
-    times = torch.tensor([1.0, end], dtype=torch.float64)
-    scale = schedule.scale(times)
-    return Grid(schedule.sigma(times), times, schedule.prior_std / float(scale[0]), float(scale[1]))
+    return time_grid(schedule, torch.tensor([1.0, end], dtype=torch.float64))
 
 
 def last_time(schedule: Schedule) -> float:
