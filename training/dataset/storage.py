@@ -44,7 +44,7 @@ class Storage(Protocol):
 
 
 def open_storage(path: Path) -> Storage:
-    """The files of a folder or a ZIP file, without hidden ones.
+    """The files of a folder or a ZIP file.
 
     Raises:
         UserError: there is neither a folder nor a ZIP file of that name, or the ZIP file is damaged.
@@ -86,7 +86,7 @@ class _Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.names = sorted(name for name in files_below(path) if not name.rpartition("/")[2].startswith("."))
+        self.names = sorted(files_below(path))
 
     def read(self, idx: int) -> bytes:
         return (self.path / self.names[idx]).read_bytes()
@@ -118,7 +118,9 @@ class _Zip:
             raise
         except Exception as err:  # a damaged directory can fail in any way
             raise UserError(f"{path}: not a complete ZIP file ({one_line(err)}): copy or convert it again") from None
-        infos = sorted((i for i in infos if not Path(i.filename).name.startswith(".")), key=lambda i: i.filename)
+        for info in infos:
+            info.filename = info.filename.replace("\\", "/")  # as some Windows tools write
+        infos.sort(key=lambda info: info.filename)
         self.names = [info.filename for info in infos]
         fields = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
         self._offsets, self._stored_sizes, self._sizes, self._crcs, self._methods = (
