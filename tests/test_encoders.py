@@ -48,6 +48,15 @@ def test_encoder_follows_the_data(tmp_path):
         encoder_for(constant)
 
 
+def test_latents_out_of_bounds(tmp_path):
+    """One flipped bit can make a number that no snapshot may hold."""
+    latents = np.random.default_rng(0).normal(size=[3, 3, 4, 4]).astype(np.float32)
+    latents[1, 2, 0, 0] = 1.5e38
+    path = make_dataset(tmp_path / "l.zip", {f"{i}.npy": npy(x) for i, x in enumerate(latents)})
+    with pytest.raises(UserError, match=r"l.zip: the latents must be of moderate size .* 1.5e\+38, in 1.npy"):
+        encoder_for(ImageFolderDataset(path))
+
+
 def test_vae_latents_are_drawn_and_whitened():
     encoder = StabilityVAEEncoder()
     mean, std = torch.tensor(encoder.raw_mean), torch.tensor(encoder.raw_std)

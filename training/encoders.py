@@ -17,6 +17,7 @@ RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # in a folder or repository
 HUB_NAME = r"\w[\w.-]*/[\w.-]+"  # owner/repo
+MAX_STATISTIC = 1e12  # of raw latents: snapshots with more are not read
 FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of the published models
 
 
@@ -256,7 +257,7 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
     the statistics of up to `max_items` evenly spaced items.
 
     Raises:
-        UserError: a channel of the latents is constant or not finite.
+        UserError: a channel of the latents is constant, or holds numbers that are far too large.
     """
     if dataset.dtype == np.uint8:
         return StandardRGBEncoder()
@@ -264,14 +265,18 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
         return StabilityVAEEncoder()
     indices = evenly_spaced(len(dataset), max_items)
     moments = np.zeros([2, dataset.num_channels])
+    largest, largest_name = 0.0, ""
     for idx in indices:
         image = dataset[int(idx)][0].astype(np.float64)
         moments += [image.mean(axis=(1, 2)), np.square(image).mean(axis=(1, 2))]
+        if np.abs(image).max() > largest:
+            largest, largest_name = np.abs(image).max(), dataset.name(int(idx))
     mean, mean_square = moments / len(indices)
-    std = np.sqrt(mean_square - mean**2)
-    if not np.all(np.isfinite(std)) or np.any(std == 0):
+    std = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    if not 1 / MAX_STATISTIC <= std.min() <= std.max() <= MAX_STATISTIC:
         raise UserError(
-            f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)"
+            f"{dataset.path}: the latents must be of moderate size and not constant (mean {mean}, standard deviation "
+            f"{std} per channel; the largest number is {largest:g}, in {largest_name}): encode them again"
         )
     return RawLatentEncoder(mean.tolist(), std.tolist())
 

@@ -40,6 +40,8 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         parent = next(folder for folder in grid.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"--grid={grid}: {parent} is not a folder that can be written to: choose another place")
+        if grid.resolve() == Path(path).resolve():
+            raise UserError(f"--grid={grid}: this is the dataset itself: choose another name")
     if not Path(path).exists():
         raise UserError(f"{path}: no such dataset")
     try:

@@ -11,13 +11,16 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
+from dnnlib.errors import one_line
 from training.dataset.listing import is_array
+from training.dataset.storage import inflate
 
 try:
     import pyspng  # decodes PNG files that other tools wrote about twice as fast as Pillow (benchmarks/dataset.py)
 except ImportError:
     pyspng = None
 
+MAX_PIXELS = 100_000_000  # of images that are decoded here; beyond, Pillow has limits of its own
 HEADER_BYTES = 256  # enough for the headers of PNG and .npy
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Signature, length of the first chunk (skipped), its type, width, height, bits per sample, colour type.
@@ -44,9 +47,12 @@ def read_header(name: str, start: bytes | memoryview) -> tuple[tuple[int, ...], 
     """Shape and dtype of what `decode` would return, from the first `HEADER_BYTES` of a file.
 
     Raises:
-        ValueError: they do not tell, as in formats other than PNG and .npy.
+        ValueError: they do not tell, as in formats other than PNG and .npy, or are damaged.
     """
-    return _npy_header(start) if is_array(name) else _png_header(start)
+    try:
+        return _npy_header(start) if is_array(name) else _png_header(start)
+    except Exception as err:  # NumPy parses its headers as Python text, and lets the parser's errors through
+        raise ValueError(one_line(err)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -132,13 +138,12 @@ def _decode_plain_png(data: bytes | memoryview) -> np.ndarray | None:
     signature, width, height, bits, color, interlaced, size, chunk = PNG_DATA.unpack_from(data)
     rest = data[PNG_DATA.size + size + 8 : PNG_DATA.size + size + 12]
     plain = signature == PNG_SIGNATURE and bits == 8 and color in (0, 2, 4, 6) and interlaced == 0
-    if not plain or chunk != b"IDAT" or rest != b"IEND":
+    if not plain or chunk != b"IDAT" or rest != b"IEND" or width * height > MAX_PIXELS:
         return None
     channels = PNG_CHANNELS[color]
-    rows = np.frombuffer(zlib.decompress(data[PNG_DATA.size : PNG_DATA.size + size]), np.uint8)
-    if rows.size != height * (1 + width * channels):
-        raise ValueError("the image is truncated")
-    rows = rows.reshape(height, 1 + width * channels)
+    row_bytes = 1 + width * channels
+    pixels = inflate(data[PNG_DATA.size : PNG_DATA.size + size], height * row_bytes, zlib.MAX_WBITS)
+    rows = np.frombuffer(pixels, np.uint8).reshape(height, row_bytes)
     if rows[:, 0].any():
         return None
     return rows[:, 1:].reshape(height, width, channels).transpose(2, 0, 1)
@@ -153,8 +158,10 @@ def _is_simple_png(data: bytes | memoryview) -> bool:
     """
     if len(data) < PNG_DATA.size:
         return False
-    signature, _width, _height, bits, color, interlaced, _size, _chunk = PNG_DATA.unpack_from(data)
+    signature, width, height, bits, color, interlaced, _size, _chunk = PNG_DATA.unpack_from(data)
     if signature != PNG_SIGNATURE or bits != 8 or color not in (0, 2, 6) or interlaced != 0:
+        return False
+    if width * height > MAX_PIXELS:
         return False
     position, kind = len(PNG_SIGNATURE), b""
     while kind != b"IEND":

@@ -78,7 +78,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
         self._npy_header = b""
-        self._seen = np.zeros(len(self._files), dtype=bool)  # latents that were found to be finite
+        self._checked = np.zeros(len(self._files), dtype=bool)  # files that were found to be undamaged
         first = self._decode(0)
         self._shape, self._dtype, self._item_bytes = first.shape, first.dtype, first.nbytes
         if is_array(self._name(0)):
@@ -247,7 +247,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         image = self._decode(base)
         self._check(base, image.shape, image.dtype)
         if self._cache is not None:
-            image = self._cache[base] = np.ascontiguousarray(image)
+            image = self._cache[base] = np.array(image, order="C")  # not a view of the file, which may change
         return image
 
     def _check(self, base: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -270,21 +270,27 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
 
     def _decode(self, base: int) -> np.ndarray:
-        data = self._read(base)
-        start = len(self._npy_header)
-        if start > 0 and len(data) == start + self._item_bytes and data[:start] == self._npy_header:
-            image = np.frombuffer(data, self._dtype, offset=start)
-            # Looking at the numbers costs as much as copying them: once is enough.
-            if self._seen[base] or np.isfinite(image).all():
-                self._seen[base] = True
-                return image.reshape(self._shape)
-        name = self._name(base)
+        data, checked = self._read(base), self._checked[base]
         try:
-            return decode(name, data)
+            # Looking at the data costs as much as copying it: once is enough.
+            if not checked:
+                self._storage.check(int(self._files[base]), data)
+            image = self._as_stored(data)
+            if image is None or not (checked or np.isfinite(image).all()):
+                image = decode(self._name(base), data)
         except PIL.UnidentifiedImageError:
-            raise UserError(f"{self.path}: cannot read {name}: damaged, or not an image") from None
+            raise UserError(f"{self.path}: cannot read {self._name(base)}: damaged, or not an image") from None
         except Exception as err:  # a damaged file can fail in any way
-            raise UserError(f"{self.path}: cannot read {name}: {err or type(err).__name__}") from None
+            raise UserError(f"{self.path}: cannot read {self._name(base)}: {err or type(err).__name__}") from None
+        self._checked[base] = True
+        return image
+
+    def _as_stored(self, data: bytes | memoryview) -> np.ndarray | None:
+        """The numbers of an array file as they lie in it; None where they have to be decoded."""
+        start = len(self._npy_header)
+        if start == 0 or len(data) != start + self._item_bytes or data[:start] != self._npy_header:
+            return None
+        return np.frombuffer(data, self._dtype, offset=start).reshape(self._shape)
 
     def _load_labels(self, listing: Listing) -> Labels:
         names = self._storage.names
