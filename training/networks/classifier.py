@@ -76,6 +76,9 @@ class NoiseConditionalWRN(nn.Module):
         UserError: a depth that is not 6 n + 4, or statistics of another number of channels.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(
         self,
         img_channels: int = 3,

@@ -1,4 +1,4 @@
-"""Checkpoints of the published score_sde code (`checkpoint_8.pth`): read without executing anything in them, and written.
+"""Checkpoints of the published score_sde code (`checkpoint_8.pth`), read without executing anything, and written.
 
 They hold the weights of a network, their averages as a list in the order of the parameters, the state of Adam, and the
 number of steps. Learning rates in them are numbers of NumPy, for which plain ones are taken here.
@@ -132,7 +132,7 @@ class _DType:
 
 def _number(dtype: _DType, data: bytes) -> float | int | bool:
     """The number that bytes stand for."""
-    value = memoryview(data if dtype.order == "<" else data[::-1]).cast(NUMBERS[dtype.kind])
+    value = memoryview(data if dtype.order == "<" else data[::-1]).cast(NUMBERS[dtype.kind])  # type: ignore[call-overload]
     if len(value) != 1:
         raise ValueError("a number of another size")
     return value[0]
