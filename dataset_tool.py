@@ -150,10 +150,13 @@ def convert(
     from training.conversion.sources import Choice
     from training.conversion.workers import default_workers
     from training.dataset.labels import describe_classes
+    from training.dataset.listing import many
 
     opened, table = open_sources(sources, Choice(split, image_key, label_key), labels)
     for source in opened:
         print("\n  ".join(source.summary()))
+    if table is not None:
+        print(f"--labels={labels}: {many(len(table), 'row')}")
     workers = workers if workers is not None else default_workers()
     if isinstance(value_range, str):
         value_range = measure_range(opened, max_images, workers)
@@ -162,7 +165,7 @@ def convert(
     settings = ImageSettings(transform, width, height, int(channels), value_range)
     report = convert_images(opened, dest, settings, table, max_images, workers, on_error, resume)
     classes = describe_classes(report.class_counts, report.classes) if report.class_counts else "no classes"
-    print(f"{dest}: {report.written} images, {classes}")
+    print(f"{dest}: {many(report.written, 'image')}, {classes}")
     for note in report.notes:
         print(f"  {note}")
     if report.too_small:

@@ -343,7 +343,7 @@ def test_bad_sources(tmp_path):
     make_dataset(tmp_path / "texts", {"a.txt": b"x", "b.md": b"x"})
     fails_with(
         convert(tmp_path, tmp_path / "texts", ok=False),
-        "no images in it (left out: 2 files that are no known images (1 .txt, 1 .md))",
+        "no images in it (left out: 2 other files (1 .txt, 1 .md))",
     )
     fails_with(convert(tmp_path, tmp_path / "nowhere", ok=False), "nowhere: no such file or folder")
     (tmp_path / "odd.bin").write_bytes(b"odd stuff")

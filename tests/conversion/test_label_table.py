@@ -91,4 +91,4 @@ def test_what_does_not_fit_is_told(tmp_path):
     for left in tmp_path.glob("out.zip.*"):
         left.unlink()
     result = labelled(tmp_path, "0.png,0\n1.png,1\n2.png,1\n", source, ok=False)
-    assert result.exit_code == 0 and f"1 rows of {tmp_path / 't.csv'} fit no image, such as 2.png\n" in result.output
+    assert result.exit_code == 0 and f"1 row of {tmp_path / 't.csv'} without an image, such as 2.png\n" in result.output

@@ -130,7 +130,7 @@ def test_pictures_and_masks(companion, tmp_path):
 
 def test_images_beside_class_folders(tmp_path):
     """One stray image, and nothing has a label: that is said."""
-    note = "no labels: 1 images lie outside the folders cat, dog (such as preview.png)"
+    note = "no labels: 1 image outside the folders cat, dog (such as preview.png)"
     for path in in_all_forms(tmp_path, pictures("cat/0.png", "dog/0.png", "preview.png")):
         result = convert(tmp_path, path, dest=f"{path.name}.zip", ok=False)
         assert result.exit_code == 0 and note in result.output
@@ -142,7 +142,7 @@ def test_classes_that_are_easily_mixed_up_or_lost(tmp_path):
     files = pictures("Cat/0.png", "cat/0.png", "emu/0.png") | {"dog/0.cr2": b"x"}
     notes = ImageFolderDataset(make_dataset(tmp_path / "src.zip", files)).notes
     assert notes[0] == "two class folders differ only in capital letters: Cat, cat"
-    assert notes[1] == "no class of the folders dog: they hold only pictures that cannot be read"
+    assert notes[1] == "not among the classes: dog, which hold only pictures of unreadable kinds"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
@@ -172,8 +172,8 @@ def test_what_was_understood_is_told(tmp_path):
     assert summary == [
         f"{path}: 3 images (3 .png), pixels of 8x8 with 3 channels",
         "labels: class folders, 2 classes: cat (2), dog (1)",
-        "left out: 1 pictures of kinds that cannot be read (1 .cr2): convert them to PNG or JPEG to use them",
-        "left out: 1 files that are no known images (1 .txt)",
+        "left out: 1 picture of unreadable kinds (1 .cr2): convert to PNG or JPEG",
+        "left out: 1 other file (1 .txt)",
     ]
     result = convert(tmp_path, path, ok=False)
     found = [f"{path}: folder (3 .png), 3 images; labels: class folders", *summary[2:]]
@@ -190,5 +190,5 @@ def test_what_was_understood_is_told(tmp_path):
 def test_missing_images_of_dataset_json(tmp_path):
     files = pictures("0.png", "1.png")
     path = make_dataset(tmp_path / "src", files, {"0.png": 0, "1.png": 1, "2.png": 2})
-    assert ImageFolderDataset(path).notes == ["dataset.json lists 1 images that are missing, such as 2.png"]
+    assert ImageFolderDataset(path).notes == ["missing: 1 image that dataset.json lists, such as 2.png"]
     np.testing.assert_array_equal(labels_of(ImageFolderDataset(path)), [0, 1])

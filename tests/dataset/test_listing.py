@@ -31,7 +31,7 @@ def test_hidden_and_system_folders(kind, name, tmp_path):
     path = make_dataset(tmp_path / kind, {**CLASSES, name: png(image(8, 8, seed=9))})
     dataset = ImageFolderDataset(path)
     assert dataset.info() == clean.info() and dataset.class_names == ["cat", "dog"]
-    assert dataset.notes[0].startswith("left out: 1 hidden images (1 ")
+    assert dataset.notes[0].startswith("left out: 1 hidden image (1 ")
     assert check(path)["images"] == 4
     converted = convert(tmp_path, path)
     assert labels_of(converted) == [0, 0, 1, 1]
@@ -47,17 +47,17 @@ def test_pictures_that_cannot_be_read(tmp_path):
     files = {"0.png": png(image(8, 8))} | {n: b"x" for n in ("1.NEF", "2.jxl", "3.jpg_large", "4", "5.cr2", "6.jxl")}
     path = make_dataset(tmp_path / "phone", files)
     lines = [
-        "left out: 4 pictures of kinds that cannot be read (2 .jxl, 1 .nef, 1 .cr2): convert them to PNG or JPEG to use them",
-        "left out: 2 files that are no known images (1 .jpg_large, 1 without a suffix)",
+        "left out: 4 pictures of unreadable kinds (2 .jxl, 1 .nef, 1 .cr2): convert to PNG or JPEG",
+        "left out: 2 other files (1 .jpg_large, 1 without a suffix)",
     ]
     assert ImageFolderDataset(path).notes == lines == check(path)["notes"]
     result = convert(tmp_path, path, ok=False)
-    assert "1 images" in result.output and all(line in result.output for line in lines)
+    assert "1 image, no classes" in result.output and all(line in result.output for line in lines)
 
 
 def test_only_pictures_that_cannot_be_read(tmp_path):
     path = make_dataset(tmp_path / "raw", {"0.cr2": b"x"})
-    message = "1 pictures of kinds that cannot be read (1 .cr2): convert them to PNG or JPEG to use them"
+    message = "1 picture of unreadable kinds (1 .cr2): convert to PNG or JPEG"
     fails_with(convert(tmp_path, path, ok=False), message)
     assert message in check(path, exit_code=1)["problems"][0]
 
@@ -75,13 +75,13 @@ def test_arrays_count_where_they_are_read(tmp_path):
     path = make_dataset(tmp_path / "data", {**random_images(1), "a.npy": npy(np.zeros([3, 8, 8], np.uint8))})
     assert len(ImageFolderDataset(path)) == 2
     result = convert(tmp_path, path, ok=False)
-    assert "1 files that are no known images (1 .npy)" in result.output
+    assert "1 other file (1 .npy)" in result.output
 
 
 @pytest.mark.skipif(".heic" in image_suffixes(), reason="pillow-heif is installed")
 def test_heif_needs_a_package():
     line = list_files(["1.HEIC"]).left_out()[0]
-    assert line.startswith("left out: 1 pictures of kinds that cannot be read (1 .heic): pip install pillow-heif reads")
+    assert line.startswith("left out: 1 picture of unreadable kinds (1 .heic): for HEIF, pip install pillow-heif; else")
 
 
 def test_heif(tmp_path):

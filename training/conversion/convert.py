@@ -19,6 +19,7 @@ from training.conversion.sources import CLASS_FOLDERS, Label, Source, SourceImag
 from training.conversion.transforms import decode_image, make_transform
 from training.conversion.workers import map_in_order
 from training.conversion.writer import DatasetWriter, encode_png, image_name
+from training.dataset.listing import many
 from training.dataset.order import evenly_spaced
 
 CHUNK = 16  # images that a worker gets at a time
@@ -97,7 +98,7 @@ def convert_images(
         conversion.write_images(sources, max_images, workers)
         report = conversion.finish(sources)
         if labels is not None and (unused := labels.unused()):
-            report.notes.append(f"{len(unused)} rows of {labels.path} fit no image, such as {unused[0]}")
+            report.notes.append(f"{many(len(unused), 'row')} of {labels.path} without an image, such as {unused[0]}")
         writer.write("dataset.json", written_labels.to_json())
         writer.write("report.json", json.dumps({**asdict(report), "options": options}, indent=2).encode())
         writer.finish()

@@ -3,6 +3,7 @@
 import posixpath
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from training.conversion.sources import CLASS_FOLDERS, Choice, Label, Source, So
 from training.conversion.tar import TarContents, read_member, tar_members
 from training.dataset.folders import folders_as_classes, parts_of_folders, shared_folder
 from training.dataset.labels import parse_labels_json
-from training.dataset.listing import Listing, counted, is_image, list_files, printable
+from training.dataset.listing import Listing, counted, is_image, list_files, printable, suffix_of
 
 
 def image_folder(path: Path, files: Listing, text: bytes | None, choice: Choice) -> Source:
@@ -73,14 +74,13 @@ class _Found:
     """Which images are taken, in which order, with which labels."""
 
     names: list[str]
-    kinds: str
     labels: str = ""  # where they come from
     labels_by_name: dict[str, Label] = field(default_factory=dict)
     classes: list[str] | None = None
     notes: list[str] = field(default_factory=list)
 
     def source(self, kind: str, path: Path, images: Callable[[], Iterator[SourceImage]]) -> Source:
-        kind = f"{kind} ({self.kinds})"
+        kind = f"{kind} ({counted(Counter(map(suffix_of, self.names)))})"
         return Source(kind, path, len(self.names), images, self.labels, self.classes, notes=self.notes)
 
 
@@ -92,7 +92,6 @@ def _understand(path: Path, files: Listing, text: bytes | None, split: str) -> _
     """
     if not files.images:
         raise no_images(path, files)
-    kinds = counted(files.kinds)
     contents = parse_labels_json(f"{path}: dataset.json", text) if text is not None else None
     if contents is not None:
         labels = contents.labels or {}
@@ -102,13 +101,13 @@ def _understand(path: Path, files: Listing, text: bytes | None, split: str) -> _
                 f"{next(iter(labels))}, the images are such as {files.images[0]}): correct it, or give --labels"
             )
         where = "dataset.json" if labels else ""
-        return _Found(files.images, kinds, where, labels, contents.class_names, files.left_out())
+        return _Found(files.images, where, labels, contents.class_names, files.left_out())
     names, below, notes = _of_part(path, files.images, split)
     folders = folders_as_classes(f"--source={path}", below, files.unreadable)
     if not folders.names:
-        return _Found(names, kinds, notes=[*notes, *folders.notes, *files.left_out()])
+        return _Found(names, notes=[*notes, *folders.notes, *files.left_out()])
     by_name: dict[str, Label] = {name: folders.names[label] for name, label in zip(names, folders.labels, strict=True)}
-    return _Found(names, kinds, CLASS_FOLDERS, by_name, notes=[*notes, *folders.notes, *files.left_out()])
+    return _Found(names, CLASS_FOLDERS, by_name, notes=[*notes, *folders.notes, *files.left_out()])
 
 
 def _of_part(path: Path, names: list[str], split: str) -> tuple[list[str], list[str], list[str]]:

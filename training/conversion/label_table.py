@@ -60,6 +60,9 @@ class LabelTable:
                     return labels[0]
         return None
 
+    def __len__(self) -> int:
+        return len(self._labels)
+
     def unused(self) -> list[str]:
         """Names in the table that no image has."""
         return [row for row in self._labels if row not in self._users]

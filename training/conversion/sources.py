@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.errors import RunError, UserError, one_line
 from training.config.metrics import SPLITS
-from training.dataset.listing import Listing
+from training.dataset.listing import Listing, many
 
 Label = int | str | list[float] | None
 Result = TypeVar("Result")
@@ -51,7 +51,7 @@ class Source:
 
     def summary(self) -> list[str]:
         """What was found, in lines for users; the last ones are `notes`."""
-        count = f", {self.count} images" if self.count is not None else ""
+        count = f", {many(self.count, 'image')}" if self.count is not None else ""
         return [f"{self.path}: {self.kind}{count}; labels: {self.labels or 'none'}", *self.notes]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dnnlib.errors import UserError
-from training.dataset.listing import printable
+from training.dataset.listing import many, printable
 
 PARTS = {"train": "train|training", "validation": "val|valid|validation|dev", "test": "test|testing"}
 # Of datasets whose images come with others that belong to them.
@@ -76,8 +76,8 @@ def folders_as_classes(where: str, names: Sequence[str], unreadable: Iterable[st
     outside = [name for name, top in zip(names, tops, strict=True) if top is None]
     if outside:
         note = (
-            f"no labels: {len(outside)} images lie outside the folders {_some(folders)} (such as "
-            f"{printable(outside[0])}): move them into these for classes by folder"
+            f"no labels: {many(len(outside), 'image')} outside the folders {_some(folders)} (such as "
+            f"{printable(outside[0])}): with all images in folders, these would be the classes"
         )
         return ClassFolders(notes=[note])
     if _are_thousands(names, [str(top) for top in tops]):
@@ -114,7 +114,7 @@ def _notes(folders: list[str], without: list[str]) -> list[str]:
         if other != folder:
             notes.append(f"two class folders differ only in capital letters: {printable(other)}, {printable(folder)}")
     if without:
-        notes.append(f"no class of the folders {_some(without)}: they hold only pictures that cannot be read")
+        notes.append(f"not among the classes: {_some(without)}, which hold only pictures of unreadable kinds")
     return notes
 
 

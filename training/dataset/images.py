@@ -15,7 +15,7 @@ from training.config.data import DatasetInfo
 from training.dataset.decoding import HEADER_BYTES, decode, plain_npy_header, read_header
 from training.dataset.folders import parts_of_folders
 from training.dataset.labels import Labels, describe_classes, labels_from_folders, labels_from_json
-from training.dataset.listing import Listing, counted, is_array, list_files, printable
+from training.dataset.listing import Listing, counted, is_array, list_files, many, printable
 from training.dataset.order import evenly_spaced, subset
 from training.dataset.storage import open_storage
 
@@ -177,7 +177,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def summary(self) -> list[str]:
         """What the dataset contains and how it was understood, in lines for users; the last ones are `notes`."""
         shape = "latents" if self._dtype != np.uint8 else "pixels"
-        lines = [f"{self.path}: {len(self)} images ({counted(self._kinds)}), {shape} of {_size(self._shape)}"]
+        count = many(len(self), "image")
+        lines = [f"{self.path}: {count} ({counted(self._kinds)}), {shape} of {_size(self._shape)}"]
         if self._labels is None:
             lines.append("labels: none" if self.use_labels else "labels: not used")
         elif self._labels.ndim == 2:

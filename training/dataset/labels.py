@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.errors import UserError, one_line
 from training.dataset.folders import folders_as_classes, parts_of_folders
-from training.dataset.listing import Listing
+from training.dataset.listing import Listing, many
 
 MAX_LABEL = 10**6
 SHOWN = 10  # classes in a line
@@ -70,7 +70,7 @@ def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> Labels:
     if file.class_names is not None and len(file.class_names) < size:
         raise UserError(f"{where}: has names of {len(file.class_names)} classes, but labels of {size}: complete them")
     absent = sorted(file.labels.keys() - set(names))
-    notes = [f"dataset.json lists {len(absent)} images that are missing, such as {absent[0]}"] if absent else []
+    notes = [f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {absent[0]}"] if absent else []
     return Labels(values, "dataset.json", file.class_names, notes)
 
 
@@ -120,4 +120,4 @@ def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> 
     """Such as '3 classes: cat (8), dog (8), emu (2)', from the number of images per class."""
     shown = [f"{names[label] if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
     more = ", ..." if len(counts) > SHOWN else ""
-    return f"{len(counts)} classes: {', '.join(shown)}{more}"
+    return f"{len(counts)} class{'es' if len(counts) != 1 else ''}: {', '.join(shown)}{more}"

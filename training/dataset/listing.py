@@ -57,6 +57,11 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def many(count: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def counted(counts: Counter[str]) -> str:
     """The most common entries, such as '8 .jpg, 2 .png'."""
     shown = ", ".join(f"{count} {printable(name)}" for name, count in counts.most_common(SHOWN))
@@ -78,16 +83,16 @@ class Listing:
         """One line for each reason why files are left out."""
         lines = []
         if self.hidden:
-            lines.append(f"left out: {self.hidden.total()} hidden images ({counted(self.hidden)})")
+            lines.append(f"left out: {many(self.hidden.total(), 'hidden image')} ({counted(self.hidden)})")
         if self.unreadable:
             kinds = Counter(map(suffix_of, self.unreadable))
-            heif = "pip install pillow-heif reads HEIF; " if any(kind in HEIF_SUFFIXES for kind in kinds) else ""
+            heif = "for HEIF, pip install pillow-heif; else " if any(kind in HEIF_SUFFIXES for kind in kinds) else ""
             lines.append(
-                f"left out: {len(self.unreadable)} pictures of kinds that cannot be read ({counted(kinds)}): "
-                f"{heif}convert them to PNG or JPEG to use them"
+                f"left out: {many(len(self.unreadable), 'picture')} of unreadable kinds ({counted(kinds)}): "
+                f"{heif}convert to PNG or JPEG"
             )
         if self.others:
-            lines.append(f"left out: {self.others.total()} files that are no known images ({counted(self.others)})")
+            lines.append(f"left out: {many(self.others.total(), 'other file')} ({counted(self.others)})")
         return lines
 
 
