@@ -1,6 +1,7 @@
 """Make, encode, decode and check datasets."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ def parse_resolution(text: str) -> tuple[int, int]:
     if max(width, height) > MAX_RESOLUTION:
         raise UserError(f"{text!r} is above {MAX_RESOLUTION}x{MAX_RESOLUTION}")
     return width, height
+
+
+def parse_range(text: str) -> tuple[float, float] | str:
+    if text == "auto":
+        return text
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{text!r} is not of the form LO,HI, such as 0,4095, nor auto") from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"{text!r}: the first number must be below the second, both finite")
+    return low, high
 
 
 @click.group(cls=CommandGroup)
@@ -59,14 +72,35 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
     "--channels", help="3 = RGB, 1 = grayscale", type=click.Choice(["1", "3"]), default="3", show_default=True
 )
 @click.option(
+    "--range",
+    "value_range",
+    help="Black and white of images of more than 8 bits, such as 0,4095; auto = the lowest and highest pixel of all",
+    metavar="LO,HI|auto",
+    callback=parsed_by(parse_range),
+)
+@click.option(
     "--labels",
-    help="Labels: a CSV file of filename,label, or a dataset.json  [default: those of the source]",
+    help="Labels: a table of filename,label, or a dataset.json  [default: those of the source]",
     metavar="FILE",
     type=click.Path(path_type=Path),
 )
 @click.option(
+    "--image-key",
+    "--image-column",
+    "image_key",
+    help="Image to take: a column, or a file type of a WebDataset sample",
+    metavar="NAME",
+)
+@click.option(
+    "--label-key",
+    "--label-column",
+    "label_key",
+    help="Label to take: a column, or a file type or JSON key of a WebDataset sample",
+    metavar="NAME",
+)
+@click.option(
     "--split",
-    help="Part of the dataset, where file names say the part (CIFAR, MNIST, Hugging Face)",
+    help="Part of the dataset, where names of files or folders say the part",
     type=click.Choice([*SPLITS, "all"]),
     default="train",
     show_default=True,
@@ -87,7 +121,10 @@ def convert(
     transform: str | None,
     resolution: tuple[int, int] | None,
     channels: str,
+    value_range: tuple[float, float] | str | None,
     labels: Path | None,
+    image_key: str | None,
+    label_key: str | None,
     split: str,
     workers: int | None,
     on_error: str,
@@ -95,8 +132,9 @@ def convert(
 ) -> None:
     """Convert images into a dataset of uncompressed PNG files with labels.
 
-    Images are turned upright (EXIF) and become 8-bit RGB (or grayscale): of 16 bits the upper 8 are kept, and
-    transparent parts become white. Labels come from dataset.json, class folders or the format's own labels.
+    Images are turned upright (EXIF) and become 8-bit RGB (or grayscale): of 16 bits the upper 8 are kept (or --range
+    says which values are black and white), and transparent parts become white. Labels come from dataset.json, class
+    folders or the format's own labels.
 
     \b
     Examples:
@@ -107,19 +145,29 @@ def convert(
       python dataset_tool.py convert --source=cifar-10-python.tar.gz --dest=cifar10.zip
     """
     from training.conversion.convert import ImageSettings, convert_images
-    from training.conversion.labels import read_label_file
-    from training.conversion.opening import open_source
+    from training.conversion.depth import measure_range
+    from training.conversion.opening import open_sources
+    from training.conversion.sources import Choice
     from training.conversion.workers import default_workers
+    from training.dataset.labels import describe_classes
+    from training.dataset.listing import many
 
-    opened = [open_source(path, split) for path in sources]
-    width, height = resolution or (None, None)
-    given = read_label_file(labels) if labels is not None else None
-    settings = ImageSettings(transform, width, height, int(channels))
+    opened, table = open_sources(sources, Choice(split, image_key, label_key), labels)
     for source in opened:
-        print(f"{source.path}: {source.kind}{f', {source.count} images' if source.count is not None else ''}")
+        print("\n  ".join(source.summary()))
+    if table is not None:
+        print(f"--labels={labels}: {many(len(table), 'row')}")
     workers = workers if workers is not None else default_workers()
-    report = convert_images(opened, dest, settings, given, max_images, workers, on_error, resume)
-    print(f"{dest}: {report.written} images, {report.num_classes or 'no'} classes")
+    if isinstance(value_range, str):
+        value_range = measure_range(opened, max_images, workers)
+        print("--range=auto: " + (f"{value_range[0]:g},{value_range[1]:g}" if value_range else "no use for it"))
+    width, height = resolution or (None, None)
+    settings = ImageSettings(transform, width, height, int(channels), value_range)
+    report = convert_images(opened, dest, settings, table, max_images, workers, on_error, resume)
+    classes = describe_classes(report.class_counts, report.classes) if report.class_counts else "no classes"
+    print(f"{dest}: {many(report.written, 'image')}, {classes}")
+    for note in report.notes:
+        print(f"  {note}")
     if report.too_small:
         print(f"  left out: {report.too_small} that are too small")
     for name, reason in report.skipped[:10]:

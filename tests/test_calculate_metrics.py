@@ -57,12 +57,12 @@ def test_repeated_calc(digits_ref):
 def test_note_of_a_small_reference(tmp_path):
     images = make_dataset(tmp_path / "images", random_images(40))
     ref = tmp_path / "ref.npz"
-    tells = "Note: fd_pixels against a reference of 40 images in 192 dimensions mostly reflects the small sample"
+    caution = "Note: fd_pixels against a reference of 40 images in 192 dimensions mostly reflects the small sample"
     made = tool("ref", f"--data={images}", f"--dest={ref}", "--metrics=fd_pixels,prdc_pixels", "--workers=0")
-    assert made.output.count("Note") == made.output.count(tells) == 1
+    assert made.output.count("Note") == made.output.count(caution) == 1
     common = ["calc", f"--images={DIGITS}", "--num=200", "--metrics=fd_pixels,prdc_pixels", "--workers=0"]
     result = tool(*common, f"--ref={ref}")
-    assert result.output.count("Note") == result.output.count(tells) == 1 and "Warning" not in result.output
+    assert result.output.count("Note") == result.output.count(caution) == 1 and "Warning" not in result.output
 
 
 def test_each_run_is_kept_at_once(digits_ref, tmp_path, monkeypatch):

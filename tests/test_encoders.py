@@ -48,6 +48,15 @@ def test_encoder_follows_the_data(tmp_path):
         encoder_for(constant)
 
 
+def test_latents_out_of_bounds(tmp_path):
+    """One flipped bit can make a number that no snapshot may hold."""
+    latents = np.random.default_rng(0).normal(size=[3, 3, 4, 4]).astype(np.float32)
+    latents[1, 2, 0, 0] = 1.5e38
+    path = make_dataset(tmp_path / "l.zip", {f"{i}.npy": npy(x) for i, x in enumerate(latents)})
+    with pytest.raises(UserError, match=r"l.zip: the latents must be of moderate size .* 1.5e\+38, in 1.npy"):
+        encoder_for(ImageFolderDataset(path))
+
+
 def test_vae_latents_are_drawn_and_whitened():
     encoder = StabilityVAEEncoder()
     mean, std = torch.tensor(encoder.raw_mean), torch.tensor(encoder.raw_std)
@@ -149,22 +158,3 @@ def test_vae_of_the_hub(vae, tmp_path, monkeypatch, caplog):
     for model in models:
         torch.testing.assert_close(dict(model.state_dict()), expected)
     assert caplog.messages == []
-
-
-@pytest.mark.parametrize("scale", [1e38, 1e14, 1e-14])
-def test_latents_whose_statistics_no_snapshot_can_hold(tmp_path, scale):
-    """Case robust/16: one flipped bit in one latent, and nothing could load what was trained on it."""
-    rng = np.random.default_rng(0)
-    small = scale < 1
-    files = {
-        f"{i}.npy": npy((rng.normal(size=[4, 8, 8]) * (scale if small else 1)).astype(np.float32)) for i in range(8)
-    }
-    if not small:
-        spoiled = rng.normal(size=[4, 8, 8]).astype(np.float32)
-        spoiled[0, 0, 0] = scale
-        files["5.npy"] = npy(spoiled)
-    dataset = ImageFolderDataset(make_dataset(tmp_path / "data.zip", files))
-    with pytest.raises(
-        UserError, match=r"data.zip: \d.npy holds .*: convert it again" if small else r"5.npy holds 1e\+"
-    ):
-        encoder_for(dataset)

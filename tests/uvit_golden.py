@@ -1,41 +1,19 @@
-"""Golden files of U-ViT: found by pattern, read with what their descriptions say."""
+"""Golden files of U-ViT, and the networks that they describe."""
 
-import json
-
-import numpy as np
+import golden_files
 import torch
-from conftest import GOLDEN
+from golden_files import error, rule_p
 
 from training.networks.uvit import UViT
 
-ROOM = GOLDEN / "uvit"
+__all__ = ["GoldenFile", "error", "names", "network", "rule_p"]
 
 
-def names(pattern: str) -> list[str]:
-    """Names of the files of a pattern, of which there must be one."""
-    found = sorted(ROOM.glob(f"{pattern}.npz"))
-    assert found, f"{ROOM}: no golden file {pattern}.npz"
-    return [str(path.relative_to(ROOM).with_suffix("")) for path in found]
+class GoldenFile(golden_files.GoldenFile):
+    family = "uvit"
 
 
-class GoldenFile:
-    """The arrays of a file, and its description."""
-
-    def __init__(self, name: str):
-        with np.load(ROOM / f"{name}.npz") as f:
-            self.arrays = dict(f)
-        self.meta = json.loads(str(self.arrays.pop("meta_json")))
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return torch.from_numpy(self.arrays[key])
-
-    def get(self, *keys: str) -> torch.Tensor | None:
-        """The first of these arrays that is there."""
-        return next((self[key] for key in keys if key in self.arrays), None)
-
-    def below(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Arrays named `prefix/...`, without the prefix."""
-        return {key[len(prefix) + 1 :]: self[key] for key in self.arrays if key.startswith(f"{prefix}/")}
+names = GoldenFile.names
 
 
 def network(kwargs: dict, cls: str = "uvit", state: dict[str, torch.Tensor] | None = None) -> UViT:
@@ -45,22 +23,3 @@ def network(kwargs: dict, cls: str = "uvit", state: dict[str, torch.Tensor] | No
     if state is not None:
         net.load_state_dict(state)
     return net.eval()
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor | np.ndarray) -> float:
-    """Largest absolute difference, relative to the largest absolute value."""
-    a, b = (torch.as_tensor(t).detach().double() for t in (actual, expected))
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-
-
-def rule_p(net: torch.nn.Module) -> None:
-    """Fill a network by rule P of the descriptions."""
-    for n, (name, parameter) in enumerate(sorted(net.named_parameters())):
-        K = parameter.numel()
-        q = torch.sin(1 + n + 0.61803 * torch.arange(K, dtype=torch.float64)).reshape(parameter.shape)
-        if parameter.ndim >= 2:
-            q *= (2 * parameter.shape[0] / K) ** 0.5
-        else:
-            q = 1 + 0.1 * q if name.endswith("weight") else 0.1 * q
-        parameter.data.copy_(q)

@@ -46,3 +46,14 @@ def replace_nonfinite_(values: torch.Tensor) -> torch.Tensor:
     count = (~values.isfinite()).sum()
     torch.nan_to_num(values, nan=0, posinf=0, neginf=0, out=values)
     return count
+
+
+def clip_by_norm_(gradients: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """Scale a vector of gradients down to the norm `max_norm`, in place; returns its norm before, float32 [].
+
+    A negative `max_norm` changes nothing. A GPU is not waited for.
+    """
+    norm = torch.linalg.vector_norm(gradients)
+    if max_norm >= 0:
+        gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm

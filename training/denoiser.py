@@ -63,10 +63,11 @@ class Preconditioned(nn.Module):
             cond: conditions, as F takes them.
 
         Returns:
-            D(x; sigma, cond), float32, shaped like `x`.
+            D(x; sigma, cond), shaped like `x`: float32, or float64 where x is. Its difference from x, which is small
+            where sigma is, then keeps the digits of F.
         """
         F_x, c = self.raw(x, sigma, cond)
-        return c.c_skip * x.float() + c.c_out * F_x
+        return c.c_skip * x.to(torch.promote_types(x.dtype, torch.float32)) + c.c_out * F_x
 
     def raw(
         self, x: torch.Tensor, sigma: torch.Tensor | float, cond: torch.Tensor | None = None, /
@@ -78,5 +79,5 @@ class Preconditioned(nn.Module):
         # Worked out where sigma is, in float64, and moved in one piece.
         exact = self.preconditioning(wide(sigma).flatten())
         c = Coefficients(*torch.stack(exact).float().to(x.device).reshape(4, -1, 1, 1, 1))
-        x_in = (c.c_in * x.float()).to(compute_dtype(self.precision, x.device))
+        x_in = (c.c_in * x).to(compute_dtype(self.precision, x.device))
         return self.net(x_in, c.c_noise.flatten(), cond).float(), c

@@ -11,7 +11,7 @@ import torch
 from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
 from dnnlib.errors import RunError, UserError, one_line
 from training.conditioning import Conditioning, DataSpec
-from training.config.data import EncoderArguments
+from training.config.data import HUGE, TINY
 from training.dataset.images import ImageFolderDataset
 from training.dataset.order import evenly_spaced
 
@@ -19,6 +19,7 @@ RandnLike = Callable[[torch.Tensor], torch.Tensor]
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
 VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")  # in a folder or repository
 HUB_NAME = r"\w[\w.-]*/[\w.-]+"  # owner/repo
+
 FINAL_STD = 0.5  # standard deviation that latents are brought to: sigma_data of the published models
 
 
@@ -258,7 +259,7 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
     the statistics of up to `max_items` evenly spaced items.
 
     Raises:
-        UserError: a channel of the latents is constant, not finite, or far larger or smaller than latents are.
+        UserError: a channel of the latents is constant, or holds numbers that are far too large.
     """
     if dataset.dtype == np.uint8:
         return StandardRGBEncoder()
@@ -266,24 +267,19 @@ def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
         return StabilityVAEEncoder()
     indices = evenly_spaced(len(dataset), max_items)
     moments = np.zeros([2, dataset.num_channels])
-    largest, where = 0.0, 0
-    for idx in map(int, indices):
-        image = dataset[idx][0].astype(np.float64)
+    largest, largest_name = 0.0, ""
+    for idx in indices:
+        image = dataset[int(idx)][0].astype(np.float64)
         moments += [image.mean(axis=(1, 2)), np.square(image).mean(axis=(1, 2))]
         if np.abs(image).max() > largest:
-            largest, where = float(np.abs(image).max()), idx
+            largest, largest_name = np.abs(image).max(), dataset.name(int(idx))
     mean, mean_square = moments / len(indices)
-    std = np.sqrt(mean_square - mean**2)
-    if not np.all(np.isfinite(std)) or np.any(std == 0):
+    std = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    if not TINY <= std.min() <= std.max() <= HUGE:
         raise UserError(
-            f"{dataset.path}: the latents must be finite and not constant (mean {mean}, std {std} per channel)"
+            f"{dataset.path}: the latents must be of moderate size and not constant (mean {mean}, standard deviation "
+            f"{std} per channel; the largest number is {largest:g}, in {largest_name}): encode them again"
         )
-    try:
-        EncoderArguments(raw_mean=tuple(mean.tolist()), raw_std=tuple(std.tolist()))
-    except UserError as err:  # a snapshot with these could not be read
-        raise UserError(
-            f"{dataset.path}: {dataset.name(where)} holds {largest:.3g}: convert it again, or leave it out ({err})"
-        ) from None
     return RawLatentEncoder(mean.tolist(), std.tolist())
 
 

@@ -27,3 +27,46 @@ def learning_rate_schedule(
     if rampup_Mimg > 0:
         lr *= min(cur_nimg / (rampup_Mimg * 1e6), 1)
     return lr
+
+
+def warmup_cosine(cur_nimg: int, total_nimg: int, ref_lr: float, min_lr: float = 0.0, warmup_nimg: int = 0) -> float:
+    """Linear warm-up to `ref_lr`, then half a cosine down to `min_lr` at the end (Loshchilov & Hutter 2017, Eq. 5).
+
+    Args:
+        cur_nimg: images seen before the step.
+        total_nimg: images of the whole training.
+        warmup_nimg: images of the warm-up.
+    """
+    if cur_nimg < warmup_nimg:
+        return ref_lr * cur_nimg / warmup_nimg
+    progress = (cur_nimg - warmup_nimg) / max(total_nimg - warmup_nimg, 1)
+    return min_lr + (ref_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+def warmup_cosine_by_epochs(
+    cur_nimg: int,
+    batch_size: int,
+    epoch_batches: int,
+    epochs: int,
+    warmup_epochs: int,
+    ref_lr: float = 0.01,
+    min_lr: float = 1e-4,
+) -> float:
+    """`warmup_cosine` as NVAE's published code steps it, for its checkpoints and figures.
+
+    The warm-up ends one step short of `ref_lr`; the rate that it reaches stays for one more epoch, and is where the
+    cosine begins, which changes the rate once per epoch.
+
+    Args:
+        cur_nimg: images seen before the step.
+        epoch_batches: steps of an epoch.
+        epochs: of the whole training, with the warm-up.
+    """
+    step = cur_nimg // batch_size
+    epoch, warmup = step // epoch_batches, warmup_epochs * epoch_batches
+    if epoch < warmup_epochs:
+        return ref_lr * step / warmup
+    peak = ref_lr * (warmup - 1) / warmup if warmup > 0 else ref_lr
+    if epoch == warmup_epochs:
+        return peak
+    return warmup_cosine(epoch - warmup_epochs, epochs - warmup_epochs - 1, peak, min_lr)

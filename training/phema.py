@@ -167,3 +167,42 @@ class TraditionalEMA:
 
     def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state)
+
+
+class RampedEMA:
+    """Exponential moving average with a constant decay per step, smaller in the first steps (Song et al. 2021).
+
+    After step k the decay is min(rate, (1 + k) / (10 + k)). Parameters that are not trained are copied.
+
+    Args:
+        net: the network to follow.
+        rate: decay per step; 0 = the average is the network itself.
+        ramp_up: whether the decay is smaller at first.
+    """
+
+    def __init__(self, net: torch.nn.Module, rate: float = 0.999, ramp_up: bool = True):
+        self.net = net
+        self.rate = rate
+        self.ramp_up = ramp_up
+        self.ema = _frozen_copy(net)
+
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the parameters after an optimiser step; `cur_nimg` counts the step's images too."""
+        steps = cur_nimg / batch_size
+        decay = min(self.rate, (1 + steps) / (10 + steps)) if self.ramp_up else self.rate
+        _lerp_parameters(self.ema, self.net, decay)
+
+    def get(self) -> torch.nn.Module:
+        """The averaged network, buffers and untrained parameters copied from the live one."""
+        _copy_buffers(self.ema, self.net)
+        with torch.no_grad():
+            for dst, src in zip(self.ema.parameters(), self.net.parameters(), strict=True):
+                if not src.requires_grad:
+                    dst.copy_(src)
+        return self.ema
+
+    def state_dict(self) -> dict:
+        return self.ema.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema.load_state_dict(state)

@@ -96,6 +96,11 @@ class VE:
     def prior_std(self) -> float:
         return self.sigma_max
 
+    @property
+    def continuous(self) -> "VE":
+        """The same SDE without levels."""
+        return VE(self.sigma_min, self.sigma_max)
+
     def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
         return self.sigma_min * (wide(t) * self._log_ratio).exp()
 
@@ -156,6 +161,11 @@ class VP:
     def prior_std(self) -> float:
         return 1.0
 
+    @property
+    def continuous(self) -> "VP":
+        """The same SDE without steps."""
+        return VP(self.beta_min, self.beta_max)
+
     def beta(self, t: torch.Tensor | float) -> torch.Tensor:
         """beta(t), the rate at which the data's variance fades."""
         return self.beta_min + wide(t) * (self.beta_max - self.beta_min)
@@ -199,6 +209,10 @@ class SubVP(VP):
     Args:
         beta_min, beta_max: as of VP.
     """
+
+    @property
+    def continuous(self) -> "SubVP":
+        return self
 
     def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
         return 2 * (self.integral(t) / 2).sinh()

@@ -45,6 +45,15 @@ def test_check_grid_below_a_file(tmp_path, monkeypatch):
         fails_with(result, f"--grid={tmp_path / name}: {tmp_path / 'lab.csv'} is not a folder")
 
 
+def test_check_grid_over_the_dataset(tmp_path):
+    path = make_dataset(tmp_path / "d.zip", random_images(1))
+    before = path.read_bytes()
+    (tmp_path / "link.png").symlink_to(path)
+    for name in ("d.zip", "link.png"):
+        fails_with(run_cli(dataset_tool, "check", path, f"--grid={tmp_path / name}"), "this is the dataset itself")
+    assert path.read_bytes() == before
+
+
 def test_check_finds_what_is_wrong(tmp_path):
     files = random_images(4)
     files["00000/img00000004.png"] = files["00000/img00000001.png"]

@@ -94,16 +94,10 @@ def test_files_of_equal_names(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for seed in range(2):
             archive.writestr("a.png", encoded(image(8, 8, seed=seed)))
-    make_tar(
-        tmp_path / "x.tar",
-        {"a.png": encoded(image(8, 8, seed=0)), "a.PNG": encoded(image(8, 8, seed=1)), "a.cls": b"4"},
+    dataset = convert(tmp_path, tmp_path / "x.zip")
+    np.testing.assert_array_equal(
+        [pixels for pixels, _ in dataset], [image(8, 8, seed=seed).transpose(2, 0, 1) for seed in range(2)]
     )
-    for name in ("x.zip", "x.tar"):
-        dataset = convert(tmp_path, tmp_path / name, dest=f"{name}.out.zip")
-        np.testing.assert_array_equal(
-            [pixels for pixels, _ in dataset], [image(8, 8, seed=seed).transpose(2, 0, 1) for seed in range(2)]
-        )
-    assert labels_of(dataset) == [4, 4]
 
 
 def test_webdataset_shards(tmp_path):
@@ -117,6 +111,54 @@ def test_webdataset_shards(tmp_path):
         make_tar(tmp_path / "shards" / f"{shard:06d}.tar", files)
     assert labels_of(convert(tmp_path, tmp_path / "shards")) == [0, 1, 10, 11]
     assert labels_of(convert(tmp_path, tmp_path / "shards" / "000001.tar", dest="one.zip")) == [10, 11]
+
+
+def samples(*extras: tuple[str, bytes], count: int = 6) -> dict[str, bytes]:
+    """Photos with classes 0 to 2, and further files each."""
+    files = {}
+    for i in range(count):
+        files |= {f"{i:04d}.png": encoded(image(8, 8, seed=i)), f"{i:04d}.cls": str(i % 3).encode()}
+        files |= {f"{i:04d}.{key}": data for key, data in extras}
+    return files
+
+
+def test_one_image_per_sample(tmp_path):
+    """Masks, depths and second views are no further images."""
+    mask = png(np.zeros([8, 8], np.uint8))
+    source = make_tar(tmp_path / "masks.tar", samples(("seg.png", mask), ("DEPTH.PNG", mask)))
+    dataset = convert(tmp_path, source)
+    assert labels_of(dataset) == [0, 1, 2, 0, 1, 2]
+    np.testing.assert_array_equal(dataset[4][0], image(8, 8, seed=4).transpose(2, 0, 1))
+    options = ["--image-key=SEG.png", "--workers=1"]
+    assert convert(tmp_path, source, dest="masks.zip", options=options)[0][0].max() == 0
+    options = ["--image-key=left.png"]
+    fails_with(
+        convert(tmp_path, source, dest="x.zip", ok=False, options=options),
+        "no image left.png beside 0000.png: choose --image-key from depth.png, png, seg.png",
+    )
+    for extra, keys in (("PNG", "png, png"), ("jpg", "jpg, png")):
+        source = make_tar(tmp_path / f"{extra}.tar", samples((extra, mask)))
+        result = convert(tmp_path, source, dest=f"{extra}.zip", ok=False)
+        fails_with(result, f"0000.png is one of several images ({keys}): choose by --image-key")
+    views = {f"0.{side}.png": encoded(image(8, 8)) for side in ("left", "right")}
+    result = convert(tmp_path, make_tar(tmp_path / "views.tar", {**views, "0.cls": b"1"}), dest="v.zip", ok=False)
+    fails_with(result, "0.left.png is one of several images (left.png, right.png): choose by --image-key")
+
+
+def test_labels_of_samples(tmp_path):
+    """They are in a file .cls, or in a JSON file; texts are names, unless all are numbers."""
+    files = {}
+    for i, name in enumerate(["dog", "cat", "dog"]):
+        record = json.dumps({"label": i, "species": name}).encode()
+        files |= {f"{i}.jpg": encoded(image(8, 8, seed=i), "jpeg"), f"{i}.json": record, f"{i}.txt": b"7"}
+    source = make_tar(tmp_path / "x.tar", files)
+    assert labels_of(convert(tmp_path, source)) == [0, 1, 2]
+    for key, expected in (("species", [1, 0, 1]), ("txt", [7, 7, 7])):
+        dataset = convert(tmp_path, source, dest=f"{key}.zip", options=[f"--label-key={key}", "--workers=1"])
+        assert labels_of(dataset) == expected
+    files["1.json"] = b"{"
+    source = make_tar(tmp_path / "damaged.tar", files)
+    fails_with(convert(tmp_path, source, dest="d.zip", ok=False), "the JSON file beside 1.jpg is damaged")
 
 
 def test_parquet(tmp_path):
@@ -158,6 +200,66 @@ def test_parquet(tmp_path):
     )
 
 
+def write_table(path: Path, columns: dict, features: dict | None = None) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    count = len(next(iter(columns.values())))
+    pictures = [{"bytes": encoded(image(8, 8, seed=i)), "path": None} for i in range(count)]
+    table = pa.table({"image": pictures, **columns})
+    if features is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path)
+    return path
+
+
+def class_label(*names: str) -> dict:
+    return {"_type": "ClassLabel", "names": names}
+
+
+def test_columns_of_parquet_files(tmp_path):
+    """A column called label goes before others of classes, an option before that; what is unclear is asked for."""
+    columns = {"domain": [0, 1, 0, 1], "Label": [0, 1, 2, 3]}
+    features = {"domain": class_label("photo", "sketch"), "Label": class_label(*"abcd")}
+    source = write_table(tmp_path / "t.parquet", columns, features)
+    result = convert(tmp_path, source, ok=False)
+    assert result.exit_code == 0 and "column image, 4 images; labels: column Label\n" in result.output
+    assert "4 classes: a (1), b (1), c (1), d (1)" in result.output
+    dataset = convert(tmp_path, source, dest="d.zip", options=["--label-column=domain", "--workers=1"])
+    assert labels_of(dataset) == [0, 1, 0, 1] and dataset.class_names == ["photo", "sketch"]
+    fails_with(
+        convert(tmp_path, source, dest="x.zip", ok=False, options=["--label-key=colour"]),
+        "--label-key=colour: no such column: choose from domain, Label",
+    )
+    del columns["Label"]
+    features = {"domain": class_label("photo", "sketch"), "kind": class_label("p", "q")}
+    source = write_table(tmp_path / "u.parquet", {**columns, "kind": [0, 0, 1, 1]}, features)
+    fails_with(convert(tmp_path, source, dest="x.zip", ok=False), "which column? choose --label-key from domain, kind")
+    source = write_table(tmp_path / "v.parquet", {"img": [encoded(image(8, 8))], "label": [1]})
+    fails_with(convert(tmp_path, source, dest="x.zip", ok=False), "which column? choose --image-key from image, img")
+    assert labels_of(convert(tmp_path, source, dest="v.zip", options=["--image-key=img"])) == [1]
+
+
+def test_labels_of_parquet_files(tmp_path):
+    """Numbers as text and as floats, names, and lists of classes."""
+    cases = {
+        "text": (["10", "2", "0"], [10, 2, 0], None),
+        "float": ([1.0, 0.0, 1.0], [1, 0, 1], None),
+        "name": (["b", "a", "10"], [2, 1, 0], ["10", "a", "b"]),
+        "vector": ([[0.5, 1.0], [0.0, 2.0], [1.0, 1.0]], [[0.5, 1.0], [0.0, 2.0], [1.0, 1.0]], None),
+        "lists": ([[0, 2], [], [1]], [[1, 0, 1], [0, 0, 0], [0, 1, 0]], None),
+    }
+    for name, (labels, expected, class_names) in cases.items():
+        source = write_table(tmp_path / f"{name}.parquet", {"label": labels})
+        dataset = convert(tmp_path, source, dest=f"{name}.zip")
+        assert (labels_of(dataset), dataset.class_names) == (expected, class_names)
+    for kind in ({"_type": "Sequence", "feature": class_label(*"abcd")}, [class_label(*"abcd")]):
+        source = write_table(tmp_path / "m.parquet", {"label": [[0, 2], [1, 2]]}, {"label": kind})
+        dataset = convert(tmp_path, source, dest="m.zip")
+        assert labels_of(dataset) == [[1, 0, 1, 0], [0, 1, 1, 0]] and dataset.class_names == list("abcd")
+        (tmp_path / "m.zip").unlink()
+
+
 def test_lmdb(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
@@ -177,6 +279,8 @@ def test_lmdb(tmp_path):
         (["extra-0.tar", "test-0.tar", "train-0.tar"], "train", [2], "1 of 3 files"),
         (["test-0.tar", "train_val-0.tar"], "all", [1, 0], "tar shards"),
         (["a.tar", "contest.tar"], "train", [0, 1], "tar shards"),
+        (["Test-0.tar", "Train-0.tar", "VAL-0.tar"], "train", [1], "1 of 3 files: --split=train"),
+        (["A/TEST/0.TAR", "A/TRAIN/0.TAR"], "test", [0], "1 of 2 files: --split=test"),
     ],
 )
 def test_splits(names, split, expected, note, tmp_path):
@@ -210,7 +314,17 @@ def test_folders_of_several_kinds(tmp_path):
     source = make_dataset(tmp_path / "src", {"preview.png": png(image(8, 8)), "train.tar": b"x"})
     fails_with(convert(tmp_path, source, ok=False), "holds images (such as preview.png) and other sources (train.tar)")
     inner = make_tar(tmp_path / "classes.tar", {"a.tar": b"x", "b.tar": b"x"})
-    fails_with(convert(tmp_path, inner, ok=False), "no images in it (found .tar); unpack archives first")
+    fails_with(convert(tmp_path, inner, ok=False), "no images in it", "(2 .tar)): unpack archives first")
+
+
+def test_parts_that_are_not_there(tmp_path):
+    """--split that would do nothing is refused."""
+    source = make_tar(tmp_path / "a.tar", {"0.png": encoded(image(8, 8))})
+    (tmp_path / "src").mkdir()
+    make_tar(tmp_path / "src" / "b.tar", {"0.png": encoded(image(8, 8))})
+    for path in (source, tmp_path / "src", make_dataset(tmp_path / "c", {"0.png": png(image(8, 8))})):
+        result = convert(tmp_path, path, ok=False, options=["--split=test"])
+        fails_with(result, f"--source={path}: nothing in it is called test: leave out --split=test")
 
 
 def test_files_that_systems_leave_behind(tmp_path):
@@ -225,9 +339,12 @@ def test_files_that_systems_leave_behind(tmp_path):
 
 def test_bad_sources(tmp_path):
     (tmp_path / "empty").mkdir()
-    fails_with(convert(tmp_path, tmp_path / "empty", ok=False), "empty: no images in it (found no files)")
+    fails_with(convert(tmp_path, tmp_path / "empty", ok=False), "empty: no images in it (it is empty)")
     make_dataset(tmp_path / "texts", {"a.txt": b"x", "b.md": b"x"})
-    fails_with(convert(tmp_path, tmp_path / "texts", ok=False), "no images in it (found .md, .txt)")
+    fails_with(
+        convert(tmp_path, tmp_path / "texts", ok=False),
+        "no images in it (left out: 2 other files (1 .txt, 1 .md))",
+    )
     fails_with(convert(tmp_path, tmp_path / "nowhere", ok=False), "nowhere: no such file or folder")
     (tmp_path / "odd.bin").write_bytes(b"odd stuff")
     fails_with(convert(tmp_path, tmp_path / "odd.bin", ok=False), "neither a ZIP", "b'odd stuf'")
@@ -297,4 +414,4 @@ def test_damaged_entries_can_be_left_out(tmp_path):
 def test_names_that_are_no_text(tmp_path):
     (tmp_path / "src").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "src") + b"/\xff.png")).write_bytes(b"broken")
-    fails_with(convert(tmp_path, tmp_path / "src", ok=False), "\ufffd.png: cannot be read")
+    fails_with(convert(tmp_path, tmp_path / "src", ok=False), "\\xff.png: cannot be read")

@@ -26,7 +26,8 @@ def test_labels_that_do_not_fit(tmp_path):
     (tmp_path / "l.csv").write_text("0.png,1\n")
     options = [f"--labels={tmp_path / 'l.csv'}"]
     fails_with(
-        convert(tmp_path, source, ok=False, options=options), "--labels: none for 4 images, such as 1.png, 2.png, 3.png"
+        convert(tmp_path, source, ok=False, options=options),
+        "l.csv: none for 4 images, such as 1.png, 2.png, 3.png: complete them",
     )
     (tmp_path / "l.csv").write_text("0.png,1\n0.png,2\n")
     fails_with(convert(tmp_path, source, dest="b.zip", ok=False, options=options), "0.png is listed twice, as 1 and 2")
@@ -35,9 +36,9 @@ def test_labels_that_do_not_fit(tmp_path):
     for text, fragment in {
         "0.png,\n": "'0.png,' is not of the form filename,label",
         "filename,label\n": "holds no labels",
-        "0.png,1\n1.png,-1\n": "'-1' beside other labels",
-        "0.png,1.5\n": "'1.5' beside other labels",
-        "0.png," + "1" * 5000 + "\n": "1' beside other labels",
+        "0.png,1\n1.png,-1\n": "'-1' is no class",
+        "0.png,1.5\n": "'1.5' is no class",
+        "0.png," + "1" * 5000 + "\n": "1' is no class",
         "a/0.png,1\nb/0.png,2\n": "none for 5 images, such as 0.png",
     }.items():
         (tmp_path / "l.csv").write_text(text)

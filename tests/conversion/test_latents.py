@@ -5,8 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails_with, make_dataset, npy, random_images, run_cli, torchrun
-from sources import check, labels_of
+from conftest import ROOT, fails_with, make_dataset, npy, png, random_images, run_cli, torchrun
+from sources import check, convert, labels_of
 
 from dataset_tool import main as dataset_tool
 from train_edm2 import main as train
@@ -65,6 +65,18 @@ def test_precision(precision, vae, pixels, tmp_path):
     exact, rough = (ImageFolderDataset(tmp_path / name)[0][0] for name in ("fp32", precision))
     error = np.linalg.norm(exact - rough) / np.linalg.norm(exact)
     assert 0 < error < 0.05
+
+
+def test_class_names_survive(vae, tmp_path):
+    """From folders to images, to latents and back."""
+    files = {f"{c}/0.png": png(np.zeros([16, 16, 3], np.uint8)) for c in ("cat", "dog")}
+    convert(tmp_path, make_dataset(tmp_path / "src", files))
+    for command, source, dest in (("encode", "out.zip", "latents.zip"), ("decode", "latents.zip", "decoded")):
+        run_tool(command, f"--source={tmp_path / source}", f"--dest={tmp_path / dest}", f"--model-url={vae}")
+        dataset = ImageFolderDataset(tmp_path / dest)
+        assert (labels_of(dataset), dataset.class_names) == ([0, 1], ["cat", "dog"])
+    dataset = convert(tmp_path, tmp_path / "decoded", dest="again.zip")
+    assert dataset.class_names == ["cat", "dog"]
 
 
 # dataset_tool.py with a VAE that is quick to load: averages of 8x8 pixels.

@@ -1,13 +1,19 @@
 """PNG files, other images and arrays, whole and damaged."""
 
 import io
+import json
+import re
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
-from conftest import make_dataset, npy, png, random_images
+from conftest import make_dataset, npy, png, random_images, run_cli
+from sources import convert, image
 
 import training.dataset.decoding
+from calculate_metrics import main as calculate_metrics
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
 
@@ -44,6 +50,88 @@ def test_palette_and_bilevel_images(tmp_path):
     dataset = ImageFolderDataset(make_dataset(tmp_path / "data", files))
     for i in range(2):
         assert dataset[i][0][:, 0, 0].tolist() == [255, 0, 0]
+
+
+UPRIGHT = image(8, 8)
+SIDEWAYS = PIL.Image.fromarray(UPRIGHT).transpose(PIL.Image.Transpose.ROTATE_90)  # as a camera on its side stores it
+
+
+def saved(picture: PIL.Image.Image, kind: str = "png", **options) -> bytes:
+    f = io.BytesIO()
+    picture.save(f, format=kind, **options)
+    return f.getvalue()
+
+
+def with_text(key: str, value: str) -> PIL.PngImagePlugin.PngInfo:
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_itxt(key, value)
+    return info
+
+
+def turned(kind: str, **options) -> bytes:
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    return saved(SIDEWAYS, kind, exif=exif, **options)
+
+
+def palette(**options) -> bytes:
+    picture = PIL.Image.new("P", (8, 8), 1)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    return saved(picture, **options)
+
+
+WHITE, BLUE = np.full([8, 8, 3], 255), np.full([8, 8, 3], [0, 0, 255])
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+PICTURES = {
+    "PNG, turned": (turned("png"), UPRIGHT),
+    "PNG, turned, without filters": (turned("png", compress_level=0), UPRIGHT),
+    "TIFF, turned": (turned("tiff"), UPRIGHT),
+    "WebP, turned": (turned("webp", lossless=True), UPRIGHT),
+    "PNG, turned by XMP": (saved(SIDEWAYS, pnginfo=with_text("XML:com.adobe.xmp", XMP.decode())), UPRIGHT),
+    "PNG with damaged EXIF": (saved(PIL.Image.fromarray(UPRIGHT), exif=b"Exif\0\0nonsense"), UPRIGHT),
+    "opaque palette": (palette(), BLUE),
+    "transparent palette": (palette(transparency=1), WHITE),
+    "half transparent palette": (palette(transparency=b"\xff\x80"), np.full([8, 8, 3], [127, 127, 255])),
+    "transparent colour": (saved(PIL.Image.new("RGB", (8, 8), (0, 0, 255)), transparency=(0, 0, 255)), WHITE),
+    "transparent colour elsewhere": (saved(PIL.Image.new("RGB", (8, 8), (0, 0, 255)), transparency=(9, 9, 9)), BLUE),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_one_reader(kind, tmp_path):
+    """A picture is the same in training and conversion, upright and on white."""
+    data, expected = PICTURES[kind]
+    path = make_dataset(tmp_path / "src", {"0.tiff": data})  # Pillow looks at the contents
+    np.testing.assert_allclose(ImageFolderDataset(path)[0][0], expected.transpose(2, 0, 1), atol=1)
+    np.testing.assert_array_equal(convert(tmp_path, path)[0][0], ImageFolderDataset(path)[0][0])
+
+
+def test_transparent_gray_stays_gray(tmp_path):
+    data = saved(PIL.Image.new("L", (8, 8), 7), transparency=7)
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "src", {"0.png": data}))
+    assert dataset.image_shape == (1, 8, 8) and dataset[0][0].min() == 255
+
+
+def test_photos_measured_against_their_conversion(tmp_path):
+    """Half of them are stored sideways; the distance is 0."""
+    pictures = [np.random.default_rng(i).integers(0, 256, [2, 2, 3], dtype=np.uint8) for i in range(20)]
+    files = {}
+    for i, pixels in enumerate(pictures):
+        exif = PIL.Image.Exif()
+        exif[PIL.ExifTags.Base.Orientation] = 6 if i % 2 else 1
+        picture = PIL.Image.fromarray(pixels)
+        stored = picture.transpose(PIL.Image.Transpose.ROTATE_90) if i % 2 else picture
+        files[f"{i:02d}.png"] = saved(stored, exif=exif)
+    photos, ref = make_dataset(tmp_path / "photos", files), tmp_path / "ref.safetensors"
+    convert(tmp_path, photos)
+    metrics = ["--metrics=fd_pixels", "--device=cpu"]
+    result = run_cli(calculate_metrics, "ref", f"--data={tmp_path / 'out.zip'}", f"--dest={ref}", *metrics)
+    assert result.exit_code == 0, result.output
+    result = run_cli(calculate_metrics, "calc", f"--images={photos}", f"--ref={ref}", *metrics, "--num=20")
+    assert result.exit_code == 0, result.output
+    assert json.loads(re.search("{.*}", result.stdout, re.DOTALL)[0])["results"]["fd_pixels"] == pytest.approx(
+        0, abs=1e-9
+    )
 
 
 def test_deep_pixels_are_refused(tmp_path):

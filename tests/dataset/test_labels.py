@@ -1,5 +1,7 @@
 """Labels of dataset.json and of class folders."""
 
+import json
+
 import pytest
 from conftest import DIGITS, make_dataset, random_images
 
@@ -50,3 +52,30 @@ def test_bad_labels(tmp_path, json, message):
     path = make_dataset(tmp_path / "data", {**random_images(2), "dataset.json": json})
     with pytest.raises(UserError, match=f"dataset.json.*{message}"):
         ImageFolderDataset(path)
+
+
+def test_class_names(tmp_path):
+    files = random_images(3)
+    labels = {"labels": [[name, i] for i, name in enumerate(files)]}
+    for classes, expected in (
+        (["a", "b", "c"], ["a", "b", "c"]),
+        (["a", "b", "c", "rare"], ["a", "b", "c", "rare"]),
+        (None, None),
+    ):
+        text = json.dumps({**labels, "classes": classes}).encode()
+        path = make_dataset(tmp_path / str(expected), {**files, "dataset.json": text})
+        dataset = ImageFolderDataset(path)
+        assert (dataset.class_names, dataset.label_dim) == (expected, 3)
+    for classes, message in ((["a", "b"], "names of 2 classes, but labels of 3"), ([1, 2, 3], "is not of the form")):
+        text = json.dumps({**labels, "classes": classes}).encode()
+        with pytest.raises(UserError, match=f"dataset.json.*{message}"):
+            ImageFolderDataset(make_dataset(tmp_path / message[:5], {**files, "dataset.json": text}))
+
+
+def test_classes_and_label_vectors_in_the_summary(tmp_path):
+    files = random_images(2)
+    labels = {name: [0.5, float(i), 2.0] for i, name in enumerate(files)}
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "v", files, labels))
+    assert dataset.summary()[1] == "labels: dataset.json, vectors of length 3"
+    assert ImageFolderDataset(DIGITS).summary()[1].startswith("labels: dataset.json, 10 classes: 0 (178), 1 (182), ")
+    assert ImageFolderDataset(DIGITS, use_labels=False).summary()[1] == "labels: not used"

@@ -1,11 +1,18 @@
 """Folders and ZIP files, whole, compressed and damaged."""
 
 import contextlib
+import os
+import pickle
+import resource
+import struct
 import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIGITS, make_dataset, random_images
+from conftest import DIGITS, make_dataset, npy, random_images
+from sources import check
 
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
@@ -57,3 +64,105 @@ def test_damaged_compressed_entry(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="cannot read 00000/img00000001.png"):
         ImageFolderDataset(path).verify()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Damaged data that nothing else would notice
+
+
+def latents(count: int = 4, seed: int = 0) -> dict[str, bytes]:
+    rng = np.random.default_rng(seed)
+    return {f"{i}.npy": npy(rng.standard_normal([4, 8, 8]).astype(np.float32)) for i in range(count)}
+
+
+def flipped(path: Path, after: bytes) -> None:
+    """Flip a bit in the middle of the data that follow some bytes."""
+    data = bytearray(path.read_bytes())
+    data[data.index(after) + len(after) + 300] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_checksums_of_entries(compression, tmp_path):
+    path = make_dataset(tmp_path / "l.zip", latents(), compression=compression)
+    flipped(path, b"2.npy")
+    dataset = ImageFolderDataset(path)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(UserError, match=r"l.zip: cannot read 2.npy: "):
+            dataset[2]
+    dataset[1]
+    assert "cannot read 2.npy" in check(path, exit_code=1)["problems"][0]
+    if compression == zipfile.ZIP_STORED:
+        with pytest.raises(UserError, match=r"2.npy: damaged \(checksum mismatch\): copy or convert the dataset again"):
+            dataset[2]
+
+
+def test_nan_is_found_each_time(tmp_path):
+    files = latents()
+    files["2.npy"] = npy(np.full([4, 8, 8], np.nan, np.float32))
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "l.zip", files))
+    for _ in range(2):
+        with pytest.raises(UserError, match="2.npy: the latents hold NaN"):
+            dataset[2]
+
+
+@pytest.mark.parametrize("form", ["l", "l.zip"])
+def test_truncated_and_damaged_arrays(form, tmp_path):
+    """One line that names the file: wherever it is cut, and whatever stands in its header."""
+    whole = latents()["2.npy"]
+    brace = whole.index(b"}")
+    headless = whole[:brace] + b" " + whole[brace + 1 :]
+    for i, data in enumerate([whole[:-30], whole[:-32], whole[:140], whole[:20], headless]):
+        path = make_dataset(tmp_path / f"{i}{form}", {**latents(), "2.npy": data})
+        with pytest.raises(UserError, match=r": cannot read 2.npy: "):
+            ImageFolderDataset(path)[2]
+        assert "cannot read 2.npy" in check(path, exit_code=1)["problems"][0]
+    with pytest.raises(UserError, match=r": cannot read 2.npy: "):
+        ImageFolderDataset(path).verify()  # the last one
+
+
+def test_bombs(tmp_path):
+    """Data that unpack to more than they say are not unpacked."""
+    zeros = zlib.compress(bytes(10**8), 9)
+    chunks = [(b"IHDR", struct.pack(">2I5B", 8, 8, 8, 0, 0, 0, 0)), (b"IDAT", zeros), (b"IEND", b"")]
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    path = make_dataset(tmp_path / "p.zip", {"0.png": bomb})
+    entry = bytearray(
+        make_dataset(tmp_path / "e.zip", {"0.png": bytes(10**8)}, compression=zipfile.ZIP_DEFLATED).read_bytes()
+    )
+    for size, sizes in ((1000, "1000"), (3 * 10**9, "3000000000")):
+        position = entry.index(b"PK\1\2") + 24  # the size that the directory declares
+        entry[position : position + 4] = struct.pack("<I", size)
+        (tmp_path / "e.zip").write_bytes(entry)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UserError, match=f"cannot read 0.png: .*{sizes}"):
+            ImageFolderDataset(tmp_path / "e.zip")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="cannot read 0.png: truncated or damaged: it should unpack to 72 bytes"):
+        ImageFolderDataset(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
+
+
+def test_archives_that_change(tmp_path):
+    """Truncated or overwritten while they are read: one line, no signal, and nothing of the new contents."""
+    path = make_dataset(tmp_path / "l.zip", latents(40))
+    whole = path.read_bytes()
+    dataset, cached = ImageFolderDataset(path), ImageFolderDataset(path, cache=True)
+    expected = dataset[0][0], cached[39][0]
+    os.truncate(path, len(whole) // 3)
+    for idx in (0, 39):
+        with pytest.raises(UserError, match=f"cannot read {dataset.name(idx)}: the ZIP file has changed since"):
+            dataset[idx]
+    np.testing.assert_array_equal(cached[39][0], expected[1])
+    path.write_bytes(make_dataset(tmp_path / "other.zip", latents(40, seed=1)).read_bytes())
+    with pytest.raises(UserError, match="the ZIP file has changed since"):
+        dataset[0]
+    path = make_dataset(tmp_path / "m.zip", latents(40))
+    dataset = ImageFolderDataset(path)
+    os.replace(tmp_path / "other.zip", path)  # the old file lives on
+    np.testing.assert_array_equal(dataset[0][0], expected[0])
+    with pytest.raises(UserError, match="the ZIP file has changed since"):
+        pickle.loads(pickle.dumps(dataset))[0]  # as a loader process opens it

@@ -66,10 +66,10 @@ def test_few_images_are_warned_of(verbose):
         return stats_of(random_batches(1, count), ["fd_pixels", "prdc_pixels"])
 
     few, fewer, many = sized(192), sized(40), sized(193)
-    tells = "in 192 dimensions mostly reflects the small sample: use far more"
-    assert warning_of(few, many) == f"fd_pixels of 192 images {tells}"
-    assert warning_of(many, fewer) == f"fd_pixels against a reference of 40 images {tells}"
-    assert warning_of(few, fewer) == f"fd_pixels of 192 images against a reference of 40 images {tells}"
+    caution = "in 192 dimensions mostly reflects the small sample: use far more"
+    assert warning_of(few, many) == f"fd_pixels of 192 images {caution}"
+    assert warning_of(many, fewer) == f"fd_pixels against a reference of 40 images {caution}"
+    assert warning_of(few, fewer) == f"fd_pixels of 192 images against a reference of 40 images {caution}"
     # What is not known is not warned of: warnings are errors here.
     unknown = {"fd_pixels": fewer.fd_pixels}
     for stats, ref in [(many, many), (many, unknown), (unknown, many), (unknown, unknown)]:

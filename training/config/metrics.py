@@ -26,7 +26,7 @@ class Metric:
     """A metric.
 
     Args:
-        entry: the statistics that it needs (see `feature_stats`), which say the detector.
+        entry: the statistics that it needs (see `metrics.files`), which say the detector.
         kind: 'frechet' needs means and covariances, all others the features of all images.
     """
 

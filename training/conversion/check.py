@@ -40,6 +40,8 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         parent = next(folder for folder in grid.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"--grid={grid}: {parent} is not a folder that can be written to: choose another place")
+        if grid.resolve() == Path(path).resolve():
+            raise UserError(f"--grid={grid}: this is the dataset itself: choose another name")
     if not Path(path).exists():
         raise UserError(f"{path}: no such dataset")
     try:
@@ -59,6 +61,7 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         duplicates=len(scan.duplicates),
         duplicate_examples=scan.duplicates[:SHOWN],
         unreadable=len(problems),
+        notes=dataset.notes,
     )
     if dataset.compressed:
         facts["compressed"] = COMPRESSED
@@ -128,15 +131,18 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def _labels(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     if not dataset.has_labels:
-        return dict(labels="none")
+        return dict(labels="none", label_source="")
+    source = dict(label_source=dataset.label_source)
     stored = [dataset.get_stored_label(idx) for idx in indices]
     counts = Counter(label for label in stored if isinstance(label, int))
     if not counts:
-        return dict(labels=f"vectors of length {dataset.label_dim}")
+        return dict(labels=f"vectors of length {dataset.label_dim}", **source)
     empty = [label for label in range(dataset.label_dim) if label not in counts]
     facts: dict[str, Any] = dict(
-        labels=f"{len(counts)} classes of {min(counts.values())} to {max(counts.values())} images"
+        labels=f"{len(counts)} classes of {min(counts.values())} to {max(counts.values())} images", **source
     )
+    if dataset.class_names is not None:
+        facts["class_names"] = dataset.class_names[: 5 * SHOWN]
     facts["label_histogram"] = {str(label): counts[label] for label in sorted(counts)[: 5 * SHOWN]}
     if empty:
         facts["classes_without_images"] = empty[:SHOWN]
@@ -200,6 +206,14 @@ def _whitening(mean: np.ndarray, std: np.ndarray) -> dict[str, Any]:
     return dict(channels_note=note)
 
 
+def _label_text(dataset: ImageFolderDataset, idx: int) -> str:
+    """The label of an item in a few characters: the name of its class where that is known."""
+    label = dataset.get_stored_label(idx) if dataset.has_labels else ""
+    if isinstance(label, list):
+        return f"{label[:3]}..."
+    return dataset.class_names[label] if isinstance(label, int) and dataset.class_names is not None else str(label)
+
+
 def save_contact_sheet(path: Path, dataset: ImageFolderDataset, indices: list[int]) -> None:
     """Evenly spaced images of a dataset with their labels, as PNG."""
     chosen = [indices[i] for i in evenly_spaced(len(indices), GRID_IMAGES)]
@@ -215,8 +229,7 @@ def save_contact_sheet(path: Path, dataset: ImageFolderDataset, indices: list[in
         tile = PIL.Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
         how = PIL.Image.Resampling.NEAREST if tile.width < TILE else PIL.Image.Resampling.LANCZOS
         sheet.paste(tile.resize((TILE, TILE), how), (x, y))
-        label = dataset.get_stored_label(idx) if dataset.has_labels else ""
-        text = str(label) if not isinstance(label, list) else f"{label[:3]}..."
+        text = _label_text(dataset, idx)
         draw.text((x + 2, y + TILE), f"{idx}: {text}" if text else str(idx), fill="black")
     with atomic_write(path) as f:
         sheet.save(f, format="png")

@@ -5,18 +5,21 @@ import itertools
 import json
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import PIL
 from tqdm import tqdm
 
 from dnnlib.errors import UserError, one_line
+from training.conversion.depth import ValueRange
+from training.conversion.label_table import LabelTable
 from training.conversion.labels import WrittenLabels
-from training.conversion.sources import Label, Source, SourceImage
+from training.conversion.sources import CLASS_FOLDERS, Label, Source, SourceImage
 from training.conversion.transforms import decode_image, make_transform
 from training.conversion.workers import map_in_order
 from training.conversion.writer import DatasetWriter, encode_png, image_name
+from training.dataset.listing import many
 from training.dataset.order import evenly_spaced
 
 CHUNK = 16  # images that a worker gets at a time
@@ -31,24 +34,27 @@ class ImageSettings:
     width: int | None
     height: int | None
     channels: int
+    value_range: ValueRange | None = None  # of images of more than 8 bits, see `to_8_bits`
 
 
 @dataclass
 class Report:
-    """What a conversion did, as it is kept beside the labels."""
+    """What a conversion did, as report.json keeps it beside the images."""
 
     written: int = 0
     too_small: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, error
     classes: list[str] | None = None  # names of the classes 0, 1, ...
-    num_classes: int = 0  # of labels that are classes
+    class_counts: dict[int, int] = field(default_factory=dict)  # images per class; empty where labels are no classes
+    sources: list[list[str]] = field(default_factory=list)  # what was found in each, in lines for users
+    notes: list[str] = field(default_factory=list)  # on the labels
 
 
 def convert_images(
     sources: Sequence[Source],
     dest: Path,
     settings: ImageSettings,
-    labels: dict[str, Label] | None = None,
+    labels: LabelTable | None = None,
     max_images: int | None = None,
     workers: int = 1,
     on_error: str = "fail",
@@ -57,7 +63,7 @@ def convert_images(
     """Convert images into a dataset of uncompressed PNG files. Its bytes do not depend on the number of workers.
 
     Args:
-        labels: by name of the image (with or without its folders); None = those of the sources.
+        labels: a table of labels; None = those of the sources.
         on_error: 'fail', or 'skip' images that are broken.
 
     Raises:
@@ -72,21 +78,29 @@ def convert_images(
             raise UserError(
                 f"--source={source.path}: other names of classes than {sources[0].path}: convert them one by one"
             )
+    written_labels = WrittenLabels(
+        labels,
+        only_names=labels is not None or any(source.labels == CLASS_FOLDERS for source in sources),
+        class_names=sources[0].classes if labels is None else labels.class_names,
+        multi_label=labels is None and any(source.multi_label for source in sources),
+    )
     options = dict(
         sources=[str(source.path) for source in sources],
         transform=settings.transform,
         resolution=None if settings.width is None else [settings.width, settings.height],
         channels=settings.channels,
+        range=None if settings.value_range is None else list(settings.value_range),
         max_images=max_images,
     )
     writer = DatasetWriter(dest, options, resume)
     try:
-        conversion = _Conversion(writer, settings, WrittenLabels(labels), on_error)
+        conversion = _Conversion(writer, settings, written_labels, on_error)
         conversion.write_images(sources, max_images, workers)
-        report = conversion.finish(sources, None if labels is not None else sources[0].classes)
-        writer.write("dataset.json", conversion.labels.to_json())
-        facts = dict(written=report.written, too_small=report.too_small, skipped=report.skipped, classes=report.classes)
-        writer.write("report.json", json.dumps({**facts, "options": options}, indent=2).encode())
+        report = conversion.finish(sources)
+        if labels is not None and (unused := labels.unused()):
+            report.notes.append(f"{many(len(unused), 'row')} of {labels.path} without an image, such as {unused[0]}")
+        writer.write("dataset.json", written_labels.to_json())
+        writer.write("report.json", json.dumps({**asdict(report), "options": options}, indent=2).encode())
         writer.finish()
     except BaseException:
         writer.close()
@@ -110,9 +124,10 @@ class _Conversion:
         totals = [max_images] if max_images is not None else []
         if len(counts) == len(sources):
             totals.append(sum(counts))
-        images = itertools.islice(itertools.chain.from_iterable(source.images() for source in sources), max_images)
+        images = ((source.path, image) for source in sources for image in source.images())
+        chunks = _chunks(itertools.islice(images, max_images), self.writer.names)
         # Closed before an error leaves, so that the workers end in order.
-        work = map_in_order(_Task(self.settings), _chunks(images, self.writer.names), workers)
+        work = map_in_order(_Task(self.settings), chunks, workers)
         with (
             contextlib.closing(work),
             tqdm(total=min(totals, default=None), unit="img", disable=None, dynamic_ncols=True) as progress,
@@ -135,7 +150,7 @@ class _Conversion:
         elif not present:
             self._leave_out(result)
             return
-        self.labels.add(name, result.name, result.label)
+        self.labels.add(name, result.source, result.name, result.label)
         self.report.written += 1
 
     def _leave_out(self, result: "_Converted") -> None:
@@ -160,8 +175,8 @@ class _Conversion:
             self.writer.discard()
             raise UserError(f"{result.name} is {width}x{height}, not square: give --transform and --resolution")
 
-    def finish(self, sources: Sequence[Source], classes: list[str] | None) -> Report:
-        """The report, once all images are written; `classes` are the sources' names of the classes."""
+    def finish(self, sources: Sequence[Source]) -> Report:
+        """The report, once all images are written."""
         if set(self.writer.names).difference(self.labels.names):
             raise self._changed("the source, which now has fewer images,")
         if self.report.written == 0:
@@ -171,8 +186,10 @@ class _Conversion:
                     f"{self.settings.height} with --transform={self.settings.transform}: choose a lower one"
                 )
             raise UserError(f"no images in {', '.join(str(source.path) for source in sources)} could be converted")
-        self.report.classes = self.labels.number_classes() or classes
-        self.report.num_classes = self.labels.num_classes()
+        self.labels.finish()
+        self.report.classes = self.labels.class_names
+        self.report.class_counts = dict(sorted(self.labels.counts().items()))
+        self.report.sources = [source.summary() for source in sources]
         return self.report
 
     def _changed(self, what: str) -> UserError:
@@ -190,6 +207,7 @@ class _Converted:
     """The result of converting an image: a PNG file and its size, or the reason why there is none."""
 
     index: int
+    source: Path
     name: str
     label: Label
     png: bytes | None = None
@@ -198,17 +216,20 @@ class _Converted:
     is_error: bool = False
 
 
+_Item = tuple[int, Path, SourceImage, bool]  # index, source, image, whether it is written already
+
+
 @dataclass(frozen=True)
 class _Task:
     """Converts a chunk of images; made once, run in the workers."""
 
     settings: ImageSettings
 
-    def __call__(self, chunk: list[tuple[int, SourceImage, bool]]) -> list[_Converted]:
+    def __call__(self, chunk: list[_Item]) -> list[_Converted]:
         transform = make_transform(self.settings.transform, self.settings.width, self.settings.height)
         results = []
-        for index, image, done in chunk:
-            result = _Converted(index, image.name, image.label)
+        for index, source, image, done in chunk:
+            result = _Converted(index, source, image.name, image.label)
             results.append(result)
             if done:
                 continue
@@ -216,7 +237,7 @@ class _Task:
                 result.reason, result.is_error = f"cannot be read: {image.error}", True
                 continue
             try:
-                pixels = transform(decode_image(image.data, self.settings.channels))
+                pixels = transform(decode_image(image.data, self.settings.channels, self.settings.value_range))
             except Exception as err:  # a broken image can fail in any way
                 kind = "damaged, or not an image" if isinstance(err, PIL.UnidentifiedImageError) else one_line(err)
                 result.reason, result.is_error = f"cannot be read: {kind or type(err).__name__}", True
@@ -228,8 +249,8 @@ class _Task:
         return results
 
 
-def _chunks(images: Iterator[SourceImage], names: Collection[str]) -> Iterator[list[tuple[int, SourceImage, bool]]]:
-    """Images with their index, and whether they are written already (then without their data).
+def _chunks(images: Iterator[tuple[Path, SourceImage]], names: Collection[str]) -> Iterator[list[_Item]]:
+    """Images with their index and source, and whether they are written already (then without their data).
 
     Some of the written ones are converted once more, which shows their size and whether the source is still the same.
     """
@@ -237,9 +258,9 @@ def _chunks(images: Iterator[SourceImage], names: Collection[str]) -> Iterator[l
     again = {present[i] for i in evenly_spaced(len(present), MADE_AGAIN)}
     while True:
         chunk = []
-        for index, image in itertools.islice(numbered, CHUNK):
+        for index, (source, image) in itertools.islice(numbered, CHUNK):
             done = image_name(index) in names and image_name(index) not in again
-            chunk.append((index, replace(image, data=b"") if done else image, done))
+            chunk.append((index, source, replace(image, data=b"") if done else image, done))
         if not chunk:
             return
         yield chunk

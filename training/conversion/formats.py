@@ -31,7 +31,7 @@ def cifar(path: Path, names: Sequence[str], note: str) -> Source:
             for name in names:
                 yield from _cifar_batch(path, name, read_member(archive, members[name]))
 
-    return Source(f"CIFAR tarball{note}", path, None, images)
+    return Source(f"CIFAR tarball{note}", path, None, images, "of the batches")
 
 
 def _cifar_batch(path: Path, name: str, data: bytes) -> Iterator[SourceImage]:
@@ -86,21 +86,23 @@ def idx_files(path: Path, files: Sequence[Path], note: str = "") -> Source:
 
     def images() -> Iterator[SourceImage]:
         for file in files:
-            pixels, labels = _read_idx(file), _idx_labels(file)
+            pixels, labels_file = _read_idx(file), _labels_file(file)
+            labels = _read_idx(labels_file) if labels_file is not None else None
             if labels is not None and labels.shape != pixels.shape[:1]:
                 raise UserError(f"--source={file}: {len(pixels)} images, but labels of shape {list(labels.shape)}")
             for i, image in enumerate(pixels):
                 gray = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
                 yield SourceImage(f"{file.name}[{i}]", gray, int(labels[i]) if labels is not None else None)
 
-    return Source(f"IDX files{note}", path, count, images)
+    labelled = all(_labels_file(file) is not None for file in files)
+    return Source(f"IDX files{note}", path, count, images, "labels files" if labelled else "")
 
 
-def _idx_labels(file: Path) -> np.ndarray | None:
-    """The labels that lie beside a file of images, compressed or not."""
+def _labels_file(file: Path) -> Path | None:
+    """The file of labels that lies beside a file of images, compressed or not."""
     name = re.sub(r"images([-.])idx[0-9]", r"labels\1idx1", file.name).removesuffix(".gz")
     found = next((path for path in (file.with_name(name), file.with_name(f"{name}.gz")) if path.is_file()), None)
-    return _read_idx(found) if found is not None and name != file.name.removesuffix(".gz") else None
+    return found if name != file.name.removesuffix(".gz") else None
 
 
 def _read_idx(path: Path) -> np.ndarray:

@@ -142,7 +142,8 @@ def _map_dataset(
             if writer is not None:
                 labels = [dataset.get_stored_label(i) for i in range(count)] if dataset.has_labels else None
                 pairs = None if labels is None else [[work.name_of(i), label] for i, label in enumerate(labels)]
-                writer.write("dataset.json", json.dumps({"labels": pairs}).encode())
+                classes = {} if dataset.class_names is None else {"classes": dataset.class_names}
+                writer.write("dataset.json", json.dumps({"labels": pairs, **classes}).encode())
                 writer.finish()
     except BaseException:
         if writer is not None:

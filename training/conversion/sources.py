@@ -1,10 +1,8 @@
 """What a source of images is: an iterator over encoded images with their labels, and what is known of them before."""
 
-import os
-import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -12,11 +10,11 @@ import numpy as np
 
 from dnnlib.errors import RunError, UserError, one_line
 from training.config.metrics import SPLITS
-from training.dataset.decoding import image_suffixes
+from training.dataset.listing import Listing, many
 
 Label = int | str | list[float] | None
 Result = TypeVar("Result")
-MAX_DIGITS = 9  # of a label that is a number
+CLASS_FOLDERS = "class folders"  # where labels come from
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,31 @@ class Source:
     path: Path
     count: int | None  # None: not known before all are read
     images: Callable[[], Iterator[SourceImage]]
+    labels: str = ""  # where they come from: 'dataset.json', 'column label', ...; '' = there are none
     classes: list[str] | None = None  # names of the classes 0, 1, ..., where labels are numbers with names
+    multi_label: bool = False  # labels are lists of classes
+    has_keys: bool = False  # `Choice.image_key` and `label_key` mean something to it
+    notes: list[str] = field(default_factory=list)  # what users should know about how it was understood, one line each
+
+    def summary(self) -> list[str]:
+        """What was found, in lines for users; the last ones are `notes`."""
+        count = f", {many(self.count, 'image')}" if self.count is not None else ""
+        return [f"{self.path}: {self.kind}{count}; labels: {self.labels or 'none'}", *self.notes]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to read of a source that offers several things.
+
+    Args:
+        split: 'train', 'validation', 'test' or 'all': which files or folders, where their names say such parts.
+        image_key: which image of a sample: a column (Parquet) or the file type (WebDataset); None = by a stated rule.
+        label_key: likewise the label, or a key of a sample's JSON file.
+    """
+
+    split: str = "train"
+    image_key: str | None = None
+    label_key: str | None = None
 
 
 def naming_damage(path: Path, function: Callable[[], Result]) -> Result:
@@ -69,18 +91,6 @@ def images_naming_damage(path: Path, images: Iterator[SourceImage]) -> Iterator[
         yield image
 
 
-def is_image(name: str) -> bool:
-    """Whether a file is an image by its name, and not a system's own."""
-    parts = posixpath.normpath(name).split("/")
-    hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in parts)
-    return os.path.splitext(name)[1].lower() in image_suffixes() and not hidden
-
-
-def class_of(text: str) -> int | str:
-    """The number or name of a class."""
-    return int(text) if text.isdecimal() and len(text) <= MAX_DIGITS else text
-
-
 def files_of_split(path: Path, names: Sequence[str], split: str) -> tuple[list[str], str]:
     """The files that hold this part of a dataset, and a note if there are others.
 
@@ -89,6 +99,8 @@ def files_of_split(path: Path, names: Sequence[str], split: str) -> tuple[list[s
     """
     parts = {name: _part_of(name) for name in names}
     present = [part for part in SPLITS if part in parts.values()]
+    if not present:
+        check_no_parts(path, split)
     if split == "all" or not present:
         order = [*present, None]
         return sorted(names, key=lambda name: (order.index(parts[name]), name)), ""
@@ -98,19 +110,27 @@ def files_of_split(path: Path, names: Sequence[str], split: str) -> tuple[list[s
     return chosen, f" ({len(chosen)} of {len(names)} files: --split={split})" if len(chosen) < len(names) else ""
 
 
+def check_no_parts(path: Path, split: str) -> None:
+    """Refuse to look for a part of a dataset in a source that has none.
+
+    Raises:
+        UserError: a part other than the default was asked for.
+    """
+    if split not in ("train", "all"):
+        raise UserError(f"--source={path}: nothing in it is called {split}: leave out --split={split}")
+
+
 def _part_of(name: str) -> str | None:
     """The part of a dataset that a file's name says, or else the names of its folders."""
     for text in (PurePosixPath(name).name, str(PurePosixPath(name).parent)):
-        found = {part: re.search(f"(?<![a-z])({words})", text) for part, words in SPLITS.items()}
+        found = {part: re.search(f"(?<![a-z])({words})", text, re.IGNORECASE) for part, words in SPLITS.items()}
         starts = {part: match.start() for part, match in found.items() if match is not None}
         if starts:
             return min(starts, key=lambda part: starts[part])
     return None
 
 
-def no_images(path: Path, names: Iterable[str]) -> UserError:
+def no_images(path: Path, listing: Listing) -> UserError:
     """The error about a source that holds only other files."""
-    found = sorted({os.path.splitext(name)[1] or PurePosixPath(name).name for name in names})[:5]
-    return UserError(
-        f"--source={path}: no images in it (found {', '.join(found) if found else 'no files'}); unpack archives first"
-    )
+    found = "; ".join(listing.left_out()) or "it is empty"
+    return UserError(f"--source={path}: no images in it ({found}): unpack archives first")

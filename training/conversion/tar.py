@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dnnlib.errors import UserError
-from training.conversion.sources import is_image
+from training.dataset.listing import is_image
 
 
 class TarContents(NamedTuple):

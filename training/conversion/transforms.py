@@ -1,43 +1,36 @@
 """Encoded images -> pixels of the size that training wants."""
 
-import io
-import warnings
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from dnnlib.errors import UserError
+from training.conversion.depth import ValueRange, to_8_bits
+from training.dataset.decoding import on_white, open_picture
 
 Transform = Callable[[np.ndarray], np.ndarray | None]
 LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 
 
-def decode_image(data: bytes | np.ndarray, channels: int = 3) -> np.ndarray:
-    """uint8 [H, W, channels], 1 (gray) or 3 (RGB), upright as the camera was held (EXIF).
+def decode_image(data: bytes | np.ndarray, channels: int = 3, value_range: ValueRange | None = None) -> np.ndarray:
+    """uint8 [H, W, channels], 1 (gray) or 3 (RGB), as `open_picture` reads it; transparent parts become white.
 
-    16-bit grayscale keeps its upper 8 bits; palettes and CMYK become RGB; transparent parts become white.
+    Args:
+        value_range: of images of more than 8 bits, see `to_8_bits`.
 
     Raises:
         ValueError, OSError and others of Pillow: the data is damaged, or no image.
     """
-    with warnings.catch_warnings():
-        # Large images are welcome; Pillow refuses those beyond twice its limit.
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        image = PIL.Image.fromarray(data) if isinstance(data, np.ndarray) else PIL.Image.open(io.BytesIO(data))
-        with image:
-            PIL.ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):
-                image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            elif image.mode == "F":
-                raise ValueError("floating point pixels, whose range is unknown")
-            if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = PIL.Image.new("RGBA", image.size, "white")
-                image = PIL.Image.alpha_composite(white, image)
-            mode = "L" if channels == 1 else "RGB"
-            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    if isinstance(data, np.ndarray):
+        image = PIL.Image.fromarray(data)
+    else:
+        image = open_picture(data, functools.partial(to_8_bits, value_range=value_range))
+    if image.mode in ("LA", "RGBA"):
+        image = on_white(image)
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     if pixels.size == 0:
         raise ValueError("it has no pixels")
     return pixels[:, :, None] if channels == 1 else pixels

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -74,9 +75,9 @@ class DatasetWriter:
         self._useless = False
         self._options_file = dest.with_name(f"{dest.name}.partial.json")
         dest.parent.mkdir(parents=True, exist_ok=True)
-        lock = dest.with_name(f"{dest.name}.partial.lock")
-        lock.touch()  # where this fails, the error says why
-        self._lock = filelock.FileLock(lock, timeout=0)
+        with naming_errors(dest):  # filelock would take a folder that cannot be written to for a lock that is taken
+            tempfile.TemporaryFile(dir=dest.parent).close()
+        self._lock = filelock.FileLock(dest.with_name(f"{dest.name}.partial.lock"), timeout=0)
         try:
             self._lock.acquire()
         except filelock.Timeout:

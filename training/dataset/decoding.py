@@ -1,19 +1,26 @@
 """Encoded images and arrays -> numbers: PNG by the shortest way, everything else by Pillow and NumPy."""
 
-import functools
 import io
-import os
 import struct
+import warnings
 import zlib
+from collections.abc import Callable
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
+
+from dnnlib.errors import one_line
+from training.dataset.listing import is_array
+from training.dataset.storage import inflate
 
 try:
     import pyspng  # decodes PNG files that other tools wrote about twice as fast as Pillow (benchmarks/dataset.py)
 except ImportError:
     pyspng = None
 
+MAX_PIXELS = 100_000_000  # of images that are decoded here; beyond, Pillow has limits of its own
 HEADER_BYTES = 256  # enough for the headers of PNG and .npy
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Signature, length of the first chunk (skipped), its type, width, height, bits per sample, colour type.
@@ -21,27 +28,14 @@ PNG_HEADER = struct.Struct(">8s4x4sIIBB")
 # The same without the type, then whether interlaced, checksum (skipped), length and type of the second chunk.
 PNG_DATA = struct.Struct(">8s8xIIBB2xB4xI4s")
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type; palettes become RGB
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """File types that Pillow opens, such as '.png'."""
-    return frozenset(ext for ext, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN)
-
-
-def is_readable(name: str) -> bool:
-    """Whether a file is an image or an array by its name."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix in image_suffixes() or suffix == ".npy"
-
-
-def is_array(name: str) -> bool:
-    """Whether a file is an array by its name."""
-    return name.lower().endswith(".npy")
+# Chunks that say nothing about pixels or orientation; in texts some tools keep EXIF or XMP data.
+PNG_NEUTRAL_CHUNKS = frozenset(
+    [b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"sBIT", b"bKGD", b"pHYs", b"hIST", b"tIME"]
+)
 
 
 def decode(name: str, data: bytes | memoryview) -> np.ndarray:
-    """uint8 pixels or float32 latents [C, H, W] of a file; palettes and CMYK become RGB.
+    """uint8 pixels or float32 latents [C, H, W] of a file; pixels as `open_picture` says.
 
     Raises:
         ValueError, OSError and others of Pillow and NumPy: the file is damaged, or holds something else.
@@ -53,9 +47,12 @@ def read_header(name: str, start: bytes | memoryview) -> tuple[tuple[int, ...], 
     """Shape and dtype of what `decode` would return, from the first `HEADER_BYTES` of a file.
 
     Raises:
-        ValueError: they do not tell, as in formats other than PNG and .npy.
+        ValueError: they do not tell, as in formats other than PNG and .npy, or are damaged.
     """
-    return _npy_header(start) if is_array(name) else _png_header(start)
+    try:
+        return _npy_header(start) if is_array(name) else _png_header(start)
+    except Exception as err:  # NumPy parses its headers as Python text, and lets the parser's errors through
+        raise ValueError(one_line(err)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -72,6 +69,51 @@ def _png_header(data: bytes | memoryview) -> tuple[tuple[int, ...], np.dtype]:
     return (PNG_CHANNELS[color], height, width), np.dtype(np.uint8)
 
 
+def open_picture(data: bytes | memoryview, deep: Callable[[PIL.Image.Image], PIL.Image.Image]) -> PIL.Image.Image:
+    """An image in mode L, LA, RGB or RGBA, upright as the camera was held (EXIF).
+
+    Palettes, CMYK and the like become RGB. Alpha channels stay; colours that a palette or a single colour key declares
+    transparent become white.
+
+    Args:
+        deep: brings images of more than 8 bits per channel (mode I or F) to mode L.
+
+    Raises:
+        ValueError, OSError and others of Pillow: the data is damaged, or no image.
+    """
+    with warnings.catch_warnings():
+        # Large images are welcome; Pillow refuses those beyond twice its limit.
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        image = PIL.Image.open(io.BytesIO(data))
+        if _is_turned(image):
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            return deep(image)
+        if image.mode == "PA" or "transparency" in image.info:
+            return on_white(image)
+        if image.mode in ("La", "RGBa"):
+            return image.convert(image.mode.upper())
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+        image.load()
+        return image
+
+
+def _is_turned(image: PIL.Image.Image) -> bool:
+    """Whether the camera was held otherwise than upright; damaged EXIF data says nothing."""
+    try:
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # Pillow's readers of TIFF fail in many ways
+        return False
+
+
+def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image whose transparent parts are white: mode L stays L, all others become RGB."""
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    image = image.convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert(mode)
+
+
 def _decode_image(data: bytes | memoryview) -> np.ndarray:
     """uint8 [C, H, W] of an encoded image."""
     plain = _decode_plain_png(data)
@@ -79,12 +121,11 @@ def _decode_image(data: bytes | memoryview) -> np.ndarray:
         return plain
     if pyspng is not None and _is_simple_png(data):
         return _channels_first(pyspng.load(bytes(data)))
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{image.mode} pixels have more than 8 bits: convert the image first")
-        if image.mode not in ("L", "LA", "RGB", "RGBA"):
-            image = image.convert("L" if image.mode == "1" else "RGB")
-        return _channels_first(np.asarray(image))
+    return _channels_first(np.asarray(open_picture(data, _refuse_deep)))
+
+
+def _refuse_deep(image: PIL.Image.Image) -> PIL.Image.Image:
+    raise ValueError(f"{image.mode} pixels have more than 8 bits: convert the images first (dataset_tool.py convert)")
 
 
 def _decode_plain_png(data: bytes | memoryview) -> np.ndarray | None:
@@ -97,34 +138,38 @@ def _decode_plain_png(data: bytes | memoryview) -> np.ndarray | None:
     signature, width, height, bits, color, interlaced, size, chunk = PNG_DATA.unpack_from(data)
     rest = data[PNG_DATA.size + size + 8 : PNG_DATA.size + size + 12]
     plain = signature == PNG_SIGNATURE and bits == 8 and color in (0, 2, 4, 6) and interlaced == 0
-    if not plain or chunk != b"IDAT" or rest != b"IEND":
+    if not plain or chunk != b"IDAT" or rest != b"IEND" or width * height > MAX_PIXELS:
         return None
     channels = PNG_CHANNELS[color]
-    rows = np.frombuffer(zlib.decompress(data[PNG_DATA.size : PNG_DATA.size + size]), np.uint8)
-    if rows.size != height * (1 + width * channels):
-        raise ValueError("the image is truncated")
-    rows = rows.reshape(height, 1 + width * channels)
+    row_bytes = 1 + width * channels
+    pixels = inflate(data[PNG_DATA.size : PNG_DATA.size + size], height * row_bytes, zlib.MAX_WBITS)
+    rows = np.frombuffer(pixels, np.uint8).reshape(height, row_bytes)
     if rows[:, 0].any():
         return None
     return rows[:, 1:].reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def _is_simple_png(data: bytes | memoryview) -> bool:
-    """Whether this is a PNG file that pyspng reads as Pillow does: 8-bit grayscale, RGB or RGBA, not interlaced.
+    """Whether pyspng reads this as `open_picture` does: a PNG file of 8-bit grayscale, RGB or RGBA, not interlaced,
+    without transparent colours or EXIF.
 
     Raises:
         ValueError: it is, but damaged; pyspng itself does not compare checksums.
     """
     if len(data) < PNG_DATA.size:
         return False
-    signature, _width, _height, bits, color, interlaced, _size, _chunk = PNG_DATA.unpack_from(data)
+    signature, width, height, bits, color, interlaced, _size, _chunk = PNG_DATA.unpack_from(data)
     if signature != PNG_SIGNATURE or bits != 8 or color not in (0, 2, 6) or interlaced != 0:
+        return False
+    if width * height > MAX_PIXELS:
         return False
     position, kind = len(PNG_SIGNATURE), b""
     while kind != b"IEND":
         if len(data) < position + 8:
             raise ValueError("the image is truncated")
         size, kind = struct.unpack_from(">I4s", data, position)
+        if kind not in PNG_NEUTRAL_CHUNKS:
+            return False
         end = position + 8 + size
         if data[end : end + 4] != zlib.crc32(data[position + 4 : end]).to_bytes(4, "big"):
             raise ValueError("the image is truncated or damaged (checksum mismatch)")

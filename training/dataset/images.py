@@ -12,8 +12,10 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
-from training.dataset.decoding import HEADER_BYTES, decode, is_array, is_readable, plain_npy_header, read_header
-from training.dataset.labels import labels_from_folders, labels_from_json
+from training.dataset.decoding import HEADER_BYTES, decode, plain_npy_header, read_header
+from training.dataset.folders import parts_of_folders
+from training.dataset.labels import Labels, describe_classes, labels_from_folders, labels_from_json
+from training.dataset.listing import Listing, counted, is_array, list_files, many, printable
 from training.dataset.order import evenly_spaced, subset
 from training.dataset.storage import open_storage
 
@@ -24,9 +26,10 @@ COMPRESSED = "slow to read; store it without compression (zip -0)"  # of a datas
 class ImageFolderDataset(torch.utils.data.Dataset):
     """Square images or latents of one size, with optional labels, from a folder or a ZIP file.
 
-    Images are any format that Pillow opens (uint8, 1 channel = grayscale, 3 = RGB); `.npy` files are arrays
-    [C, H, W], float latents or uint8 pixels. Labels come from `dataset.json` ({"labels": [[name, label], ...]}
-    or null): integers become one-hot vectors, lists of numbers stay as they are. Without that file, the sorted
+    Images are any format that Pillow decodes (uint8, 1 channel = grayscale, 3 = RGB, 4 = RGBA), read as
+    `open_picture` says; `.npy` files are arrays [C, H, W], float latents or uint8 pixels. Hidden files and folders, and
+    those that systems keep for themselves, are left out. Labels come from `dataset.json` ({"labels": [[name, label],
+    ...]} or null): integers become one-hot vectors, lists of numbers stay as they are. Without that file, the sorted
     names of the top-level directories, if there are several, are the classes.
 
     Args:
@@ -58,22 +61,24 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.path = Path(path)
         self.use_labels = use_labels
         self._storage = open_storage(self.path)
-        names = self._storage.names
-        files = np.array([i for i, name in enumerate(names) if is_readable(name)], np.int64)
-        if len(files) == 0:
-            raise UserError(f"{self.path}: no images found (PNG, JPEG, ... or .npy)")
-        labels = self._load_labels([names[i] for i in files])
+        listing = list_files(self._storage.names, arrays=True)
+        if not listing.images:
+            raise UserError("; ".join([f"{self.path}: no images found (PNG, JPEG, ... or .npy)", *listing.left_out()]))
+        labels = self._load_labels(listing)
+        self._kinds, self._label_source, self._class_names = listing.kinds, labels.source, labels.class_names
+        self._notes = labels.notes + listing.left_out()
 
-        indices = subset(len(files), max_size, random_seed)
-        self._files = files[indices]  # positions in the storage
+        indices = subset(len(listing.images), max_size, random_seed)
+        self._files = np.array(listing.positions, np.int64)[indices]  # positions in the storage
         # Of all images, also those outside a subset.
-        self._label_dim = 0 if labels is None else int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
-        self._labels = None if labels is None else labels[indices]
+        values = labels.values
+        self._label_dim = 0 if values is None else int(values.max()) + 1 if values.ndim == 1 else values.shape[1]
+        self._labels = None if values is None else values[indices]
         self._xflip = xflip
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
         self._npy_header = b""
-        self._seen = np.zeros(len(self._files), dtype=bool)  # latents that were found to be finite
+        self._checked = np.zeros(len(self._files), dtype=bool)  # files that were found to be undamaged
         first = self._decode(0)
         self._shape, self._dtype, self._item_bytes = first.shape, first.dtype, first.nbytes
         if is_array(self._name(0)):
@@ -114,6 +119,21 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._labels is not None
 
     @property
+    def label_source(self) -> str:
+        """Where labels come from: 'dataset.json' or 'class folders'; '' without labels."""
+        return self._label_source
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes 0, 1, ..., where dataset.json or class folders give them."""
+        return self._class_names
+
+    @property
+    def notes(self) -> list[str]:
+        """What users should know about how the files were understood: one line each."""
+        return self._notes
+
+    @property
     def compressed(self) -> bool:
         """Whether images are compressed within the ZIP file, so that each read unpacks them."""
         return self._storage.compressed(self._files)
@@ -151,8 +171,23 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._labels[idx % len(self._files)].tolist()
 
     def name(self, idx: int) -> str:
-        """File name of item `idx`."""
+        """File name of item `idx`, as text that can be printed."""
         return self._name(idx % len(self._files))
+
+    def summary(self) -> list[str]:
+        """What the dataset contains and how it was understood, in lines for users; the last ones are `notes`."""
+        shape = "latents" if self._dtype != np.uint8 else "pixels"
+        count = many(len(self), "image")
+        lines = [f"{self.path}: {count} ({counted(self._kinds)}), {shape} of {_size(self._shape)}"]
+        if self._labels is None:
+            lines.append("labels: none" if self.use_labels else "labels: not used")
+        elif self._labels.ndim == 2:
+            lines.append(f"labels: {self._label_source}, vectors of length {self.label_dim}")
+        else:
+            classes, counts = np.unique(self._labels, return_counts=True)
+            counts_by_class = dict(zip(classes.tolist(), counts.tolist(), strict=True))
+            lines.append(f"labels: {self._label_source}, {describe_classes(counts_by_class, self._class_names)}")
+        return lines + self._notes
 
     def decoded_bytes(self) -> int:
         """Size of all decoded images."""
@@ -190,7 +225,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                 size = self._storage.size(int(file))
             except OSError as err:
                 raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
-            digest.update(f"{self._name(base)}\0{size}\0".encode())
+            digest.update(os.fsencode(self._storage.names[int(file)]) + f"\0{size}\0".encode())
         for base in evenly_spaced(len(self._files), FINGERPRINT_SAMPLES):
             digest.update(struct.pack("<I", self._storage.crc(int(self._files[base]))))
         if self._labels is not None:
@@ -204,7 +239,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         )
 
     def _name(self, base: int) -> str:
-        return self._storage.names[int(self._files[base])]
+        return printable(self._storage.names[int(self._files[base])])
 
     def _image(self, base: int) -> np.ndarray:
         """Image `base`, not mirrored; not to be written to."""
@@ -213,7 +248,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         image = self._decode(base)
         self._check(base, image.shape, image.dtype)
         if self._cache is not None:
-            image = self._cache[base] = np.ascontiguousarray(image)
+            image = self._cache[base] = np.array(image, order="C")  # not a view of the file, which may change
         return image
 
     def _check(self, base: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -236,34 +271,41 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
 
     def _decode(self, base: int) -> np.ndarray:
-        data = self._read(base)
-        start = len(self._npy_header)
-        if start > 0 and len(data) == start + self._item_bytes and data[:start] == self._npy_header:
-            image = np.frombuffer(data, self._dtype, offset=start)
-            # Looking at the numbers costs as much as copying them: once is enough.
-            if self._seen[base] or np.isfinite(image).all():
-                self._seen[base] = True
-                return image.reshape(self._shape)
-        name = self._name(base)
+        data, checked = self._read(base), self._checked[base]
         try:
-            return decode(name, data)
+            # Looking at the data costs as much as copying it: once is enough.
+            if not checked:
+                self._storage.check(int(self._files[base]), data)
+            image = self._as_stored(data)
+            if image is None or not (checked or np.isfinite(image).all()):
+                image = decode(self._name(base), data)
         except PIL.UnidentifiedImageError:
-            raise UserError(f"{self.path}: cannot read {name}: damaged, or not an image") from None
+            raise UserError(f"{self.path}: cannot read {self._name(base)}: damaged, or not an image") from None
         except Exception as err:  # a damaged file can fail in any way
-            raise UserError(f"{self.path}: cannot read {name}: {err or type(err).__name__}") from None
+            raise UserError(f"{self.path}: cannot read {self._name(base)}: {err or type(err).__name__}") from None
+        self._checked[base] = True
+        return image
 
-    def _load_labels(self, names: list[str]) -> np.ndarray | None:
-        """Labels of all images: int64 [n], float32 [n, label_dim], or None."""
-        if not self.use_labels:
+    def _as_stored(self, data: bytes | memoryview) -> np.ndarray | None:
+        """The numbers of an array file as they lie in it; None where they have to be decoded."""
+        start = len(self._npy_header)
+        if start == 0 or len(data) != start + self._item_bytes or data[:start] != self._npy_header:
             return None
-        if "dataset.json" not in self._storage.names:
-            return labels_from_folders(names)
+        return np.frombuffer(data, self._dtype, offset=start).reshape(self._shape)
+
+    def _load_labels(self, listing: Listing) -> Labels:
+        names = self._storage.names
+        if not self.use_labels:
+            parts = sorted(parts_of_folders(listing.images))
+            return Labels(notes=[f"images of several parts of a dataset: {', '.join(parts)}"] if parts else [])
+        if "dataset.json" not in names:
+            return labels_from_folders(str(self.path), listing)
         where = f"{self.path}: dataset.json"
         try:
-            text = bytes(self._storage.read(self._storage.names.index("dataset.json")))
+            text = bytes(self._storage.read(names.index("dataset.json")))
         except (ValueError, OSError, struct.error, zlib.error) as err:
             raise UserError(f"{where}: cannot be read ({one_line(err)})") from None
-        return labels_from_json(where, text, names)
+        return labels_from_json(where, text, listing.images)
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -2,40 +2,79 @@
 
 import json
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dnnlib.errors import UserError, one_line
+from training.dataset.folders import folders_as_classes, parts_of_folders
+from training.dataset.listing import Listing, many
 
 MAX_LABEL = 10**6
+SHOWN = 10  # classes in a line
 
 
-def labels_from_folders(names: Sequence[str]) -> np.ndarray | None:
-    """Classes int64 [n]: the index of each image's top-level folder among their sorted names.
+@dataclass(frozen=True)
+class LabelFile:
+    """The contents of a dataset.json: labels by name of the image (None: there are none), and names of the classes."""
 
-    None where images lie outside folders, or all in one.
+    labels: dict[str, Any] | None
+    class_names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a dataset and where they come from.
+
+    `values` are int64 [n] or float32 [n, label_dim]; None where there are no labels. `source` is 'dataset.json' or
+    'class folders'; `notes` are lines for the user.
     """
-    tops = [name.split("/")[0] if "/" in name else None for name in names]
-    classes = sorted({top for top in tops if top is not None})
-    if len(classes) < 2 or None in tops:
-        return None
-    index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[top] for top in tops if top is not None])
+
+    values: np.ndarray | None = None
+    source: str = ""
+    class_names: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
-def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> np.ndarray | None:
-    """Labels of the images `names` in a dataset.json: int64 [n], or vectors float32 [n, label_dim].
+def labels_from_folders(where: str, listing: Listing) -> Labels:
+    """Classes by top-level folder, see `folders_as_classes`.
 
-    None where the file says that there are none.
+    Raises:
+        UserError: the folders are parts of a dataset, or pictures and their masks.
+    """
+    parts = parts_of_folders(listing.images)
+    if parts:
+        raise UserError(
+            f"{where}: the folders {', '.join(sorted(parts))} are parts of a dataset, not classes: give the folder of "
+            "one part, or convert it (dataset_tool.py convert --split)"
+        )
+    folders = folders_as_classes(where, listing.images, listing.unreadable)
+    if not folders.names:
+        return Labels(notes=folders.notes)
+    return Labels(np.array(folders.labels, np.int64), "class folders", folders.names, folders.notes)
+
+
+def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> Labels:
+    """Labels of the images `names` in a dataset.json.
 
     Raises:
         UserError: the file is of another form, lacks images, or holds labels of other kinds.
     """
-    labels = parse_labels_json(where, text)
-    if labels is None:
-        return None
+    file = parse_labels_json(where, text)
+    if file.labels is None:
+        return Labels()
+    values = _as_array(where, file.labels, names)
+    size = int(values.max()) + 1 if values.ndim == 1 else values.shape[1]
+    if file.class_names is not None and len(file.class_names) < size:
+        raise UserError(f"{where}: has names of {len(file.class_names)} classes, but labels of {size}: complete them")
+    absent = sorted(file.labels.keys() - set(names))
+    notes = [f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {absent[0]}"] if absent else []
+    return Labels(values, "dataset.json", file.class_names, notes)
+
+
+def _as_array(where: str, labels: dict[str, Any], names: Sequence[str]) -> np.ndarray:
     missing = [name for name in names if name not in labels]
     if missing:
         raise UserError(f"{where} has no label for {len(missing)} images, such as {', '.join(missing[:3])}")
@@ -53,22 +92,32 @@ def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> np.ndarra
     raise UserError(f"{where}: labels must be all integers from 0 to {MAX_LABEL}, or all lists of finite numbers")
 
 
-def parse_labels_json(where: str, text: bytes) -> dict[str, Any] | None:
-    """The labels of a dataset.json by image name, None if it says that there are none.
+def parse_labels_json(where: str, text: bytes) -> LabelFile:
+    """The contents of a dataset.json.
 
     Raises:
         UserError: it is of another form, or an image has two different labels.
     """
     labels: dict[str, Any] = {}
     try:
-        listed = json.loads(text)["labels"]
+        contents = json.loads(text)
+        listed, classes = contents["labels"], contents.get("classes")
         for name, label in listed if listed is not None else ():
             name = posixpath.normpath(name.replace("\\", "/"))
             if labels.setdefault(name, label) != label:
                 raise UserError(f"{where}: {name} is listed twice, as {labels[name]} and {label}")
+        if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+            raise TypeError("classes must be a list of names")
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as err:
         reason = one_line(err)
         raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {reason}") from None
-    return labels if listed is not None else None
+    return LabelFile(labels if listed is not None else None, classes)
+
+
+def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> str:
+    """Such as '3 classes: cat (8), dog (8), emu (2)', from the number of images per class."""
+    shown = [f"{names[label] if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
+    more = ", ..." if len(counts) > SHOWN else ""
+    return f"{len(counts)} class{'es' if len(counts) != 1 else ''}: {', '.join(shown)}{more}"

@@ -3,6 +3,7 @@
 import mmap
 import os
 import struct
+import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dnnlib.errors import UserError, one_line
 
 # Of the local header of a ZIP entry: its fixed size, and where the lengths of its name and extra field are.
 LOCAL_HEADER_BYTES, LOCAL_LENGTHS = 30, 26
+MAX_FILE_BYTES = 1 << 30  # of a compressed entry: more would only be there to fill the memory
 
 
 class Storage(Protocol):
@@ -38,13 +40,21 @@ class Storage(Protocol):
         """The CRC-32 of a file."""
         ...
 
+    def check(self, idx: int, data: bytes | memoryview) -> None:
+        """Compare the contents of a file with the checksum stored for it, if there is one.
+
+        Raises:
+            ValueError: they differ.
+        """
+        ...
+
     def compressed(self, indices: np.ndarray) -> bool:
         """Whether any of these files is unpacked each time it is read."""
         ...
 
 
 def open_storage(path: Path) -> Storage:
-    """The files of a folder or a ZIP file, without hidden ones.
+    """The files of a folder or a ZIP file.
 
     Raises:
         UserError: there is neither a folder nor a ZIP file of that name, or the ZIP file is damaged.
@@ -81,12 +91,30 @@ def files_below(folder: Path) -> Iterator[str]:
     yield from walk(os.fspath(folder), "", ((facts.st_dev, facts.st_ino),))
 
 
+def inflate(data: bytes | memoryview, size: int, wbits: int) -> bytes:
+    """Decompressed data of that size; no more is ever unpacked.
+
+    Raises:
+        ValueError: there is less or more of it.
+        zlib.error: the data is damaged.
+    """
+    decompressor = zlib.decompressobj(wbits)
+    result = decompressor.decompress(data, size + 1)
+    if len(result) != size or not decompressor.eof:
+        raise ValueError(f"truncated or damaged: it should unpack to {size} bytes")
+    return result
+
+
+def _identity(facts: os.stat_result) -> tuple[int, ...]:
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
 class _Folder:
     """Files below a directory, sorted by relative name."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.names = sorted(name for name in files_below(path) if not name.rpartition("/")[2].startswith("."))
+        self.names = sorted(files_below(path))
 
     def read(self, idx: int) -> bytes:
         return (self.path / self.names[idx]).read_bytes()
@@ -100,6 +128,9 @@ class _Folder:
 
     def crc(self, idx: int) -> int:
         return zlib.crc32(self.read(idx))
+
+    def check(self, idx: int, data: bytes | memoryview) -> None:
+        pass
 
     def compressed(self, indices: np.ndarray) -> bool:
         return False
@@ -118,22 +149,30 @@ class _Zip:
             raise
         except Exception as err:  # a damaged directory can fail in any way
             raise UserError(f"{path}: not a complete ZIP file ({one_line(err)}): copy or convert it again") from None
-        infos = sorted((i for i in infos if not Path(i.filename).name.startswith(".")), key=lambda i: i.filename)
+        for info in infos:
+            info.filename = info.filename.replace("\\", "/")  # as some Windows tools write
+        infos.sort(key=lambda info: info.filename)
         self.names = [info.filename for info in infos]
         fields = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
         self._offsets, self._stored_sizes, self._sizes, self._crcs, self._methods = (
             np.array(fields, np.int64).reshape(-1, 5).T
         )
+        self._identity = _identity(os.stat(path))
+        self._file = -1  # descriptor
         self._map: mmap.mmap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}
+        return {**self.__dict__, "_file": -1, "_map": None}
 
     def _stored(self, idx: int) -> memoryview:
         """The bytes of an entry as they lie in the file."""
         if self._map is None:
-            with open(self.path, "rb") as f:
-                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
+        # What is no longer there would end the process (SIGBUS), and what was overwritten would be trained on.
+        if _identity(os.fstat(self._file)) != self._identity:
+            raise ValueError("the ZIP file has changed since it was opened: restore it, and repeat the command")
         offset = int(self._offsets[idx])
         name_length, extra_length = struct.unpack_from("<HH", self._map, offset + LOCAL_LENGTHS)
         start = offset + LOCAL_HEADER_BYTES + name_length + extra_length
@@ -144,7 +183,9 @@ class _Zip:
         if method == zipfile.ZIP_STORED:
             return data
         if method == zipfile.ZIP_DEFLATED:
-            return zlib.decompress(data, wbits=-15)
+            if self._sizes[idx] > MAX_FILE_BYTES:
+                raise ValueError(f"it would unpack to {self._sizes[idx]} bytes, more than {MAX_FILE_BYTES}")
+            return inflate(data, int(self._sizes[idx]), -zlib.MAX_WBITS)
         raise ValueError(f"ZIP compression method {method} is not supported: store the file uncompressed")
 
     def read_start(self, idx: int, size: int) -> bytes:
@@ -155,6 +196,10 @@ class _Zip:
 
     def crc(self, idx: int) -> int:
         return int(self._crcs[idx])
+
+    def check(self, idx: int, data: bytes | memoryview) -> None:
+        if zlib.crc32(data) != self._crcs[idx]:
+            raise ValueError("damaged (checksum mismatch): copy or convert the dataset again")
 
     def compressed(self, indices: np.ndarray) -> bool:
         return bool((self._methods[indices] != zipfile.ZIP_STORED).any())

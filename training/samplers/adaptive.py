@@ -212,7 +212,7 @@ def rk45(
 
     def derivative(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         flow = Flow.of(schedule, t)
-        clean = D((u / flow.s).to(x.dtype).reshape(shape), flow.sigma.flatten()).to(u).flatten(1)
+        clean = D((u / flow.s).reshape(shape), flow.sigma.flatten()).to(u).flatten(1)
         return flow.f * u - (clean - u / flow.s) * flow.rate
 
     drawn: list[torch.Tensor] = []
@@ -224,7 +224,7 @@ def rk45(
 
     def after_step(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         flow = Flow.of(schedule, t)
-        solution = (u / flow.s).to(x.dtype).reshape(shape)
+        solution = (u / flow.s).reshape(shape)
         changed = after_update(solution, flow.sigma.flatten(), drawn_once)
         return u if changed is solution else changed.to(u).flatten(1) * flow.s
 
@@ -232,7 +232,7 @@ def rk45(
     result = integrate(
         derivative, u, first, last, options.rtol, options.atol, options.common_norm, after_step=after_step
     )
-    u = result.y.to(x.dtype).reshape(shape)
+    u = result.y.reshape(shape)
     nfe = result.nfe
     s = float(schedule.scale(last))
     if options.denoise is not None:
@@ -242,4 +242,4 @@ def rk45(
         nfe += 1
     if options.on_finish is not None:
         options.on_finish(nfe)
-    return u / s
+    return (u / s).to(x.dtype)

@@ -154,7 +154,7 @@ def ode_grid(schedule: Schedule, end_time: float | None = None) -> Grid:
 
 
 def last_time(schedule: Schedule) -> float:
-    """Where sampling ends (Song et al. 2021, Appendix C): 1e-5 for VE; 1e-3 else, where scores are rougher."""
+    """Where sampling ends (Song et al. 2021, Appendix C): 1e-5 for VE; 1e-3 else, where scores are rough."""
     return 1e-5 if isinstance(schedule, VE) else 1e-3
 
 

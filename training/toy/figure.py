@@ -143,7 +143,7 @@ def draw_paper_figure(figure: "Figure", models: Models, guidance: float, cfg_gui
         axes.set_title(f"({letter}) {title}\n{_numbers(measure(distribution, x))}", fontsize=13)
         (x0, x1), (y0, y1) = box
         axes.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="black", linewidth=1)
-    for letter, axes, draw in zip("efgh"[4 - len(samples) :] if gnet else "cd", panels[1], lower, strict=True):
+    for letter, axes, draw in zip("cd" if gnet is None else "efgh", panels[1], lower, strict=True):
         draw(axes)
         axes.set_title(f"({letter}) {axes.get_title()}", fontsize=13)
 

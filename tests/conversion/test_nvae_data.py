@@ -1,0 +1,92 @@
+"""Data of NVAE's published code that is damaged, or not what it is taken for."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from dnnlib.errors import UserError
+from training.conversion.nvae_data import crop_celeba, fixed_split, open_lmdb, read_mat, read_omniglot
+
+
+def element(kind: int, content: bytes) -> bytes:
+    return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
+
+def mat_file(compressed: bool, **arrays: np.ndarray) -> bytes:
+    data = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+    for name, array in arrays.items():
+        flags = element(6, struct.pack("<II", 6, 0))
+        dims = element(5, struct.pack("<ii", *array.shape))
+        short = (
+            struct.pack("<I", len(name) << 16 | 1) + name.encode().ljust(4)
+            if len(name) <= 4
+            else element(1, name.encode())
+        )
+        matrix = element(14, flags + dims + short + element(9, array.astype("<f8").tobytes(order="F")))
+        if compressed:
+            packed = zlib.compress(matrix)
+            matrix = struct.pack("<II", 15, len(packed)) + packed
+        data += matrix
+    return data
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_matlab_files(compressed):
+    arrays = {"data": np.arange(6.0).reshape(2, 3), "testdata": np.ones([1, 5])}
+    found = dict(read_mat(mat_file(compressed, **arrays)))
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_damaged_matlab_files(compressed, tmp_path):
+    data = mat_file(compressed, data=np.ones([784, 2]), testdata=np.ones([784, 1]))
+    path = tmp_path / "chardata.mat"
+    path.write_bytes(data)
+    assert read_omniglot(path).shape == (2, 28, 28) and (read_omniglot(path, "test") == 255).all()
+    for damaged in (
+        b"",
+        data[:100],
+        data[:300],
+        data[:-9],
+        data.replace(b"MATLAB", b"OCTAVE"),
+        mat_file(False, other=np.ones([1, 1])),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"chardata\.mat"):
+            read_omniglot(path, "test")
+    with pytest.raises(UserError, match="no such file"):
+        read_omniglot(tmp_path / "none.mat")
+
+
+def test_lmdb_with_other_keys(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
+        transaction.put(b"a", b"x")
+        transaction.put(b"0", bytes(range(12)))
+    iterator = open_lmdb(tmp_path / "db").images()
+    first = next(iterator)
+    assert first.data.shape == (2, 2, 3)
+    with pytest.raises(UserError, match="entry 1 of 2"):
+        next(iterator)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError):
+        open_lmdb(tmp_path / "folder")
+
+
+def test_crop_of_other_images():
+    with pytest.raises(UserError, match="178x218"):
+        crop_celeba(np.zeros([64, 64, 3], np.uint8))
+
+
+def test_fixed_split():
+    train, validation = fixed_split(70, 7)
+    assert len(train) == 63 and len(validation) == 7
+    assert sorted([*train, *validation]) == list(range(70))
+    assert np.array_equal(validation, fixed_split(70, 7)[1])
+    assert not np.array_equal(validation, fixed_split(70, 7, seed=1)[1])
+    with pytest.raises(UserError, match="cannot be taken"):
+        fixed_split(5, 6)

@@ -1,0 +1,120 @@
+"""Which files are images, and which are left out, by their names: the same rule wherever images are read."""
+
+import contextlib
+import functools
+import importlib
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import PIL.Image
+
+ARRAY_SUFFIX = ".npy"
+OUR_FILES = ("dataset.json", "report.json")  # beside the images of a dataset
+# Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
+HIDDEN = re.compile(rf"(?:^|/)(\.(?!\.?(?:/|$))[^/]*|{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|$)")
+# Formats that Pillow only recognises, or hands to a program.
+UNREADABLE_FORMATS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"})
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+# Other pictures that cannot be read: of cameras, vector graphics, and newer formats.
+OTHER_PICTURES = {".avif", ".jxl", ".jxr", ".svg", ".exr", ".hdr", ".eps", ".wmf", ".emf", ".xcf", ".raw", ".dng"}
+OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw"}
+SHOWN = 5  # names and suffixes in a line
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """File types of images that can be read, such as '.png'; with pillow-heif also those of HEIF."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    formats = PIL.Image.registered_extensions()
+    return frozenset(
+        suffix for suffix, kind in formats.items() if kind in PIL.Image.OPEN and kind not in UNREADABLE_FORMATS
+    )
+
+
+def suffix_of(name: str) -> str:
+    """The file type of a name in small letters, such as '.png', or ''."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_array(name: str) -> bool:
+    """Whether a file is an array by its name."""
+    return suffix_of(name) == ARRAY_SUFFIX
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name, and not hidden."""
+    return suffix_of(name) in image_suffixes() and HIDDEN.search(name) is None
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are none, as old archives have them, become '\\xe9' and the like."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def many(count: int, noun: str) -> str:
+    """'1 image', '2 images'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def counted(counts: Counter[str]) -> str:
+    """The most common entries, such as '8 .jpg, 2 .png'."""
+    shown = ", ".join(f"{count} {printable(name)}" for name, count in counts.most_common(SHOWN))
+    return shown + (f", and {len(counts) - SHOWN} other kinds" if len(counts) > SHOWN else "")
+
+
+@dataclass
+class Listing:
+    """The files of a place, by what is done with them."""
+
+    images: list[str] = field(default_factory=list)  # names, in the order given
+    positions: list[int] = field(default_factory=list)  # of these among the names given
+    kinds: Counter[str] = field(default_factory=Counter)  # of these, by file type
+    hidden: Counter[str] = field(default_factory=Counter)  # images in hidden files and folders, by that file or folder
+    unreadable: list[str] = field(default_factory=list)  # names of pictures of other types
+    others: Counter[str] = field(default_factory=Counter)  # all other files, by type
+
+    def left_out(self) -> list[str]:
+        """One line for each reason why files are left out."""
+        lines = []
+        if self.hidden:
+            lines.append(f"left out: {many(self.hidden.total(), 'hidden image')} ({counted(self.hidden)})")
+        if self.unreadable:
+            kinds = Counter(map(suffix_of, self.unreadable))
+            heif = "for HEIF, pip install pillow-heif; else " if any(kind in HEIF_SUFFIXES for kind in kinds) else ""
+            lines.append(
+                f"left out: {many(len(self.unreadable), 'picture')} of unreadable kinds ({counted(kinds)}): "
+                f"{heif}convert to PNG or JPEG"
+            )
+        if self.others:
+            lines.append(f"left out: {many(self.others.total(), 'other file')} ({counted(self.others)})")
+        return lines
+
+
+def list_files(names: Iterable[str], arrays: bool = False) -> Listing:
+    """Sort files by what is done with them.
+
+    Args:
+        names: of all files, relative to the place that they are in.
+        arrays: `.npy` files count as images.
+    """
+    listing, readable = Listing(), image_suffixes() | ({ARRAY_SUFFIX} if arrays else set())
+    for position, name in enumerate(names):
+        suffix, hidden = suffix_of(name), HIDDEN.search(name)
+        if hidden is not None:
+            if suffix in readable:
+                listing.hidden[hidden[1]] += 1
+        elif suffix in readable:
+            listing.images.append(name)
+            listing.positions.append(position)
+            listing.kinds[suffix] += 1
+        elif suffix in HEIF_SUFFIXES or suffix in OTHER_PICTURES:
+            listing.unreadable.append(name)
+        elif posixpath.basename(name) not in OUR_FILES:
+            listing.others[suffix or "without a suffix"] += 1
+    return listing

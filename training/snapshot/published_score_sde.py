@@ -1,0 +1,167 @@
+"""Checkpoints of the published score_sde code (`checkpoint_8.pth`), read without executing anything, and written.
+
+They hold the weights of a network, their averages as a list in the order of the parameters, the state of Adam, and the
+number of steps. Learning rates in them are numbers of NumPy, for which plain ones are taken here.
+"""
+
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
+
+PREFIX = "module."  # of all names, from torch.nn.DataParallel
+# Tensors that are not trained, so that the list of averages leaves them out: a buffer, and the frequencies of labels.
+UNTRAINED = re.compile(r"sigmas|all_modules\.\d+\.W")
+NUMBERS = {
+    **{f"f{size}": {2: "e", 4: "f", 8: "d"}[size] for size in (2, 4, 8)},
+    **{f"i{size}": {1: "b", 2: "h", 4: "i", 8: "q"}[size] for size in (1, 2, 4, 8)},
+    **{f"u{size}": {1: "B", 2: "H", 4: "I", 8: "Q"}[size] for size in (1, 2, 4, 8)},
+    "b1": "?",
+}
+
+
+@dataclass
+class Checkpoint:
+    """A published checkpoint.
+
+    Attributes:
+        state: the weights by name, in the order of the file, as `load_state_dict` of our networks takes them.
+        ema: the same with averages in place of the trained weights.
+        step: optimiser steps; those of published files are one more than their name says.
+        decay, num_updates: of the averages.
+        optimizer: state of Adam; empty if the file has none.
+    """
+
+    state: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    step: int
+    decay: float
+    num_updates: int
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+def trained(names: Mapping[str, Any]) -> list[str]:
+    """Names of the trained tensors, in the order in which averages are listed."""
+    return [name for name in names if not UNTRAINED.fullmatch(name)]
+
+
+def read(path: str | os.PathLike) -> Checkpoint:
+    """The contents of a published checkpoint, on the CPU.
+
+    Raises:
+        UserError: no such file, a damaged one, one that asks for more than data, or one whose parts do not fit.
+    """
+    data = _load(path)
+    try:
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in data["model"].items()}
+        average = data["ema"]
+        shadow, names = average["shadow_params"], trained(state)
+        if [tuple(t.shape) for t in shadow] != [tuple(state[name].shape) for name in names]:
+            raise UserError(
+                f"its {len(shadow)} averages do not belong to its {len(names)} trained weights: not a checkpoint of a "
+                f"score_sde network"
+            )
+        ema = {**state, **dict(zip(names, shadow, strict=True))}
+        numbers = int(data["step"]), float(average["decay"]), int(average["num_updates"])
+        optimizer = data.get("optimizer") or {}
+        return Checkpoint(state, ema, *numbers, optimizer=dict(optimizer))
+    except UserError as err:
+        raise UserError(f"{os.fspath(path)}: {err}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise UserError(
+            f"{os.fspath(path)}: not a checkpoint of score_sde, with 'model', 'ema' and 'step' ({one_line(err)})"
+        ) from None
+
+
+def write(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint that the published code restores and `read` reads.
+
+    Tensors must be in the order of the network's state dict. Without a state of Adam, it gets a fresh one.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    names = trained(checkpoint.state)
+    parameters = [name for name in checkpoint.state if name != "sigmas"]
+    data = {
+        "optimizer": checkpoint.optimizer or _fresh_adam(len(parameters)),
+        "model": OrderedDict((PREFIX + name, _stored(tensor)) for name, tensor in checkpoint.state.items()),
+        "ema": {
+            "decay": checkpoint.decay,
+            "num_updates": checkpoint.num_updates,
+            "shadow_params": [_stored(checkpoint.ema[name]) for name in names],
+        },
+        "step": checkpoint.step,
+    }
+    with atomic_write(path) as f:
+        torch.save(data, f)
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The values in a storage of their own, in PyTorch's usual order."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _fresh_adam(count: int) -> dict[str, Any]:
+    """State of Adam before its first step, with the published constants."""
+    group = dict(lr=2e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0, amsgrad=False, params=list(range(count)))
+    return {"state": {}, "param_groups": [group]}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a file may ask for beside tensors and containers, and what it gets: nothing of NumPy's is called
+
+
+class _DType:
+    """A NumPy type of numbers, such as 'f8'."""
+
+    def __init__(self, kind: str, _align: bool = False, _copy: bool = False):
+        self.kind, self.order = kind, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _number(dtype: _DType, data: bytes) -> float | int | bool:
+    """The number that bytes stand for."""
+    value = memoryview(data if dtype.order == "<" else data[::-1]).cast(NUMBERS[dtype.kind])  # type: ignore[call-overload]
+    if len(value) != 1:
+        raise ValueError("a number of another size")
+    return value[0]
+
+
+def _encoded(text: str, _encoding: str) -> bytes:
+    return text.encode("latin-1")
+
+
+ALLOWED: list[Callable | tuple[Callable, str]] = [
+    (_DType, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+    (_encoded, "_codecs.encode"),
+]
+
+
+def _load(path: str | os.PathLike) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise UserError(f"{os.fspath(path)}: no such file")
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        asked = re.search(r"Unsupported (?:global|class)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)", str(err))
+        what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)
+        raise UserError(f"{os.fspath(path)}: {what}; nothing in the file was run") from None
+    except Exception as err:  # torch has many ways to say that a file is damaged
+        raise UserError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{os.fspath(path)}: not a checkpoint of score_sde, but a {type(data).__name__}")
+    return data
