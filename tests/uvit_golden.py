@@ -2,11 +2,13 @@
 
 import golden_files
 import torch
+from conftest import GOLDEN
 from golden_files import error, rule_p
 
 from training.networks.uvit import UViT
 
-__all__ = ["GoldenFile", "error", "names", "network", "rule_p"]
+ROOM = GOLDEN / "uvit"
+__all__ = ["ROOM", "GoldenFile", "error", "names", "network", "rule_p"]
 
 
 class GoldenFile(golden_files.GoldenFile):
