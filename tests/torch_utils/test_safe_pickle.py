@@ -270,11 +270,11 @@ EXHAUSTING = {
 def test_files_that_would_take_forever(case, tmp_path):
     path = tmp_path / "hostile.pkl"
     path.write_bytes(EXHAUSTING[case])
-    start = time.monotonic()
+    start = time.process_time()
     for read in (load_network, load_stats):
         with pytest.raises(UserError, match="hostile.pkl"):
             read(path)
-    assert time.monotonic() - start < 60
+    assert time.process_time() - start < 60
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def fuzz(tmp_path: Path, count: int, seed: int) -> dict[str, int]:
         warnings.simplefilter("error")
         for data in mutations(random.Random(seed), count):
             path.write_bytes(data)
-            start = time.monotonic()
+            start = time.process_time()
             for read in (load_network, load_stats):
                 message = ""
                 try:
@@ -393,7 +393,7 @@ def fuzz(tmp_path: Path, count: int, seed: int) -> dict[str, int]:
                     message = str(err)
                     outcomes["refused"] += 1
                 assert "\n" not in message and len(message) < 500
-            slowest = max(slowest, time.monotonic() - start)
+            slowest = max(slowest, time.process_time() - start)
     assert not Trap.sprung
     assert slowest < 60
     return {**outcomes, "slowest_ms": round(slowest * 1000)}
