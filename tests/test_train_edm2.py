@@ -90,6 +90,17 @@ def test_intervals_of_the_preset_become_multiples_of_the_batch(tmp_path):
     assert "Note: --" not in run_cli(train, *common).output
 
 
+def test_says_how_the_data_were_understood(run, tmp_path):
+    lines = [
+        f"{DIGITS}: 1797 images (1797 .png), pixels of 8x8 with 1 channel",
+        "labels: dataset.json, 10 classes: 0 (",
+    ]
+    log = (run / "log.txt").read_text().splitlines()
+    assert log[0] == lines[0] and log[1].startswith(lines[1])
+    dry = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--dry-run").output
+    assert "\n".join(lines) in dry
+
+
 def test_dry_run_looks_at_outdir(run, tmp_path):
     def dry(outdir, *options):
         return run_cli(train, f"--outdir={outdir}", f"--data={DIGITS}", *TINY, *options, "-n")

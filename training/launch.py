@@ -179,6 +179,8 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
         net = build_network(config, dataset)
     data = config.dataset
     assert data is not None
+    for line in dataset.summary():
+        distributed.print0(line)
     for key, value in {"outdir": str(outdir), **config.flat()}.items():
         distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
     distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
