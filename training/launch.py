@@ -107,7 +107,7 @@ def make_config(
     data = config.data
     if not data.data:
         raise UserError("Missing option '--data'.")
-    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip)
+    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify)
     if data.cache:
         check_memory(dataset, config.data.workers or 0)
     if data.cond and not dataset.has_labels:

@@ -12,6 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from dnnlib.errors import one_line
+from training.config.data import HUGE
 from training.dataset.listing import is_array
 from training.dataset.storage import inflate
 
@@ -231,6 +232,11 @@ def _decode_npy(data: bytes | memoryview) -> np.ndarray:
         raise ValueError(f"expected floating point latents or uint8 pixels, found {array.dtype}")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError("the latents hold NaN or infinity (as float32)")
+    if not are_moderate(array):
+        raise ValueError(f"the latents hold NaN, infinity or numbers beyond {HUGE:g}: encode them again")
     return array
+
+
+def are_moderate(array: np.ndarray) -> bool:
+    """Whether all numbers are of a size that snapshots can hold statistics of; NaN is none."""
+    return bool(np.abs(array).max() <= HUGE)

@@ -12,7 +12,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
-from training.dataset.decoding import HEADER_BYTES, WITH_ALPHA, decode, plain_npy_header, read_header
+from training.dataset.decoding import HEADER_BYTES, WITH_ALPHA, are_moderate, decode, plain_npy_header, read_header
 from training.dataset.folders import parts_of_folders
 from training.dataset.labels import Labels, describe_classes, labels_from_folders, labels_from_json
 from training.dataset.listing import Listing, counted, is_array, list_files, many, printable
@@ -41,6 +41,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         random_seed: selects the subset.
         cache: keep decoded images in memory.
         opaque: put images with an alpha channel on white, as conversions do; False = alpha is a channel.
+        checksums: compare the CRC-32 of each ZIP entry when it is first read.
 
     Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim].
 
@@ -59,10 +60,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         random_seed: int = 0,
         cache: bool = False,
         opaque: bool = False,
+        checksums: bool = True,
     ):
         self.path = Path(path)
         self.use_labels = use_labels
-        self._opaque = opaque
+        self._opaque, self._checksums = opaque, checksums
         self._storage = open_storage(self.path)
         listing = list_files(self._storage.names, arrays=True)
         if not listing.images:
@@ -280,10 +282,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         data, checked = self._read(base), self._checked[base]
         try:
             # Looking at the data costs as much as copying it: once is enough.
-            if not checked:
+            if self._checksums and not checked:
                 self._storage.check(int(self._files[base]), data)
             image = self._as_stored(data)
-            if image is None or not (checked or np.isfinite(image).all()):
+            if image is None or not (checked or are_moderate(image)):
                 image = decode(self._name(base), data, self._opaque)
         except PIL.UnidentifiedImageError:
             raise UserError(f"{self.path}: cannot read {self._name(base)}: damaged, or not an image") from None
