@@ -29,7 +29,7 @@ def learning_rate_schedule(
     return lr
 
 
-def warmup_cosine(cur_nimg: int, total_nimg: int, ref_lr: float, min_lr: float = 0.0, warmup_nimg: int = 0) -> float:
+def warmup_cosine(cur_nimg: int, total_nimg: int, ref_lr: float, min_lr: float = 0.0, warmup_nimg: float = 0) -> float:
     """Linear warm-up to `ref_lr`, then half a cosine down to `min_lr` at the end (Loshchilov & Hutter 2017, Eq. 5).
 
     Args:

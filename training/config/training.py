@@ -285,9 +285,11 @@ class Preset:
     Args:
         config: all but the data.
         resolution, channels, classes: of what the network sees.
+        published: the published result, in words.
     """
 
     config: TrainConfig
     resolution: int
     channels: int
     classes: int
+    published: str = ""
