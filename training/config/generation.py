@@ -106,6 +106,12 @@ class NetworksConfig(Config):
         None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+    arch: str | None = option(
+        None,
+        "Training preset that names the architecture of published files that do not say it (see the training commands' "
+        "--list-presets)",
+        metavar="PRESET",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
