@@ -14,7 +14,8 @@ from conftest import make_dataset, png, run_cli
 from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.config.fields import all_fields
-from training.config.generation import SOLVERS, EDMGrid, SamplerConfig, SamplingConfig
+from training.config.generation import SamplingConfig
+from training.config.samplers import SIGMA_MAX, SIGMA_MIN, SOLVERS, GridConfig, SamplerConfig
 from training.encoders import StandardRGBEncoder
 from training.families import ARCHITECTURES, architecture_name, architecture_of, preset_network, trained_by
 from training.flops import count_operations, count_parameters
@@ -83,7 +84,7 @@ def test_batch_neighbours_do_not_matter(denoiser):
     assert torch.equal(together, net(x * sigma.reshape(-1, 1, 1, 1), sigma, cond))
 
 
-@pytest.mark.parametrize("sigma", [EDMGrid.sigma_min, EDMGrid.sigma_max])
+@pytest.mark.parametrize("sigma", [SIGMA_MIN, SIGMA_MAX])
 def test_both_ends_of_the_noise_range_are_finite(denoiser, sigma):
     x, cond = images_and_conditions(denoiser.spec)
     assert denoiser(x * sigma, torch.tensor(sigma), cond).isfinite().all()
@@ -91,11 +92,11 @@ def test_both_ends_of_the_noise_range_are_finite(denoiser, sigma):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_samples(denoiser, solver):
-    check_samples(denoiser, SamplingConfig(sampler=SamplerConfig(solver=solver, grid=EDMGrid(num_steps=4))))
+    check_samples(denoiser, SamplingConfig(sampler=SamplerConfig(solver=solver, grid=GridConfig(num_steps=4))))
 
 
 def test_images_without_options(net):
-    check_samples(net, SamplingConfig(sampler=SamplerConfig(grid=EDMGrid(num_steps=2))))
+    check_samples(net, SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=2))))
 
 
 def check_samples(net: torch.nn.Module, sampling: SamplingConfig) -> torch.Tensor:
@@ -115,7 +116,7 @@ def test_snapshot_round_trip(net, tmp_path):
     save_network(path, net, StandardRGBEncoder(), {"nimg": 1000}, dtype=torch.float32)
     loaded = load_network(path).net
     assert loaded.spec == net.spec
-    sampling = SamplingConfig(sampler=SamplerConfig(grid=EDMGrid(num_steps=2)))
+    sampling = SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=2)))
     assert torch.equal(check_samples(loaded, sampling), check_samples(net, sampling))
 
 

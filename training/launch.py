@@ -107,7 +107,7 @@ def make_config(
     data = config.data
     if not data.data:
         raise UserError("Missing option '--data'.")
-    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip)
+    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify)
     if data.cache:
         check_memory(dataset, config.data.workers or 0)
     if data.cond and not dataset.has_labels:
@@ -179,6 +179,8 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
         net = build_network(config, dataset)
     data = config.dataset
     assert data is not None
+    for line in dataset.summary():
+        distributed.print0(line)
     for key, value in {"outdir": str(outdir), **config.flat()}.items():
         distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
     distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")

@@ -150,6 +150,8 @@ class TrainingRun:
             journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
         dataset, share = self.dataset, self.share
+        for line in dataset.summary():
+            journal.log(line)
         assert config.dataset is not None
         journal.log(
             f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "

@@ -68,6 +68,7 @@ class DataConfig(Config):
     cond: bool = option(True, "Train a class-conditional model")
     xflip: bool = option(False, "Train on mirrored images, too")
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
+    verify: bool = option(True, "Compare the checksums of ZIP entries when they are first read", may_change=True)
     workers: int | None = option(
         None, "Loader processes per training process", low=0, default_text="2 on CUDA, else 0", may_change=True
     )
