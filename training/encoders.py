@@ -61,7 +61,14 @@ class Encoder:
 
 
 class StandardRGBEncoder(Encoder):
-    """uint8 pixels of any channel count <-> [-1, 1]."""
+    """uint8 pixels of any channel count <-> [low, high]."""
+
+    def __init__(self, low: float = -1.0, high: float = 1.0):
+        self.low, self.high = low, high
+
+    @property
+    def init_kwargs(self) -> dict:
+        return {} if (self.low, self.high) == (-1, 1) else dict(low=self.low, high=self.high)
 
     def output_suffix(self, channels: int) -> str:
         return ".png" if channels <= 4 else ".npy"  # PNG ends at RGBA
@@ -70,10 +77,11 @@ class StandardRGBEncoder(Encoder):
         return x
 
     def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        return x.float() / 127.5 - 1
+        return x.float() / (255 / (self.high - self.low)) + self.low
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+        scale = 255 / (self.high - self.low)
+        return (x.float() * scale + (0.5 - self.low * scale)).clip(0, 255).to(torch.uint8)
 
 
 class StabilityVAEEncoder(Encoder):
@@ -252,17 +260,19 @@ ENCODERS: dict[str, type[Encoder]] = {
 }
 
 
-def encoder_for(dataset: ImageFolderDataset, max_items: int = 10000) -> Encoder:
+def encoder_for(
+    dataset: ImageFolderDataset, max_items: int = 10000, pixel_range: tuple[float, float] = (-1.0, 1.0)
+) -> Encoder:
     """The encoder that suits a dataset's contents.
 
     Pixels: `StandardRGBEncoder`; 8-channel latents: `StabilityVAEEncoder`; other latents: `RawLatentEncoder` with
-    the statistics of up to `max_items` evenly spaced items.
+    the statistics of up to `max_items` evenly spaced items. `pixel_range` is what black and white are to the network.
 
     Raises:
         UserError: a channel of the latents is constant, or holds numbers that are far too large.
     """
     if dataset.dtype == np.uint8:
-        return StandardRGBEncoder()
+        return StandardRGBEncoder(*pixel_range)
     if final_channels(dataset) != dataset.num_channels:
         return StabilityVAEEncoder()
     indices = evenly_spaced(len(dataset), max_items)

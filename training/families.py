@@ -20,6 +20,8 @@ from training.config.generation import SamplingConfig
 from training.config.likelihood import LikelihoodConfig
 from training.config.nvae import TRAINING_PRESETS as NVAE_PRESETS
 from training.config.nvae import NVAENetwork, NVAETraining
+from training.config.score_sde import ScoreNetwork, ScoreTraining
+from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.toy import ToyNetwork
 from training.config.training import Preset, TrainConfig
 from training.denoiser import Denoiser
@@ -27,16 +29,18 @@ from training.flops import Inputs
 from training.generators import Generator, VAEGenerator, diffusion_generator
 from training.likelihood import Likelihood
 from training.likelihood_vae import VAELikelihood
-from training.losses import EDM2Loss, Objective
+from training.losses import EDM2Loss, Objective, ScoreLoss
 from training.losses_vae import PixelObjective
+from training.lr import learning_rate_schedule, warmup_linear
 from training.networks import nvae_layers
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
 from training.networks.nvae import NVAE
+from training.networks.score_sde import ScoreSDE, schedule_for
 from training.networks.toy import ToyModel
 from training.optimizers import EMA, AdamaxOptimizer, AdamOptimizer, Optimizer
-from training.phema import LatestWeights, PowerFunctionEMA
+from training.phema import LatestWeights, PowerFunctionEMA, ProfilesAndRampedEMA
 
 
 def no_context(_net: nn.Module) -> AbstractContextManager:
@@ -139,8 +143,14 @@ class Architecture:
         return diffusion_generator(denoiser, net.spec, sampling, guide, net.precision)
 
 
-def _adam(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
-    return AdamOptimizer(net, config.optimizer, config.run.batch, config.run.ls)
+def _edm2_optimizer(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
+    chosen = config.optimizer
+
+    def learning_rate(nimg: int) -> float:
+        return learning_rate_schedule(nimg, config.run.batch, chosen.lr, chosen.decay, chosen.rampup_Mimg)
+
+    betas = (chosen.betas[0], chosen.betas[1])
+    return AdamOptimizer(net, learning_rate, betas=betas, eps=chosen.eps, loss_scaling=config.run.ls)
 
 
 def _power_function_ema(net: nn.Module, config: EDM2Training) -> PowerFunctionEMA:
@@ -160,6 +170,41 @@ def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
     return DataSpec(
         channels=kwargs.pop("img_channels"), resolution=kwargs.pop("img_resolution"), conditioning=conditioning
     )
+
+
+def _score_network(arguments: dict[str, Any], data: DataSpec) -> ScoreSDE:
+    return ScoreSDE(data, **arguments)
+
+
+def _score_objective(_net: nn.Module, config: ScoreTraining) -> ScoreLoss:
+    chosen, network = config.objective, config.network
+    pixel_range = (-1.0, 1.0) if network.centered else (0.0, 1.0)
+    return ScoreLoss(
+        schedule_for(network),
+        chosen.reduce_mean,
+        chosen.likelihood_weighting,
+        chosen.importance_sampling,
+        pixel_range if chosen.dequantize else None,
+    )
+
+
+def _score_optimizer(net: nn.Module, config: ScoreTraining) -> AdamOptimizer:
+    chosen = config.optimizer
+    return AdamOptimizer(
+        net,
+        lambda nimg: warmup_linear(nimg, chosen.lr, chosen.warmup, chosen.decay_from, chosen.decay_to),
+        betas=(chosen.beta1, 0.999),
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        max_norm=chosen.grad_clip,
+        loss_scaling=config.run.ls,
+    )
+
+
+def _score_ema(net: nn.Module, config: ScoreTraining) -> EMA:
+    if config.ema.ema_rate == 0:
+        return PowerFunctionEMA(net, config.ema.ema_std)
+    return ProfilesAndRampedEMA(net, config.ema.ema_std, config.ema.ema_rate)
 
 
 def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
@@ -202,12 +247,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         training=EDM2Training,
         presets=TRAINING_PRESETS,
         objective=_edm2_objective,
-        optimizer=_adam,
+        optimizer=_edm2_optimizer,
         ema=_power_function_ema,
         core=lambda net: net.unet,
         step=partial(effective_weights, normalize_first=True),
         accelerate=for_sampling,
         take_data=_take_edm2_data,
+    ),
+    "score_sde.ScoreSDE": Architecture(
+        family="score-SDE",
+        paper="Song et al., *Score-Based Generative Modeling through Stochastic Differential Equations* (ICLR 2021, "
+        "[arXiv 2011.13456](https://arxiv.org/abs/2011.13456))",
+        network_class=ScoreSDE,
+        network=ScoreNetwork,
+        make=_score_network,
+        training=ScoreTraining,
+        presets=SCORE_PRESETS,
+        objective=_score_objective,
+        optimizer=_score_optimizer,
+        ema=_score_ema,
+        core=lambda net: net.net,
     ),
     "nvae.NVAE": Architecture(
         family="NVAE",

@@ -112,9 +112,9 @@ class TrainingRun:
         if config.data.cache or dataset.decoded_bytes() <= SMALL_DATASET:
             dataset.keep_in_memory()
         self.share = Share.of(config)
-        self.encoder = encoder_for(dataset)
         self.architecture = architecture = trained_by(config)
         self.net = net = build_network(config, dataset).to(device)
+        self.encoder = encoder_for(dataset, pixel_range=net.spec.pixel_range)
         net.precision = resolve_precision(config.run.precision, device)
         if device.type != "mps":
             use_channels_last(net)

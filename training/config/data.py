@@ -31,5 +31,7 @@ class EncoderArguments(Config):
     """Arguments of encoders, and how large they may be in a file."""
 
     vae_name: str = option("", flag=None)
+    low: float = option(-1.0, flag=None, low=-HUGE, high=HUGE)
+    high: float = option(1.0, flag=None, low=-HUGE, high=HUGE)
     raw_mean: tuple[float, ...] = option((), flag=None, low=-HUGE, high=HUGE, items=(0, MAX_CHANNELS))
     raw_std: tuple[float, ...] = option((), flag=None, low=TINY, high=HUGE, items=(0, MAX_CHANNELS))

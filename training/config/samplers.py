@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dnnlib.errors import UserError
 from training.config.dpm_solver import SPACINGS, AdaptiveDPMSolver, DPMSolver
-from training.config.fields import Config, all_fields, option
+from training.config.fields import Config, all_fields, option, show
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise levels of EDM (Karras et al. 2022, Table 1)
 SCHEDULES = ("network", "ve", "vp", "subvp")
@@ -179,6 +179,12 @@ class SamplerConfig(Config):
     def options(self) -> Any:
         """The section of the solver's own options; None = it has none."""
         return None if self.kind.section is None else getattr(self, self.kind.section)
+
+    def as_options(self) -> list[str]:
+        """What differs from the defaults, as on the command line."""
+        defaults = SamplerConfig().flat()
+        flags = {field.key: field.flag for field in all_fields(SamplerConfig)}
+        return [f"{flags[key]}={show(value)}" for key, value in self.flat().items() if value != defaults[key]]
 
     def without_effect(self, given: Collection[str]) -> list[str]:
         """Those of the given options, by their names, that this sampler does not look at."""

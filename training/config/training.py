@@ -13,6 +13,7 @@ from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
 from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
+from training.config.samplers import SamplerConfig
 
 Mi = 1 << 20
 Ki = 1 << 10
@@ -286,7 +287,8 @@ class Preset:
     Args:
         config: all but the data.
         resolution, channels, classes: of what the network sees.
-        published: the published result, in words.
+        published: results of the published network, such as 'FID 2.20'; '' = none.
+        sampler: of the published results; None = the default one.
     """
 
     config: TrainConfig
@@ -294,3 +296,4 @@ class Preset:
     channels: int
     classes: int
     published: str = ""
+    sampler: SamplerConfig | None = None
