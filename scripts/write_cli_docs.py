@@ -11,6 +11,7 @@ COMMANDS = {
     "train_edm2": "train_edm2.py",
     "train_score_sde": "train_score_sde.py",
     "train_uvit": "train_uvit.py",
+    "train_nvae": "train_nvae.py",
     "generate_images": "generate_images.py",
     "calculate_metrics": "calculate_metrics.py",
     "reconstruct_phema": "reconstruct_phema.py",

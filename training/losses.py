@@ -33,18 +33,25 @@ class Objective(Protocol):
         """What is added once per step, of the weights alone; None = nothing."""
         ...
 
+    def report(self) -> dict[str, Any]:
+        """What the latest call found beside the loss: numbers or tensors [] by name."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue exactly."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 class Stateless:
-    """The part of an objective that remembers nothing and regularises nothing."""
+    """The part of an objective that remembers nothing, regularises nothing and reports nothing."""
 
     def regularizer(self, net: Any, nimg: int) -> torch.Tensor | None:
         return None
+
+    def report(self) -> dict[str, Any]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -188,8 +195,8 @@ class WithoutSomeConditions:
 
     def __init__(self, objective: Objective, p: float):
         self.objective, self.p = objective, p
-        self.regularizer, self.state_dict = objective.regularizer, objective.state_dict
-        self.load_state_dict = objective.load_state_dict
+        self.regularizer, self.report = objective.regularizer, objective.report
+        self.state_dict, self.load_state_dict = objective.state_dict, objective.load_state_dict
 
     def __call__(
         self, net: Any, images: torch.Tensor, labels: torch.Tensor | None, /, *, rnd: Any, nimg: int
