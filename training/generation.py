@@ -311,6 +311,11 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     if not guided and (networks.gnet is not None or sampling.guidance.guidance_interval is not None):
         given = "--gnet" if networks.gnet is not None else "--guidance-interval"
         distributed.print0(f"Note: {given} has no effect without --guidance")
+    if guided and networks.gnet is None and not snapshot.net.spec.conditioning.optional:
+        raise UserError(
+            f"--guidance={sampling.guidance.guidance:g} needs a guiding network: give --gnet (that of --net knows no "
+            f"images without a condition)"
+        )
     check_class(snapshot.net.spec, sampling.class_idx)
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     if guide is not None:
