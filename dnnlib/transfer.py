@@ -68,8 +68,8 @@ def fetch(url: str, partial: Path, version_file: Path, num_attempts: int, verbos
         size = _size(partial)
         if time.monotonic() > deadline:
             raise RunError(
-                f"{printable_url(url)}: not fetched within {MAX_SECONDS / 3600:.1f} hours; {size} bytes are kept: repeat "
-                "the command to continue"
+                f"{printable_url(url)}: not fetched within {MAX_SECONDS / 3600:.1f} hours; {size} bytes are kept: "
+                "repeat the command to continue"
             )
         try:
             got_further = size > furthest and size - furthest >= SLOW[0] * SLOW[1]

@@ -64,6 +64,8 @@ def test_all_generation_options(run, tmp_path):
         "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--compile=1", "--device=cpu",
         f"--grid={tmp_path / 'grid.png'}", "--skip-existing", "--offline",
     ]  # fmt: skip
+    (left := tmp_path / "out" / "000000" / ".000001.png.0123456789abcdef.tmp").parent.mkdir(parents=True)
+    left.write_bytes(b"of a killed process")
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below.
