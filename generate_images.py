@@ -145,9 +145,13 @@ def main(
         return
 
     from torch_utils import distributed
+    from torch_utils.pictures import check_picture
     from training.generation import fetch, image_path, load
 
     distributed.init()
+    with distributed.fail_together():
+        if grid is not None:
+            check_picture("--grid", grid, {"--net": config.networks.net, "--gnet": config.networks.gnet})
     fetch(config.networks)
     with distributed.fail_together():
         generator = load(config)
@@ -156,6 +160,8 @@ def main(
         if grid is not None and len(seeds) > MAX_GRID:
             raise UserError(f"--grid shows at most {MAX_GRID} images, not {len(seeds)}")
         files = [image_path(outdir, seed, subdirs, generator.suffix) for seed in seeds]
+        if grid is not None and grid.resolve() in {file.resolve() for file in files}:
+            raise UserError(f"--grid={grid}: is also the image of a seed: choose another place")
         todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
         images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size)
         if distributed.get_rank() == 0:

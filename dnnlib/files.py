@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from dnnlib.errors import UserError
 
 if TYPE_CHECKING:
     import filelock
@@ -52,14 +54,15 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -
             partial.unlink(missing_ok=True)
 
 
-def _locked_file(partial: Path, mode: str) -> IO:
+@contextmanager
+def _locked_file(partial: Path, mode: str) -> Iterator[IO]:
     """A new file, which `clear_leftovers` leaves alone as long as it is open."""
     while True:
-        f = open(partial, mode)
-        _lock(f)
-        if partial.exists():  # and was not taken for a leftover before it was locked
-            return f
-        f.close()
+        with open(partial, mode) as f:
+            _lock(f)
+            if partial.exists():  # and was not taken for a leftover before it was locked
+                yield f
+                return
 
 
 def _lock(f: IO) -> bool:
@@ -104,6 +107,25 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     """
     with naming_errors(path), open(path, "a") as f:
         f.write(line + "\n")
+
+
+def check_not_input(option: str, path: Path, inputs: Mapping[str, str | os.PathLike | None]) -> None:
+    """Refuse to write over what is read, or into a folder that is read.
+
+    Args:
+        option: that asks to write `path`, for the message.
+        inputs: what other options, by their names, ask to read.
+
+    Raises:
+        UserError: `path` is one of them, or inside.
+    """
+    for name, source in inputs.items():
+        if not source or not os.path.exists(source):
+            continue
+        inside = os.path.isdir(source) and path.resolve().is_relative_to(Path(source).resolve())
+        if inside or (path.exists() and path.samefile(source)):
+            where = "inside" if inside else "the same as"
+            raise UserError(f"{option}={path}: is {where} {name}={os.fspath(source)}: choose another place")
 
 
 @contextmanager

@@ -223,6 +223,20 @@ def test_guide_for_other_latents(snapshot_file, tmp_path):
     fails_with(run_cli(generate, *args), "works on other latents")
 
 
+def test_grid_overwrites_nothing(snapshot_file, tmp_path):
+    before = snapshot_file.read_bytes()
+    args = [f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}", "--seeds=0", "--steps=1"]
+    (tmp_path / "link.png").symlink_to(snapshot_file)
+    for name, fragment in {
+        snapshot_file.name: f"is the same as --net={snapshot_file}",
+        "link.png": f"is the same as --net={snapshot_file}",
+        "grid.jpg": "is saved as PNG: choose a name that ends in .png",
+        "out/000000.png": "is also the image of a seed",
+    }.items():
+        fails_with(run_cli(generate, *args, f"--grid={tmp_path / name}"), f"--grid={tmp_path / name}: {fragment}")
+    assert snapshot_file.read_bytes() == before and not (tmp_path / "out").exists()
+
+
 def test_grid_of_images_of_two_networks(snapshot_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "000001.png").write_bytes(png(np.zeros([9, 9], np.uint8)))

@@ -135,6 +135,15 @@ def _load(path: Path) -> EasyDict:
     return stats
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a safetensors file says that it holds statistics; a damaged one does not."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get("openedm2", ""))["format"] == FORMAT
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def published_stats(data: Any, source: str) -> EasyDict:
     """The statistics in the contents of a published pickle; empty if it holds something else.
 
