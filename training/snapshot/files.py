@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.download import is_url
+from dnnlib.download import is_url, with_good_copy
 from dnnlib.errors import UserError
 from training.config.names import unknown_preset
 from training.encoders import Encoder
@@ -74,7 +74,12 @@ def load_network(
         UserError: a missing or damaged file, unknown names in it, weights that do not fit the architecture, or a preset
             of another network.
     """
-    file = open_snapshot(path_or_url, which, preset)
+    return with_good_copy(path_or_url, lambda: _load(path_or_url, device, which, preset))
+
+
+def _load(path_or_url: str | Path, device: torch.device | str, which: str, preset: str | None) -> Snapshot:
+    """As `load_network`, of the copy that is kept."""
+    file = _open(Request(os.fspath(path_or_url), which, preset))
     net, encoder = build_for(file)
     if preset is not None and file.says_architecture:
         _check_preset(file, net, preset)
@@ -138,7 +143,11 @@ def open_snapshot(path_or_url: str | Path, which: str = "ema", preset: str | Non
     Raises:
         UserError: no such file, a damaged one, or one of another kind.
     """
-    request = Request(os.fspath(path_or_url), which, preset)
+    return with_good_copy(path_or_url, lambda: _open(Request(os.fspath(path_or_url), which, preset)))
+
+
+def _open(request: Request) -> SnapshotFile:
+    """As `open_snapshot`, of the copy that is kept."""
     suffixes = [reader.suffix for reader in READERS]
     if request.suffix not in suffixes:
         if not is_url(request.address):
