@@ -37,7 +37,9 @@ def test_all_generation_options(run, tmp_path):
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below.
-    assert_all_options(generate, [*args, "--preset=x", "--print-config", "--list-presets"])
+    assert_all_options(
+        generate, [*args, "--preset=x", "--print-config", "--list-presets", "--encoder=x", "--trust-encoder=1"]
+    )
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
     images = images_in(tmp_path / "out")
     assert images.keys() == names
