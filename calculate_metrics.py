@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         load_stats,
     )
     from training.metrics.evaluation import Evaluation
+    from training.metrics.images import StoredImages
 
 # For Python callers, as in the published script.
 __all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
@@ -170,10 +171,12 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
         if repeat > 1 and len(open_images(images)) <= num_images:
             raise UserError(f"--repeat={repeat} needs more than --num={num_images} images; {images} has no more")
         datasets = [open_images(images, num_images, i) for i in range(seed, seed + repeat)]
+    show_summary(datasets[0])
     evaluation.check(num_images, datasets[0].resolution)
     runs = []
     for i, dataset in enumerate(datasets, seed):
-        provenance = {"images": images, "images_hash": content_hash(dataset), "seed": i}
+        facts = {"images": images, "images_hash": content_hash(dataset), "images_found": dataset.summary()}
+        provenance = {**facts, "seed": i}
         runs.append(keep(evaluation(FileBatches(dataset, batch, workers), provenance), opts))
     finish(runs)
 
@@ -279,10 +282,11 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
         dest.parent.mkdir(parents=True, exist_ok=True)
         detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])
         images = open_images(data)
+    show_summary(images)
     stats = last_stats(calculate_stats_for_iterable(FileBatches(images, batch, workers), metrics, detectors=detectors))
     with distributed.fail_together():
         if distributed.get_rank() == 0:
-            stats.facts = {"data": data}
+            stats.facts = {"data": data, "data_found": images.summary()}
             save_stats(dest, stats)
     distributed.print0(f"{dest}: {', '.join(metrics)} of {stats.num_images} images")
     for note in filter(None, (small_sample_note(metric, ref=stats) for metric in metrics)):
@@ -297,6 +301,14 @@ def set_up(opts: Mapping[str, Any]) -> torch.device:
     device = select_device(opts["device"])
     set_up_device(device)
     return device
+
+
+def show_summary(images: StoredImages) -> None:
+    """Print what was found where the images are, and how it was understood."""
+    from torch_utils import distributed
+
+    for line in images.summary():
+        distributed.print0(line)
 
 
 def begin(opts: Mapping[str, Any]) -> Evaluation:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
-from training.config.generation import SOLVERS
+from training.config.samplers import SOLVERS
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
 from training.networks.edm2_layers import effective_weights

@@ -122,6 +122,14 @@ def snapshot_file(tmp_path) -> Path:
     return path
 
 
+def change_tensor(path: Path, name: str, change) -> None:
+    """Put `change(tensor)` in the place of a tensor of a snapshot, as another program would."""
+    with safetensors.safe_open(path, framework="pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys()}
+        metadata = f.metadata()
+    safetensors.torch.save_file({**tensors, name: change(tensors[name])}, path, metadata)
+
+
 def run_cli(command, *args) -> Result:
     """Run a command line in this process; an error that is not the user's fails the test."""
     result = CliRunner().invoke(command, [str(arg) for arg in args])

@@ -44,6 +44,30 @@ def test_calc(digits_ref, tmp_path):
     assert len(list((tmp_path / "results").iterdir())) == 2
 
 
+def test_what_was_found(tmp_path):
+    """Both commands print how they understood the images, and keep it with their results."""
+    files = {**random_images(12), ".thumbs/a.png": b"", "b.cr2": b"", "c.txt": b""}
+    images, ref = make_dataset(tmp_path / "images", files), tmp_path / "ref.safetensors"
+    found = [
+        f"{images}: 12 images (12 .png), pixels of 8x8 with 3 channels",
+        "labels: not used",
+        "left out: 1 hidden image (1 .thumbs)",
+    ]
+    common = ["--metrics=fd_pixels", "--workers=0"]
+    result = tool("ref", f"--data={images}", f"--dest={ref}", *common)
+    assert "\n".join(found) in result.output
+    assert load_stats(ref).facts["data_found"][:3] == found
+    result = tool("calc", f"--images={images}", f"--ref={ref}", "--num=12", *common)
+    assert "\n".join(found) in result.output
+    (record,) = records_of(result.output)
+    assert record["images_found"][:3] == found and len(record["images_found"]) == 5
+    result = tool("calc", f"--images={images}", f"--ref={ref}", "--num=5", *common)
+    assert f"{images}: 5 of 12 images (12 .png)" in result.output
+    np.savez(tmp_path / "adm.npz", np.zeros([3, 8, 8, 3], np.uint8))
+    result = tool("calc", f"--images={tmp_path / 'adm.npz'}", f"--ref={ref}", "--num=3", *common)
+    assert "adm.npz: 3 images, pixels of 8x8; labels: none" in result.output
+
+
 def test_repeated_calc(digits_ref):
     options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
     result = tool("calc", *options, "--num=900", "--repeat=3")
@@ -217,8 +241,8 @@ def test_bad_images(digits_ref, tmp_path):
     fails_with(calc(make_dataset(tmp_path / "mixed", mixed), "--num=4"), "9x9", "all images must be alike")
     latents = make_dataset(tmp_path / "latents", {"a.npy": npy(np.ones([8, 2, 2], np.float32))})
     fails_with(calc(latents, "--num=2"), "holds latents, not images")
-    alpha = make_dataset(tmp_path / "alpha", random_images(3, channels=4))
-    fails_with(calc(alpha, "--num=3"), "detectors take RGB or grayscale images")
+    five = make_dataset(tmp_path / "five", {f"{i}.npy": npy(np.zeros([5, 8, 8], np.uint8)) for i in range(2)})
+    fails_with(calc(five, "--num=2"), "detectors take RGB or grayscale images")
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
     fails_with(calc(tmp_path / "a.npz"), "a.npz: holds no images (it has no arr_0)")
     np.savez(tmp_path / "b.npz", np.zeros([3, 4]))

@@ -5,14 +5,10 @@ import torch
 from ideal import STD
 
 from dnnlib.errors import UserError
-from training.config.generation import SOLVERS, EDMGrid, SamplerConfig
+from training.config.samplers import SOLVERS, GridConfig, SamplerConfig
 from training.control import KnownGrey, KnownPixels
-from training.samplers.adaptive import Adaptive, rk45
-from training.samplers.grids import ode_grid, sde_grid
 from training.samplers.noise import StackedRandomGenerator
-from training.samplers.predictor_corrector import PredictorCorrector, predictor_corrector
 from training.samplers.sampler import Sampler
-from training.schedules import VE, VP, SubVP
 
 SHAPE = (2, 3, 4, 4)
 
@@ -35,32 +31,28 @@ def smooth(x: torch.Tensor, sigma: torch.Tensor, cond=None) -> torch.Tensor:
     return (shrunk + shrunk.mean(dim=(1, 2, 3), keepdim=True)) / 2
 
 
+def sampler_of(name: str) -> Sampler:
+    """Of a solver and, where it follows an SDE, its schedule."""
+    solver, _, schedule = name.partition(" ")
+    grid = GridConfig(num_steps=30, schedule=schedule) if schedule else GridConfig(num_steps=8)
+    return Sampler(SamplerConfig(solver=solver, grid=grid))
+
+
 def run(name: str, control, seeds: tuple[int, ...] = (3, 4)) -> torch.Tensor:
     """Samples of a solver under a control."""
     rnd = StackedRandomGenerator("cpu", seeds)
     noise = rnd.randn([len(seeds), *SHAPE[1:]])
-    if name in SOLVERS:
-        sampler = Sampler(SamplerConfig(solver=name, grid=EDMGrid(num_steps=8)))
-        return sampler(smooth, noise, randn_like=rnd.randn_like, after_update=control)
-    family, schedule = name.split(" ")
-    schedule = {"VE": VE(), "VP": VP(), "SubVP": SubVP()}[schedule]
-    grid = sde_grid(schedule, 30) if family == "pc" else ode_grid(schedule)
-    assert grid.start is not None
-    solve, options = (
-        (predictor_corrector, PredictorCorrector(schedule)) if family == "pc" else (rk45, Adaptive(schedule))
-    )
-    x = noise * grid.start
-    return solve(smooth, x, grid, options, randn_like=rnd.randn_like, after_update=control) * grid.end
+    return sampler_of(name)(smooth, noise, randn_like=rnd.randn_like, after_update=control)
 
 
-STOCHASTIC = ["pc VE", "pc VP", "pc SubVP"]
-FLOWS = ["rk45 VE", "rk45 VP", "rk45 SubVP"]
-ALL = [*SOLVERS, *STOCHASTIC, *FLOWS]
+IN_TIME = ("pc", "rk45", "dpm-adaptive", "euler-maruyama")
+ALL = [solver for solver in SOLVERS if solver not in IN_TIME]
+ALL += [f"{solver} {schedule}" for solver in IN_TIME for schedule in ("ve", "vp", "subvp")]
 
 
 def tolerance(name: str) -> float:
-    """Flows of an SDE end at its last time, where a little noise is left."""
-    return 4 * float(ode_grid(VE() if "VE" in name else VP()).sigmas[-1]) if name in FLOWS else 0.0
+    """Some solvers end at the last time of an SDE, where a little noise is left."""
+    return 4 * float(sampler_of(name).grid.sigmas[-1])
 
 
 @pytest.mark.parametrize("name", ALL)

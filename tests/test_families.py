@@ -14,7 +14,8 @@ from conftest import make_dataset, png, run_cli
 from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.config.fields import all_fields
-from training.config.generation import SOLVERS, EDMGrid, SamplerConfig, SamplingConfig
+from training.config.generation import SamplingConfig
+from training.config.samplers import SIGMA_MAX, SIGMA_MIN, SOLVERS, GridConfig, SamplerConfig
 from training.encoders import StandardRGBEncoder
 from training.families import ARCHITECTURES, architecture_name, architecture_of, preset_network, trained_by
 from training.flops import count_operations, count_parameters
@@ -67,7 +68,7 @@ def test_batch_neighbours_do_not_matter(net):
     assert torch.equal(together, net(x * sigma.reshape(-1, 1, 1, 1), sigma, cond))
 
 
-@pytest.mark.parametrize("sigma", [EDMGrid.sigma_min, EDMGrid.sigma_max])
+@pytest.mark.parametrize("sigma", [SIGMA_MIN, SIGMA_MAX])
 def test_both_ends_of_the_noise_range_are_finite(net, sigma):
     x, cond = images_and_conditions(net.spec)
     assert net(x * sigma, torch.tensor(sigma), cond).isfinite().all()
@@ -75,7 +76,7 @@ def test_both_ends_of_the_noise_range_are_finite(net, sigma):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_samples(net, solver):
-    sampling = SamplingConfig(sampler=SamplerConfig(solver=solver, grid=EDMGrid(num_steps=4)))
+    sampling = SamplingConfig(sampler=SamplerConfig(solver=solver, grid=GridConfig(num_steps=4)))
     generator = architecture_of(net).generator(net, sampling, batch_size=4)
     together, alone = (StackedRandomGenerator("cpu", seeds) for seeds in ([3, 4, 5], [4]))
     images = generator(generator.noise(together), generator.condition(together), together)

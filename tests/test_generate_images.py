@@ -19,11 +19,41 @@ from conftest import (
 
 from generate_images import main as generate
 from training.config.edm2 import GENERATION_PRESETS, GenerationPreset
-from training.config.generation import SOLVERS
+from training.config.samplers import SOLVERS
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.snapshot import save_network
 
 sys.path.insert(0, str(ROOT / "scripts"))
+
+
+# Beside those that all have.
+OPTIONS_OF_SOLVERS = {
+    "pc": [
+        "--predictor=ancestral_sampling", "--corrector=ald", "--n-steps-each=2", "--snr=0.1", "--noise-removal=0", "--probability-flow=0",
+        "--corrector-norm=batch", "--schedule=vp", "--steps=40",
+    ],
+    "euler-maruyama": ["--stochastic=0", "--schedule=subvp", "--steps=4"],
+    "rk45": ["--rtol=0.1", "--atol=0.1", "--common-norm=1", "--denoise=20"],
+    "dpm-single": ["--order=2", "--prediction=noise", "--solver-type=taylor", "--fixed-order=1", "--spacing=log-snr", "--steps=4"],
+    "dpm-adaptive": [
+        "--adaptive-order=2", "--adaptive-prediction=data", "--adaptive-atol=0.1", "--adaptive-rtol=0.1", "--adaptive-first-step=0.1",
+        "--adaptive-safety=0.8", "--adaptive-common-step=1", "--sigma_min=0.01",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", OPTIONS_OF_SOLVERS)
+def test_options_of_solvers(run, tmp_path, solver):
+    net = run / "network-snapshot-0000003-0.100.safetensors"
+    args = [f"--net={net}", "--seeds=0-1", f"--sampler={solver}"]
+    for name, options in [("plain", []), ("changed", OPTIONS_OF_SOLVERS[solver])]:
+        result = run_cli(generate, *args, f"--outdir={tmp_path / name}", *options)
+        assert result.exit_code == 0, result.output
+    plain, changed = images_in(tmp_path / "plain"), images_in(tmp_path / "changed")
+    assert all((plain[name] != changed[name]).any() for name in plain)
+    unused = next(option for option in OPTIONS_OF_SOLVERS["pc" if solver != "pc" else "rk45"])
+    result = run_cli(generate, *args, f"--outdir={tmp_path / 'unused'}", unused)
+    assert result.exit_code != 0 and f"has no effect with --sampler={solver}: leave it out" in result.output
 
 
 def test_all_generation_options(run, tmp_path):
@@ -37,9 +67,9 @@ def test_all_generation_options(run, tmp_path):
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below.
-    assert_all_options(
-        generate, [*args, "--preset=x", "--print-config", "--list-presets", "--encoder=x", "--trust-encoder=1"]
-    )
+    of_solvers = [option for options in OPTIONS_OF_SOLVERS.values() for option in options]
+    others = ["--preset=x", "--print-config", "--list-presets", "--encoder=x", "--trust-encoder=1"]
+    assert_all_options(generate, [*args, *of_solvers, *others])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
     images = images_in(tmp_path / "out")
     assert images.keys() == names
@@ -56,10 +86,9 @@ def test_all_generation_options(run, tmp_path):
 )
 def test_each_option_changes_the_image(run, tmp_path, option):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
-    for name, extra in [("plain", []), ("changed", [option])]:
-        run_cli(
-            generate, f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / name}", "--seeds=7", "--steps=4", *extra
-        )
+    adaptive = option in ("--sampler=dpm-adaptive", "--sampler=rk45")
+    for name, extra in [("plain", ["--steps=4"]), ("changed", [option] if adaptive else ["--steps=4", option])]:
+        run_cli(generate, f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / name}", "--seeds=7", *extra)
     assert not np.array_equal(
         images_in(tmp_path / "plain")["000007.png"], images_in(tmp_path / "changed")["000007.png"]
     )

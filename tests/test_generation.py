@@ -6,11 +6,11 @@ from conftest import tiny_network
 
 from dnnlib.errors import UserError
 from training.conditioning import Conditioning, DataSpec
-from training.config.generation import SOLVERS
+from training.config.samplers import SOLVERS
 from training.generation import generate_images
 from training.metrics import calculate_metrics_from_stats, calculate_stats_for_iterable
 
-SPEC = DataSpec(channels=1, resolution=2, conditioning=Conditioning(kind="classes", size=2))
+SPEC = DataSpec(channels=1, resolution=4, conditioning=Conditioning(kind="classes", size=2))
 MEANS, STD = torch.tensor([-0.5, 0.5]), 0.1
 
 
@@ -34,8 +34,8 @@ def generated(**kwargs):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_any_callable_is_sampled_by_every_solver(solver):
-    images, labels = generated(solver=solver, num_steps=40)
-    assert images.shape == (100, 1, 2, 2) and images.dtype == torch.uint8
+    images, labels = generated(solver=solver, num_steps=400 if solver == "pc" else 40)
+    assert images.shape == (100, 1, 4, 4) and images.dtype == torch.uint8
     x = images.float() / 127.5 - 1
     means = MEANS[labels.argmax(1)].reshape(-1, 1, 1, 1)
     assert (x - means).abs().max() < 6 * STD
@@ -58,7 +58,7 @@ def test_arguments_are_looked_at_before_anything_is_generated():
         generate_images(mixture, spec=SPEC, num_step=3)
     with pytest.raises(UserError, match="--class=2 is out of range: the classes are 0 to 1"):
         generate_images(mixture, spec=SPEC, class_idx=2)
-    with pytest.raises(UserError, match="--gnet has resolution 8, but --net has 2"):
+    with pytest.raises(UserError, match="--gnet has resolution 8, but --net has 4"):
         generate_images(mixture, tiny_network(), spec=SPEC)
 
 

@@ -13,12 +13,14 @@ from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_edm2 import main as train
+from train_score_sde import main as train_score_sde
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
 COMMANDS = {
     "train_edm2": train,
+    "train_score_sde": train_score_sde,
     "generate_images": generate,
     "reconstruct_phema": reconstruct,
     "count_flops": count_flops,

@@ -52,20 +52,20 @@ def test_all_training_options(tmp_path):
         f"--outdir={tmp_path}", f"--data={DIGITS}", "--cond=1", "--preset=digits", "--duration=64", "--batch=32", "--channels=8",
         "--dropout=0.1", "--P_mean=-0.8", "--P_std=1.6", "--lr=0.02", "--decay=100", "--batch-gpu=16", "--fp16=1", "--ls=2",
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
-        "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1",
+        "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1", "--verify=0",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
         "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
     # Those of latents are tested in test_latent_provenance.py.
-    assert_all_options(train, [*args, "-n", "--encoder=x", "--trust-encoder=1"])
+    assert_all_options(train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1"])
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
-        cache=True, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
+        cache=True, verify=False, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
         checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn",
     )  # fmt: skip
     assert {key: config.flat()[key] for key in expected} == expected
@@ -89,6 +89,17 @@ def test_intervals_of_the_preset_become_multiples_of_the_batch(tmp_path):
     assert "Note: --checkpoint=49200, the next multiple of --batch=100" in output
     assert "snapshot:         1000" in output and "Note: --snapshot" not in output
     assert "Note: --" not in run_cli(train, *common).output
+
+
+def test_says_how_the_data_were_understood(run, tmp_path):
+    lines = [
+        f"{DIGITS}: 1797 images (1797 .png), pixels of 8x8 with 1 channel",
+        "labels: dataset.json, 10 classes: 0 (",
+    ]
+    log = (run / "log.txt").read_text().splitlines()
+    assert log[0] == lines[0] and log[1].startswith(lines[1])
+    dry = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--dry-run").output
+    assert "\n".join(lines) in dry
 
 
 def test_dry_run_looks_at_outdir(run, tmp_path):

@@ -1,10 +1,11 @@
 """Training state on disk: tensors and plain containers, whole files only."""
 
+import os
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -35,11 +36,40 @@ def load_state(path: str | Path) -> dict[str, Any]:
         ValueError: the checksum of a part does not match, which torch would not notice.
         Exception: the file is damaged in another way; torch has many errors for that.
     """
-    with zipfile.ZipFile(path) as archive:
+    return load_checked(path, mmap=True)
+
+
+def load_checked(path: str | os.PathLike, mmap: bool = False) -> Any:
+    """What `torch.save` wrote into a file, on the CPU, after its checksums were compared. Runs nothing named in it.
+
+    Args:
+        mmap: read tensors when they are used, where the format allows it.
+
+    Raises:
+        ValueError: the checksum of a part does not match, which torch would not notice.
+        Exception: the file is damaged in another way; torch has many errors for that.
+    """
+    with open(path, "rb") as f:
+        is_archive = check_archive(f)
+    return torch.load(path, map_location="cpu", mmap=mmap and is_archive, weights_only=True)
+
+
+def check_archive(f: IO[bytes]) -> bool:
+    """Compare the checksums in a file of `torch.save`; False for the older format, which has none.
+
+    Raises:
+        ValueError: one does not match, or the file would unpack to more than it holds.
+        zipfile.BadZipFile: it is damaged.
+    """
+    if not zipfile.is_zipfile(f):
+        return False
+    with zipfile.ZipFile(f) as archive:
+        if sum(info.file_size for info in archive.infolist()) > f.seek(0, os.SEEK_END):
+            raise ValueError("its parts are larger than the file")
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"checksum mismatch in {damaged}")
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        raise ValueError(f"checksum mismatch in {one_line(damaged)[:50]}")
+    return True
 
 
 def restore_newest_state(

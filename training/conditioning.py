@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from training.config.data import MAX_CHANNELS, MAX_CLASSES, MAX_RESOLUTION
+from training.config.data import HUGE, MAX_CHANNELS, MAX_CLASSES, MAX_RESOLUTION
 from training.config.fields import Config, option
 
 KINDS = ("none", "classes", "vector")
@@ -56,11 +56,12 @@ class Conditioning(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec(Config):
-    """What a network's images look like, and what conditions it takes."""
+    """What a network's images look like, and what conditions it takes; `pixel_range` is what black and white are."""
 
     channels: int = option(flag=None, low=1, high=MAX_CHANNELS)
     resolution: int = option(flag=None, low=1, high=MAX_RESOLUTION)
     conditioning: Conditioning = Conditioning()
+    pixel_range: tuple[float, float] = option((-1.0, 1.0), flag=None, low=-HUGE, high=HUGE)
 
     @property
     def shape(self) -> tuple[int, int, int]:

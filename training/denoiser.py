@@ -1,13 +1,15 @@
 """The one contract that networks, guidance and samplers share, and how a raw network comes to meet it."""
 
+import math
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from dnnlib.errors import UserError
+from training.config.samplers import SIGMA_MAX, SIGMA_MIN
 from training.preconditioning import PRECISIONS, Coefficients, Preconditioning, compute_dtype
-from training.schedules import wide
+from training.schedules import VE, Schedule, wide
 
 
 class Denoiser(Protocol):
@@ -23,6 +25,25 @@ class Denoiser(Protocol):
     """
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None, /) -> torch.Tensor: ...
+
+
+def noise_range(denoiser: Any) -> tuple[float, float]:
+    """Noise levels that a denoiser is made for: 0 and infinity where it does not say so."""
+    return getattr(denoiser, "sigma_min", 0.0), getattr(denoiser, "sigma_max", math.inf)
+
+
+def schedule_of(denoiser: Any) -> Schedule:
+    """The schedule that a denoiser's network was trained on, or VE with EDM's noise levels, as far as it knows them."""
+    schedule = getattr(getattr(denoiser, "preconditioning", None), "schedule", None)
+    if schedule is not None:
+        return schedule
+    low, high = noise_range(denoiser)
+    return VE(max(low, SIGMA_MIN), min(high, SIGMA_MAX))
+
+
+def without_steps(schedule: Schedule) -> Schedule:
+    """The same SDE in continuous time."""
+    return getattr(schedule, "continuous", schedule)
 
 
 class Preconditioned(nn.Module):

@@ -17,18 +17,22 @@ from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
+from training.config.score_sde import ScoreNetwork, ScoreTraining
+from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.toy import ToyNetwork
 from training.config.training import Preset, TrainConfig
 from training.denoiser import Denoiser
 from training.flops import Inputs
 from training.generators import Generator, diffusion_generator
-from training.losses import EDM2Loss, Objective
+from training.losses import EDM2Loss, Objective, ScoreLoss
+from training.lr import learning_rate_schedule, warmup_linear
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
+from training.networks.score_sde import ScoreSDE, schedule_for
 from training.networks.toy import ToyModel
 from training.optimizers import EMA, AdamOptimizer, Optimizer
-from training.phema import PowerFunctionEMA
+from training.phema import PowerFunctionEMA, ProfilesAndRampedEMA
 
 
 def no_context(_net: nn.Module) -> AbstractContextManager:
@@ -120,8 +124,14 @@ class Architecture:
         return diffusion_generator(denoiser, net.spec, sampling, guide, net.precision)
 
 
-def _adam(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
-    return AdamOptimizer(net, config.optimizer, config.run.batch, config.run.ls)
+def _edm2_optimizer(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
+    chosen = config.optimizer
+
+    def learning_rate(nimg: int) -> float:
+        return learning_rate_schedule(nimg, config.run.batch, chosen.lr, chosen.decay, chosen.rampup_Mimg)
+
+    betas = (chosen.betas[0], chosen.betas[1])
+    return AdamOptimizer(net, learning_rate, betas=betas, eps=chosen.eps, loss_scaling=config.run.ls)
 
 
 def _power_function_ema(net: nn.Module, config: EDM2Training) -> PowerFunctionEMA:
@@ -143,6 +153,41 @@ def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
     )
 
 
+def _score_network(arguments: dict[str, Any], data: DataSpec) -> ScoreSDE:
+    return ScoreSDE(data, **arguments)
+
+
+def _score_objective(config: ScoreTraining) -> ScoreLoss:
+    chosen, network = config.objective, config.network
+    pixel_range = (-1.0, 1.0) if network.centered else (0.0, 1.0)
+    return ScoreLoss(
+        schedule_for(network),
+        chosen.reduce_mean,
+        chosen.likelihood_weighting,
+        chosen.importance_sampling,
+        pixel_range if chosen.dequantize else None,
+    )
+
+
+def _score_optimizer(net: nn.Module, config: ScoreTraining) -> AdamOptimizer:
+    chosen = config.optimizer
+    return AdamOptimizer(
+        net,
+        lambda nimg: warmup_linear(nimg, chosen.lr, chosen.warmup, chosen.decay_from, chosen.decay_to),
+        betas=(chosen.beta1, 0.999),
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        max_norm=chosen.grad_clip,
+        loss_scaling=config.run.ls,
+    )
+
+
+def _score_ema(net: nn.Module, config: ScoreTraining) -> EMA:
+    if config.ema.ema_rate == 0:
+        return PowerFunctionEMA(net, config.ema.ema_std)
+    return ProfilesAndRampedEMA(net, config.ema.ema_std, config.ema.ema_rate)
+
+
 def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
     return ToyModel(**arguments)
 
@@ -162,12 +207,26 @@ ARCHITECTURES: dict[str, Architecture] = {
         training=EDM2Training,
         presets=TRAINING_PRESETS,
         objective=_edm2_objective,
-        optimizer=_adam,
+        optimizer=_edm2_optimizer,
         ema=_power_function_ema,
         core=lambda net: net.unet,
         step=partial(effective_weights, normalize_first=True),
         accelerate=for_sampling,
         take_data=_take_edm2_data,
+    ),
+    "score_sde.ScoreSDE": Architecture(
+        family="score-SDE",
+        paper="Song et al., *Score-Based Generative Modeling through Stochastic Differential Equations* (ICLR 2021, "
+        "[arXiv 2011.13456](https://arxiv.org/abs/2011.13456))",
+        network_class=ScoreSDE,
+        network=ScoreNetwork,
+        make=_score_network,
+        training=ScoreTraining,
+        presets=SCORE_PRESETS,
+        objective=_score_objective,
+        optimizer=_score_optimizer,
+        ema=_score_ema,
+        core=lambda net: net.net,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",

@@ -58,7 +58,8 @@ def check_guide(spec: DataSpec, guide: DataSpec) -> None:
     Raises:
         UserError: their data differ.
     """
-    for name, what in [("resolution", "resolution"), ("channels", "number of channels")]:
+    parts = [("resolution", "resolution"), ("channels", "number of channels"), ("pixel_range", "range of pixels")]
+    for name, what in parts:
         ours, theirs = getattr(spec, name), getattr(guide, name)
         if ours != theirs:
             raise UserError(f"--gnet has {what} {theirs}, but --net has {ours}: they must agree")
@@ -204,7 +205,7 @@ def generate_images(
 
         return DiffusionGenerator(spec, sample, class_idx)
 
-    encoder = encoder if encoder is not None else StandardRGBEncoder()
+    encoder = encoder if encoder is not None else StandardRGBEncoder(*spec.pixel_range)
     return ImageBatches(
         make_generator, encoder, seeds, device, outdir, subdirs, max_batch_size, encoder_batch_size, verbose
     )

@@ -9,6 +9,7 @@ from training.conditioning import DataSpec
 from training.config.generation import SamplingConfig
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
+from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
 from training.samplers.sampler import Sampler
 
@@ -85,14 +86,14 @@ def diffusion_generator(
         guide: guiding denoiser; used where the weight of guidance is not 1.
         precision: what the denoiser computes in, for `describe`.
     """
-    guidance = sampling.guidance
+    guidance, net = sampling.guidance, denoiser
     if guidance.guidance != 1:
         assert guide is not None
         denoiser = GuidedDenoiser(denoiser, guide, guidance.guidance, guidance.interval)
-    sampler = Sampler(sampling.sampler)
+    sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, net))
 
     def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
         return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
 
-    facts = {"sampler": sampling.sampler.describe() | guidance.describe(), "precision": precision}
+    facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
     return DiffusionGenerator(spec, sample, sampling.class_idx, facts)

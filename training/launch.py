@@ -35,6 +35,11 @@ def training_command(
         help_text: what the command does, with examples.
     """
 
+    def list_presets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+        if value:
+            print(preset_table(presets))
+            ctx.exit()
+
     @click.command(f"train_{config_class.family}", cls=CommandLine, help=help_text)
     @click.option(
         "--outdir",
@@ -47,6 +52,14 @@ def training_command(
     @click.option("--fp16", help="Published alias: 0 = --precision=fp32  [default: True]", metavar="BOOL", type=bool)
     @click.option(
         "--resume/--no-resume", help="Continue the run in --outdir, or refuse to", default=True, show_default=True
+    )
+    @click.option(
+        "--list-presets",
+        help="Print all presets with their data, length and published results, and exit",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=list_presets,
     )
     @click.option("-n", "--dry-run", help="Print the configuration and exit", is_flag=True)
     def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
@@ -72,6 +85,20 @@ def training_command(
         distributed.shutdown()
 
     return main
+
+
+def preset_table(presets: Mapping[str, Preset]) -> str:
+    """All presets with the data that they are for, their length, and published results."""
+    rows = [("preset", "data", "classes", "images", "batch", "published result", "published with")]
+    for name, preset in presets.items():
+        run, sampler = preset.config.run, preset.sampler
+        length = f"{run.duration / 1e6:.1f}M" if run.duration >= 1e6 else f"{run.duration / 1e3:.0f}k"
+        data = f"{preset.resolution}x{preset.resolution}x{preset.channels}"
+        solver = "" if sampler is None else " ".join(sampler.as_options())
+        rows.append((name, data, str(preset.classes or ""), length, str(run.batch), preset.published, solver))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
 
 
 def make_config(
@@ -107,7 +134,7 @@ def make_config(
     data = config.data
     if not data.data:
         raise UserError("Missing option '--data'.")
-    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip)
+    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify)
     if data.cache:
         check_memory(dataset, config.data.workers or 0)
     if data.cond and not dataset.has_labels:
@@ -181,6 +208,8 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
         net = build_network(config, dataset, encoder)
     data = config.dataset
     assert data is not None
+    for line in dataset.summary():
+        distributed.print0(line)
     for key, value in {"outdir": str(outdir), **config.flat()}.items():
         distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
     distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from dnnlib.errors import UserError
-from training.denoiser import Denoiser
+from training.denoiser import Denoiser, schedule_of, without_steps
 from training.samplers.adaptive import Flow, integrate
-from training.schedules import EPS, VE, Schedule, wide
+from training.schedules import EPS, Schedule, wide
 
 TRACES = ("rademacher", "gaussian", "exact")
-EDM_RANGE = (0.002, 80.0)  # noise levels that EDM's networks are trained for
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def log_likelihood(
         UserError, RunError: as `adaptive.integrate`.
     """
     options = options or LikelihoodOptions()
-    schedule = schedule_of(denoiser) if schedule is None else schedule
+    schedule = without_steps(schedule_of(denoiser)) if schedule is None else schedule
     shape, dims = images.shape, images[0].numel()
     probes = _probes(images, options.trace, epsilon, rnd)
 
@@ -180,15 +179,6 @@ def log_likelihood(
     variance = schedule.prior_std**2
     log_prior = -(z.square().sum(dim=1) / variance + dims * math.log(2 * math.pi * variance)) / 2
     return LikelihoodResult(log_prior + change, z.float().reshape(shape), nfe)
-
-
-def schedule_of(denoiser: Any) -> Schedule:
-    """The schedule, without steps, that a denoiser's network was trained on, or VE with its noise levels."""
-    schedule = getattr(getattr(denoiser, "preconditioning", None), "schedule", None)
-    if schedule is not None:
-        return getattr(schedule, "continuous", schedule)
-    low, high = EDM_RANGE
-    return VE(getattr(denoiser, "sigma_min", low), getattr(denoiser, "sigma_max", high))
 
 
 def _probes(images: torch.Tensor, trace: str, epsilon: torch.Tensor | None, rnd: Any) -> list[torch.Tensor]:

@@ -180,6 +180,7 @@ class ScoreLoss(Stateless):
             "Maximum Likelihood Training of Score-Based Diffusion Models", arXiv 2101.09258, Theorem 1).
         importance_sampling: draw times in proportion to that weight, in place of multiplying by it. The weight is
             d ln(sigma^2) / dt, so ln sigma is then uniform.
+        dequantize: what black and white are, to spread 8-bit pixels evenly over the width of their level; None = not.
 
     Raises:
         UserError: a weighting of likelihoods with discrete levels.
@@ -191,7 +192,9 @@ class ScoreLoss(Stateless):
         reduce_mean: bool = True,
         likelihood_weighting: bool = False,
         importance_sampling: bool = False,
+        dequantize: tuple[float, float] | None = None,
     ):
+        self.dequantize = dequantize
         self.num_levels = schedule.num_scales if isinstance(schedule, (DiscreteVE, DiscreteVP)) else None
         if self.num_levels is not None and likelihood_weighting:
             raise UserError("likelihood weighting needs continuous times, not discrete levels")
@@ -241,6 +244,9 @@ class ScoreLoss(Stateless):
             t = self.times(rand([images.shape[0]], device=images.device))
         if noise is None:
             noise = randn(images.shape, device=images.device)
+        if self.dequantize is not None:
+            low, high = self.dequantize
+            images = low + ((images - low) * 255 + (high - low) * rand(images.shape, device=images.device)) / 256
         sigma = self.schedule.sigma(t)
         column = sigma.float().reshape(-1, 1, 1, 1).to(images.device)
         F_x, c = net.raw(images + column * noise, sigma, labels)

@@ -29,6 +29,21 @@ def learning_rate_schedule(
     return lr
 
 
+def warmup_linear(
+    cur_nimg: int, ref_lr: float, warmup_nimg: int = 0, decay_from_nimg: int = 0, decay_to_nimg: int = 0
+) -> float:
+    """Linear warm-up to `ref_lr`, where it stays, and later a linear fall to 0.
+
+    Args:
+        cur_nimg: images seen before the step.
+        warmup_nimg: images of the warm-up; 0 = none.
+        decay_from_nimg, decay_to_nimg: images at which the fall begins and ends; the latter 0 = no fall.
+    """
+    rise = cur_nimg / warmup_nimg if warmup_nimg > 0 else 1
+    fall = (decay_to_nimg - cur_nimg) / (decay_to_nimg - decay_from_nimg) if decay_to_nimg > 0 else 1
+    return ref_lr * max(min(rise, fall, 1), 0)
+
+
 def warmup_cosine(cur_nimg: int, total_nimg: int, ref_lr: float, min_lr: float = 0.0, warmup_nimg: int = 0) -> float:
     """Linear warm-up to `ref_lr`, then half a cosine down to `min_lr` at the end (Loshchilov & Hutter 2017, Eq. 5).
 

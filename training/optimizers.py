@@ -1,14 +1,12 @@
 """From gradients to weights: optimiser, learning rate, and what is done to gradients that are not finite."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from torch_utils import distributed
-from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_
-from training.config.edm2 import EDM2Optimizer
-from training.lr import learning_rate_schedule
+from torch_utils.gradients import channels_last_views, clip_by_norm_, flat_gradients, replace_nonfinite_
 
 
 class Optimizer(Protocol):
@@ -39,9 +37,10 @@ class Optimizer(Protocol):
 
 
 class EMA(Protocol):
-    """Averages the weights over training, with one or several profiles of relative widths `stds`."""
+    """Averages the weights over training, with one or several profiles of relative widths `stds`, None for others."""
 
-    stds: list[float]
+    @property
+    def stds(self) -> Sequence[float | None]: ...
 
     def update(self, cur_nimg: int, batch_size: int) -> None:
         """Take in the weights after an optimiser step; `cur_nimg` counts the step's images too."""
@@ -59,31 +58,43 @@ class EMA(Protocol):
 
 
 class AdamOptimizer:
-    """Adam with EDM2's learning rate. Gradients that are not finite become 0 (EDM2, Appendix B.2).
+    """Adam, or AdamW. Gradients that are not finite become 0 (EDM2, Appendix B.2).
 
     Args:
         net: whose parameters are trained. Their gradients become views of one vector, `gradients`.
-        config: learning rate, its decay and ramp-up, and Adam's constants.
-        batch: images per step, over all processes.
+        learning_rate: as a function of the images seen before a step.
+        betas, eps, weight_decay: Adam's constants.
+        decoupled: apply the decay to the weights themselves (AdamW).
+        max_norm: to which the norm of all gradients together is cut; 0 = not.
         loss_scaling: what the loss is multiplied by before its gradients are computed.
 
     `nonfinite` counts the gradient elements that were replaced since the start of the run, int64 [], on the device.
     """
 
-    def __init__(self, net: torch.nn.Module, config: EDM2Optimizer, batch: int, loss_scaling: float = 1.0):
-        self.config, self.batch, self.loss_scaling = config, batch, loss_scaling
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        learning_rate: Callable[[int], float],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        max_norm: float = 0.0,
+        loss_scaling: float = 1.0,
+    ):
+        self.rate, self.max_norm, self.loss_scaling = learning_rate, max_norm, loss_scaling
         self.gradients = flat_gradients(net.parameters())
         device = self.gradients.device
         self.fused = device.type != "mps"
+        make = torch.optim.AdamW if decoupled else torch.optim.Adam
         views = channels_last_views(net.parameters())
-        betas = (config.betas[0], config.betas[1])
-        self.adam = torch.optim.Adam(views, lr=config.lr, betas=betas, eps=config.eps, fused=self.fused)
+        self.adam = make(views, learning_rate(0), betas, eps, weight_decay, fused=self.fused)
         self.nonfinite = torch.zeros([], dtype=torch.int64, device=device)
 
     def learning_rate(self, nimg: int) -> float:
         """The learning rate after `nimg` images."""
-        config = self.config
-        return learning_rate_schedule(nimg, self.batch, config.lr, config.decay, config.rampup_Mimg)
+        return self.rate(nimg)
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the step before."""
@@ -95,6 +106,8 @@ class AdamOptimizer:
         if self.loss_scaling != 1:
             self.gradients /= self.loss_scaling
         self.nonfinite += replace_nonfinite_(self.gradients)
+        if self.max_norm > 0:
+            clip_by_norm_(self.gradients, self.max_norm)
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate(nimg)
         self.adam.step()

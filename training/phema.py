@@ -206,3 +206,39 @@ class RampedEMA:
 
     def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state)
+
+
+class ProfilesAndRampedEMA:
+    """Power-function averages, and an exponential one that is saved as '-ema'.
+
+    Args:
+        net: the network to follow.
+        stds: widths of the power-function averages.
+        rate: decay per step of the exponential one, see `RampedEMA`.
+    """
+
+    def __init__(self, net: torch.nn.Module, stds: Sequence[float], rate: float):
+        self.profiles = PowerFunctionEMA(net, stds)
+        self.ramped = RampedEMA(net, rate)
+        self.stds: list[float | None] = [*self.profiles.stds, None]
+
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Take in the parameters after an optimiser step; `cur_nimg` counts the step's images too."""
+        self.profiles.update(cur_nimg, batch_size)
+        self.ramped.update(cur_nimg, batch_size)
+
+    def get(self) -> list[tuple[torch.nn.Module, str]]:
+        """The averaged networks, each with its file name suffix."""
+        return [*self.profiles.get(), (self.ramped.get(), "-ema")]
+
+    def state_dict(self) -> dict:
+        return {"profiles": self.profiles.state_dict(), "ramped": self.ramped.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over the averages of a `state_dict`.
+
+        Raises:
+            ValueError: the state tracks other widths.
+        """
+        self.profiles.load_state_dict(state["profiles"])
+        self.ramped.load_state_dict(state["ramped"])

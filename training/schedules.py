@@ -68,7 +68,7 @@ class Schedule(Protocol):
 def wide(value: torch.Tensor | float) -> torch.Tensor:
     """The value as a tensor of the widest floating-point type of its device."""
     if not isinstance(value, torch.Tensor):
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
 
 
@@ -290,7 +290,8 @@ class DiscreteVP(VP):
     @functools.cached_property
     def log_alpha_bar(self) -> torch.Tensor:
         """ln alpha-bar of each step, float64 [N] on the CPU."""
-        betas = torch.linspace(self.beta_min, self.beta_max, self.num_scales, dtype=torch.float64) / self.num_scales
+        betas = torch.linspace(self.beta_min, self.beta_max, self.num_scales, dtype=torch.float64, device="cpu")
+        betas = betas / self.num_scales
         return (-betas).log1p().cumsum(0)
 
     @property

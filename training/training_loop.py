@@ -112,9 +112,10 @@ class TrainingRun:
         if config.data.cache or dataset.decoded_bytes() <= SMALL_DATASET:
             dataset.keep_in_memory()
         self.share = Share.of(config)
-        self.encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, journal.log)
+        encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, journal.log)
         self.architecture = architecture = trained_by(config)
-        self.net = net = build_network(config, dataset, self.encoder).to(device)
+        self.net = net = build_network(config, dataset, encoder).to(device)
+        self.encoder = encoder.for_pixels(*net.spec.pixel_range)
         net.precision = resolve_precision(config.run.precision, device)
         if device.type != "mps":
             use_channels_last(net)
@@ -150,6 +151,8 @@ class TrainingRun:
             journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
         dataset, share = self.dataset, self.share
+        for line in dataset.summary():
+            journal.log(line)
         assert config.dataset is not None
         journal.log(
             f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "

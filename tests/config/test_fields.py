@@ -138,6 +138,7 @@ def test_options_of_a_run_by_an_earlier_version(tmp_path):
         "family",
         "xflip",
         "cache",
+        "verify",
         "metrics",
         "metrics_ref",
         "compile",

@@ -16,6 +16,7 @@ import training.dataset.decoding
 from calculate_metrics import main as calculate_metrics
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
+from training.metrics.images import open_images
 
 PNGS = [(mode, size) for mode in ("L", "LA", "RGB", "RGBA") for size in ((1, 1), (7, 7), (64, 64))]
 
@@ -112,26 +113,53 @@ def test_transparent_gray_stays_gray(tmp_path):
     assert dataset.image_shape == (1, 8, 8) and dataset[0][0].min() == 255
 
 
-def test_photos_measured_against_their_conversion(tmp_path):
-    """Half of them are stored sideways; the distance is 0."""
-    pictures = [np.random.default_rng(i).integers(0, 256, [2, 2, 3], dtype=np.uint8) for i in range(20)]
+def turned_photos() -> dict[str, bytes]:
+    """Half of them are stored sideways."""
     files = {}
-    for i, pixels in enumerate(pictures):
+    for i in range(20):
+        picture = PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, [2, 2, 3], dtype=np.uint8))
         exif = PIL.Image.Exif()
         exif[PIL.ExifTags.Base.Orientation] = 6 if i % 2 else 1
-        picture = PIL.Image.fromarray(pixels)
-        stored = picture.transpose(PIL.Image.Transpose.ROTATE_90) if i % 2 else picture
-        files[f"{i:02d}.png"] = saved(stored, exif=exif)
+        files[f"{i:02d}.png"] = saved(picture.transpose(PIL.Image.Transpose.ROTATE_90) if i % 2 else picture, exif=exif)
+    return files
+
+
+def transparent_pictures() -> dict[str, bytes]:
+    """Some have an alpha channel, others declare a colour transparent; one is hidden."""
+    noise = np.random.default_rng(0).integers(0, 256, [20, 4, 4, 4], dtype=np.uint8)
+    files = {f"{i:02d}.png": png(pixels if i % 2 else pixels[:, :, :3]) for i, pixels in enumerate(noise)}
+    files["20.png"] = saved(PIL.Image.new("RGB", (4, 4), (0, 0, 255)), transparency=(0, 0, 255))
+    return {**files, ".ipynb_checkpoints/21.png": png(noise[0, :, :, :3])}
+
+
+@pytest.mark.parametrize("files", [turned_photos(), transparent_pictures()], ids=["turned", "transparent"])
+def test_pictures_measured_against_their_conversion(files, tmp_path):
     photos, ref = make_dataset(tmp_path / "photos", files), tmp_path / "ref.safetensors"
     convert(tmp_path, photos)
-    metrics = ["--metrics=fd_pixels", "--device=cpu"]
-    result = run_cli(calculate_metrics, "ref", f"--data={tmp_path / 'out.zip'}", f"--dest={ref}", *metrics)
-    assert result.exit_code == 0, result.output
-    result = run_cli(calculate_metrics, "calc", f"--images={photos}", f"--ref={ref}", *metrics, "--num=20")
-    assert result.exit_code == 0, result.output
-    assert json.loads(re.search("{.*}", result.stdout, re.DOTALL)[0])["results"]["fd_pixels"] == pytest.approx(
-        0, abs=1e-9
-    )
+    converted = ImageFolderDataset(tmp_path / "out.zip")
+    metrics = ["--metrics=fd_pixels", "--device=cpu", "--workers=0"]
+    for one, other in ((tmp_path / "out.zip", photos), (photos, tmp_path / "out.zip")):
+        result = run_cli(calculate_metrics, "ref", f"--data={one}", f"--dest={ref}", *metrics)
+        assert result.exit_code == 0, result.output
+        options = [f"--images={other}", f"--ref={ref}", f"--num={len(converted)}"]
+        result = run_cli(calculate_metrics, "calc", *options, *metrics)
+        assert result.exit_code == 0, result.output
+        record = json.loads(re.search("{.*}", result.stdout)[0])
+        assert record["results"]["fd_pixels"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha(channels, tmp_path):
+    """A channel to training, which says so; conversions and metrics put images on white."""
+    values = np.arange(256, dtype=np.uint8)
+    gray, alpha = np.meshgrid(values, values)
+    pixels = np.stack([gray] * (channels - 1) + [alpha], axis=2)
+    path = make_dataset(tmp_path / "src", {"0.png": png(pixels)})
+    dataset, measured = ImageFolderDataset(path), open_images(path)
+    assert dataset.num_channels == channels and dataset.notes[-1].startswith("alpha is a channel like the others")
+    converted = convert(tmp_path, path, options=[f"--channels={channels - 1}"])
+    assert measured.image_shape == (channels - 1, 256, 256) and measured.notes == []
+    np.testing.assert_array_equal(measured[0][0], converted[0][0])
 
 
 def test_deep_pixels_are_refused(tmp_path):

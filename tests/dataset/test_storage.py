@@ -1,6 +1,7 @@
 """Folders and ZIP files, whole, compressed and damaged."""
 
 import contextlib
+import io
 import os
 import pickle
 import resource
@@ -97,13 +98,24 @@ def test_checksums_of_entries(compression, tmp_path):
             dataset[2]
 
 
-def test_nan_is_found_each_time(tmp_path):
-    files = latents()
-    files["2.npy"] = npy(np.full([4, 8, 8], np.nan, np.float32))
-    dataset = ImageFolderDataset(make_dataset(tmp_path / "l.zip", files))
-    for _ in range(2):
-        with pytest.raises(UserError, match="2.npy: the latents hold NaN"):
-            dataset[2]
+def test_checksums_can_be_left_out(tmp_path):
+    path = make_dataset(tmp_path / "l.zip", latents())
+    flipped(path, b"2.npy")
+    changed = ImageFolderDataset(path, checksums=False)[2][0] != np.load(io.BytesIO(latents()["2.npy"]))
+    assert changed.sum() == 1
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf, 1.5e38, -2e12])
+def test_impossible_latents_are_found_each_time(number, tmp_path):
+    """Those that snapshots cannot hold the statistics of: case 16."""
+    array = np.ones([4, 8, 8], np.float32)
+    array[1, 2, 3] = number
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        path = make_dataset(tmp_path / "l.zip", {**latents(), "2.npy": npy(array)}, compression=compression)
+        dataset = ImageFolderDataset(path)
+        for _ in range(2):
+            with pytest.raises(UserError, match="2.npy: the latents hold NaN, infinity or numbers beyond 1e"):
+                dataset[2]
 
 
 @pytest.mark.parametrize("form", ["l", "l.zip"])
@@ -144,6 +156,25 @@ def test_bombs(tmp_path):
     with pytest.raises(UserError, match="cannot read 0.png: truncated or damaged: it should unpack to 72 bytes"):
         ImageFolderDataset(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
+
+
+def test_folders_that_change(tmp_path):
+    """A file truncated, overwritten or replaced during a run: one line at the next read."""
+    path = make_dataset(tmp_path / "l", latents())
+    dataset = ImageFolderDataset(path)
+    dataset.verify()  # as at the start of a run
+    worker = pickle.loads(pickle.dumps(dataset))
+    whole, other = (path / "2.npy").read_bytes(), latents(seed=1)["2.npy"]
+    for data in (whole[:-4], other):
+        (path / "2.npy").write_bytes(data)
+        os.utime(path / "2.npy", ns=(10**18, 10**18))  # the clock of some file systems is slow
+        for each in (dataset, worker):
+            with pytest.raises(UserError, match="cannot read 2.npy: it has changed since it was first read"):
+                each[2]
+            each[1]
+    os.remove(path / "1.npy")
+    with pytest.raises(UserError, match="cannot read 1.npy: .*No such file"):
+        dataset[1]
 
 
 def test_archives_that_change(tmp_path):

@@ -7,11 +7,12 @@ import torch
 from uvit_golden import GoldenFile, error, names, network
 
 from training.config.dpm_solver import AdaptiveDPMSolver, DPMSolver
+from training.config.samplers import EulerMaruyama
 from training.denoiser import Preconditioned
 from training.guidance import GuidedDenoiser
 from training.preconditioning import DataPrediction, Epsilon
 from training.samplers.dpm_solver import adaptive, multistep, singlestep, singlestep_orders
-from training.samplers.euler_maruyama import EulerMaruyama, euler_maruyama
+from training.samplers.euler_maruyama import euler_maruyama
 from training.samplers.grids import Grid, sde_grid, spaced_times, time_grid, with_inner_levels
 from training.samplers.thresholding import ThresholdedDenoiser
 from training.schedules import VP
@@ -108,7 +109,7 @@ class Run:
         """Solver, grid and options."""
         o, schedule = self.options, self.schedule
         if self.solver.startswith("em_"):
-            options = EulerMaruyama(schedule, stochastic=self.solver == "em_sde")
+            options = EulerMaruyama(stochastic=self.solver == "em_sde")
             return euler_maruyama, sde_grid(schedule, o["nfe"], o["eps"], o["T"]), options
         of_noise = self.solver.startswith("dpm_")
         prediction = "noise" if of_noise or not o.get("predict_x0", True) else "data"

@@ -8,8 +8,9 @@ import torch
 
 from dnnlib.errors import RunError, UserError
 from training.config.dpm_solver import AdaptiveDPMSolver, DPMSolver
+from training.config.samplers import EulerMaruyama
 from training.samplers.dpm_solver import adaptive, multistep, singlestep, singlestep_orders
-from training.samplers.euler_maruyama import EulerMaruyama, euler_maruyama
+from training.samplers.euler_maruyama import euler_maruyama
 from training.samplers.grids import (
     Grid,
     edm_sigmas,
@@ -234,7 +235,7 @@ def test_euler_maruyama_flow_is_of_order_1(schedule):
     for steps in (400, 800):
         grid = time_grid(schedule, torch.linspace(0.9, 0.01, steps + 1, dtype=torch.float64))
         x = start() / FIRST * grid.sigmas[0]
-        out = run(euler_maruyama, x, grid, EulerMaruyama(schedule, stochastic=False))
+        out = run(euler_maruyama, x, grid, EulerMaruyama(stochastic=False))
         errors.append((out - exact(x, grid.sigmas[0], grid.sigmas[-1])).abs().mean().item())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
 
@@ -246,7 +247,7 @@ def test_euler_maruyama_samples_the_distribution(schedule):
     assert grid.sigmas[-1] == 0 and len(grid) == 200 and grid.start is not None
     D = Gaussian()
     x = grid.start * torch.randn(20000, 1, dtype=torch.float64)
-    x = run(euler_maruyama, x, grid, EulerMaruyama(schedule), D)
+    x = run(euler_maruyama, x, grid, EulerMaruyama(), D)
     assert len(D.sigmas) == 200
     assert x.mean().item() == pytest.approx(MEAN, abs=0.015)
     assert x.std().item() == pytest.approx(STD, rel=0.03)
@@ -259,7 +260,7 @@ def test_euler_maruyama_adds_no_noise_last():
         draws.append(x)
         return torch.randn_like(x)
 
-    options = EulerMaruyama(VP())
+    options = EulerMaruyama()
     euler_maruyama(Gaussian(), start(), sde_grid(VP(), 5), options, randn_like=randn_like, after_update=unchanged)
     assert len(draws) == 4
 

@@ -7,11 +7,12 @@ import torch
 from ideal import STD
 
 from dnnlib.errors import UserError
+from training.config.samplers import PredictorCorrector
 from training.samplers.grids import sde_grid
 from training.samplers.noise import StackedRandomGenerator
-from training.samplers.predictor_corrector import CORRECTORS, PREDICTORS, PredictorCorrector, predictor_corrector
+from training.samplers.predictor_corrector import CORRECTORS, PREDICTORS, predictor_corrector
 from training.samplers.sampler import unchanged
-from training.schedules import VE, VP, DiscreteVE, DiscreteVP, SubVP
+from training.schedules import VE, VP, DiscreteVE, DiscreteVP, Schedule, SubVP
 
 SCHEDULES = [VE(), VP(), SubVP()]
 
@@ -22,6 +23,7 @@ def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
+    schedule: Schedule,
     options: PredictorCorrector,
     noise: torch.Tensor,
     num_steps: int,
@@ -30,7 +32,7 @@ def sample(
     end_time=None,
 ):
     """Samples from unit-variance noise."""
-    grid = sde_grid(options.schedule, num_steps, end_time)
+    grid = sde_grid(schedule, num_steps, end_time)
     assert grid.start is not None
     return predictor_corrector(D, noise * grid.start, grid, options, randn_like=randn_like, after_update=unchanged)
 
@@ -46,9 +48,9 @@ def normal(n: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Ten
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion"])
 def test_probability_flow_is_of_first_order(schedule, predictor):
-    options = PredictorCorrector(schedule, predictor, "none", probability_flow=True)
+    options = PredictorCorrector(predictor=predictor, corrector="none", probability_flow=True)
     exact = schedule.prior_std * STD / math.hypot(STD * float(schedule.scale(1.0)), float(schedule.std(1.0)))
-    errors = [abs(float(sample(options, one(), n, end_time=1e-7)) - exact) for n in (500, 1000, 2000)]
+    errors = [abs(float(sample(schedule, options, one(), n, end_time=1e-7)) - exact) for n in (500, 1000, 2000)]
     slopes = -torch.tensor(errors).log().diff() / math.log(2)
     assert slopes[-1].item() == pytest.approx(1, abs=0.1), errors
 
@@ -66,8 +68,8 @@ def test_probability_flow_is_of_first_order(schedule, predictor):
 )
 def test_figures_of_the_published_predictors(schedule, predictor, flow, expected):
     """Without noise: what 1000 published steps leave of the prior's standard deviation."""
-    options = PredictorCorrector(schedule, predictor, "none", probability_flow=flow)
-    x = sample(options, one(), 1000, randn_like=torch.zeros_like)
+    options = PredictorCorrector(predictor=predictor, corrector="none", probability_flow=flow)
+    x = sample(schedule, options, one(), 1000, randn_like=torch.zeros_like)
     assert float(x) == pytest.approx(expected, rel=1e-3)
 
 
@@ -83,8 +85,8 @@ def test_figures_of_the_published_predictors(schedule, predictor, flow, expected
 @pytest.mark.parametrize("corrector", CORRECTORS)
 def test_samples_have_the_law_of_the_data(schedule, predictor, corrector):
     torch.manual_seed(1)
-    options = PredictorCorrector(schedule, predictor, corrector, snr=0.05)
-    x = sample(options, normal(200, 1, 8, 8), 300)
+    options = PredictorCorrector(predictor=predictor, corrector=corrector, snr=0.05)
+    x = sample(schedule, options, normal(200, 1, 8, 8), 300)
     assert abs(float(x.mean())) < 5 * STD / x.numel() ** 0.5
     assert float(x.std()) == pytest.approx(STD, rel=0.03)
 
@@ -99,8 +101,8 @@ def test_stationary_law_of_correctors(schedule, corrector):
     """
     torch.manual_seed(1)
     r, alpha = 0.4, 1.0 if isinstance(schedule, VE) else 1 - schedule.beta_min
-    options = PredictorCorrector(schedule, "none", corrector, n_steps_each=60, snr=r)
-    x = sample(options, normal(200, 3, 16, 16), 1)
+    options = PredictorCorrector(predictor="none", corrector=corrector, n_steps_each=60, snr=r)
+    x = sample(schedule, options, normal(200, 3, 16, 16), 1)
     std = float(schedule.std(1.0))
     V = (STD * float(schedule.scale(1.0))) ** 2 + std**2
     expected = V / (1 - alpha * (r * std) ** 2 / V) if corrector == "ald" else V * (1 + alpha * r**2)
@@ -112,9 +114,9 @@ def test_stationary_law_of_correctors(schedule, corrector):
 def test_a_sample_depends_on_its_seed_alone(schedule, corrector):
     def run(seeds, norm="sample"):
         rnd = StackedRandomGenerator("cpu", seeds)
-        options = PredictorCorrector(schedule, corrector=corrector, corrector_norm=norm)
+        options = PredictorCorrector(corrector=corrector, corrector_norm=norm)
         noise = rnd.randn([len(seeds), 2, 3, 3], dtype=torch.float64)
-        return sample(options, noise, 30, randn_like=rnd.randn_like)
+        return sample(schedule, options, noise, 30, randn_like=rnd.randn_like)
 
     together = run([3, 4, 5])
     torch.testing.assert_close(run([4]), together[1:2], rtol=1e-12, atol=1e-12)
@@ -135,8 +137,8 @@ def test_number_of_evaluations_and_draws(predictor, corrector):
         draws.append(x.shape)
         return torch.randn_like(x)
 
-    options = PredictorCorrector(VE(), predictor, corrector, n_steps_each=3)
-    sample(options, normal(2, 1, 2, 2), 5, D, randn_like)
+    options = PredictorCorrector(predictor=predictor, corrector=corrector, n_steps_each=3)
+    sample(VE(), options, normal(2, 1, 2, 2), 5, D, randn_like)
     per_step = (predictor != "none") + (3 if corrector != "none" else 0)
     assert len(evaluations) == len(draws) == 5 * per_step
     assert evaluations == sorted(evaluations, reverse=True)
@@ -151,7 +153,7 @@ def test_updates_are_announced():
         return x
 
     grid = sde_grid(VP(), 30)
-    options = PredictorCorrector(VP())
+    options = PredictorCorrector()
     x = predictor_corrector(
         gaussian, normal(1, 1, 2, 2), grid, options, randn_like=torch.randn_like, after_update=after_update
     )
@@ -167,8 +169,8 @@ def test_noise_removal_ends_in_the_denoised_image(schedule, predictor):
 
     def run(noise_removal: bool) -> torch.Tensor:
         torch.manual_seed(1)
-        options = PredictorCorrector(schedule, predictor, noise_removal=noise_removal)
-        return sample(options, normal(2, 3, 4, 4), 50, lambda x, sigma: fixed)
+        options = PredictorCorrector(predictor=predictor, noise_removal=noise_removal)
+        return sample(schedule, options, normal(2, 3, 4, 4), 50, lambda x, sigma: fixed)
 
     assert float((run(True) - fixed).abs().max()) < 1e-4
     if predictor == "reverse_diffusion":
@@ -186,7 +188,7 @@ def test_discrete_levels_are_those_that_networks_know():
         labels.append(float(schedule.label(schedule.time(sigma))))
         return gaussian(x, sigma)
 
-    sample(PredictorCorrector(schedule, corrector="none"), normal(1, 1, 2, 2), 40, D, end_time=1e-3)
+    sample(schedule, PredictorCorrector(corrector="none"), normal(1, 1, 2, 2), 40, D, end_time=1e-3)
     expected = schedule.label(torch.linspace(1, 1e-3, 40, dtype=torch.float64)).tolist()
     assert labels == pytest.approx(expected, rel=1e-9)
 
@@ -194,14 +196,17 @@ def test_discrete_levels_are_those_that_networks_know():
 @pytest.mark.parametrize(
     ("make", "fragment"),
     [
-        (lambda: PredictorCorrector(VE(), "heun"), "predictor must be one of"),
-        (lambda: PredictorCorrector(VE(), corrector="heun"), "corrector must be one of"),
-        (lambda: PredictorCorrector(VE(), corrector_norm="max"), "corrector_norm must be one of"),
-        (lambda: PredictorCorrector(VE(), n_steps_each=0), "n_steps_each"),
-        (lambda: PredictorCorrector(VE(), snr=0), "snr must be positive"),
-        (lambda: PredictorCorrector(SubVP(), "ancestral_sampling"), "no ancestral sampling for sub-VP"),
-        (lambda: PredictorCorrector(VE(), "ancestral_sampling", probability_flow=True), "no probability flow"),
-        (lambda: sample(PredictorCorrector(VP()), one(), 20), "20 steps are too few"),
+        (lambda: PredictorCorrector(predictor="heun"), "--predictor must be one of"),
+        (lambda: PredictorCorrector(corrector="heun"), "--corrector must be one of"),
+        (lambda: PredictorCorrector(corrector_norm="max"), "--corrector-norm must be one of"),
+        (lambda: PredictorCorrector(n_steps_each=0), "--n-steps-each must be at least 1"),
+        (lambda: PredictorCorrector(snr=0), "--snr must be positive"),
+        (
+            lambda: sample(SubVP(), PredictorCorrector(predictor="ancestral_sampling"), one(), 20),
+            "no ancestral sampling for sub-VP",
+        ),
+        (lambda: PredictorCorrector(predictor="ancestral_sampling", probability_flow=True), "no probability flow"),
+        (lambda: sample(VP(), PredictorCorrector(), one(), 20), "20 steps are too few"),
         (lambda: sde_grid(VP(), 0), "num_steps"),
         (lambda: sde_grid(VP(), 10, 0.0), "last time"),
     ],

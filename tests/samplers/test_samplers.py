@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.config.generation import SOLVERS
+from training.config.samplers import LEVEL_SOLVERS, SOLVERS
 from training.guidance import GuidedDenoiser
 from training.samplers.coefficients import MULTISTEP
 from training.samplers.edm import edm_sampler, ode_sampler
@@ -53,7 +53,8 @@ def test_order_of_accuracy(solver, slope):
 
 
 def test_every_solver_is_tested():
-    assert set(SOLVERS) == {"euler", "heun", "dpmpp-2m", "dpmpp-3m", "sqrt-3m"}
+    elsewhere = {"dpm-single", "dpm-multi", "dpm-adaptive", "euler-maruyama", "pc", "rk45"}
+    assert set(SOLVERS) == {"euler", "heun", "dpmpp-2m", "dpmpp-3m", "sqrt-3m"} | elsewhere
 
 
 def test_coefficients():
@@ -71,7 +72,7 @@ def test_coefficients():
         assert sum(solver.coefficients([1.5], 1.1)) == pytest.approx(1 - 1.1 / 1.5)  # the first step
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*LEVEL_SOLVERS, "dpm-single"])
 def test_every_solver_ends_in_the_denoised_image(solver):
     x = edm_sampler(gaussian, noise().float(), num_steps=1, solver=solver)
     rounding = dict(rtol=0, atol=80 * 2 * torch.finfo(torch.float32).eps)
@@ -82,7 +83,7 @@ def test_every_solver_ends_in_the_denoised_image(solver):
     torch.testing.assert_close(x, fixed, **rounding)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*LEVEL_SOLVERS, "dpm-single"])
 def test_every_solver_takes_guidance_and_labels(solver):
     def conditional(x, sigma, labels):
         return gaussian(x, sigma) + labels.reshape(-1, 1, 1, 1)
@@ -91,7 +92,7 @@ def test_every_solver_takes_guidance_and_labels(solver):
         labels = torch.linspace(0, 1, 64)
         return edm_sampler(conditional, noise().float(), labels, gaussian, steps, guidance=guidance, solver=solver)
 
-    exact = run(512, solver="heun")
+    exact = run(512, solver="dpmpp-3m")
     error, coarser = ((run(steps) - exact).abs().mean() for steps in (128, 32))
     assert error < coarser / 3  # 4 for Euler, 16 and more for the others
     assert (run(128) - run(128, guidance=1)).abs().mean() > 0.1
@@ -123,7 +124,7 @@ def test_churn_acts_in_its_range_only():
     assert not torch.equal(plain, inside)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*LEVEL_SOLVERS, "dpm-single"])
 def test_number_of_evaluations(solver):
     calls = []
 

@@ -85,10 +85,15 @@ def test_what_is_saved_is_what_is_there(tmp_path):
     vectors = {"channels": 1, "resolution": 8, "conditioning": {"kind": "vector", "size": 10}}
     metadata = {**read_metadata(path), "data": vectors, "preconditioning": {"name": "x", "kwargs": {}}, "notes": [1]}
     save_network(path, tiny_network(), StandardRGBEncoder(), metadata)
-    assert load_network(path).metadata == {**read_metadata(path), "data": vectors, "nimg": 5, "notes": [1]}
+    assert load_network(path).metadata == {
+        **read_metadata(path),
+        "data": {**vectors, "pixel_range": [-1, 1]},
+        "nimg": 5,
+        "notes": [1],
+    }
     save_network(path, tiny_network(label_dim=0), RawLatentEncoder([1.0], [2.0]), metadata)
     snapshot = load_network(path)
-    assert snapshot.metadata["data"] == {**vectors, "conditioning": {"kind": "none", "size": 0}}
+    assert snapshot.metadata["data"] == {**vectors, "conditioning": {"kind": "none", "size": 0}, "pixel_range": [-1, 1]}
     assert isinstance(snapshot.encoder, RawLatentEncoder) and snapshot.metadata["nimg"] == 5
 
 
@@ -182,7 +187,7 @@ def test_unknown_content(snapshot_file, changes, message):
 def test_classes_may_be_vectors(snapshot_file):
     data = {"channels": 1, "resolution": 8, "conditioning": {"kind": "vector", "size": 10}}
     edit_metadata(snapshot_file, data=data)
-    assert load_network(snapshot_file).metadata["data"] == data
+    assert load_network(snapshot_file).metadata["data"] == {**data, "pixel_range": [-1, 1]}
 
 
 def test_weights_of_another_size(snapshot_file):

@@ -1,5 +1,8 @@
 """Post-hoc reconstruction on files: what is computed does not depend on how they are stored and read."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -113,5 +116,23 @@ def test_tensor_that_is_not_finite_is_named(snapshots, tmp_path, where):
 
     indir = copies(snapshots, tmp_path / "in", rewrite)
     with pytest.raises(UserError, match=f"{sorted(p.name for p in indir.iterdir())[3]}: {bad} holds NaN"):
+        reconstruct_phema(list_averages(indir, "network-snapshot"), tmp_path / "out", "phema", [0.08])
+    assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("where", [0, 0.5, 1])
+def test_damaged_tensor_is_named(snapshots, tmp_path, where):
+    """A flipped bit of one input, in whichever of the parts that are read together."""
+    indir = tmp_path / "in"
+    shutil.copytree(snapshots, indir)
+    path = sorted(indir.iterdir())[5]
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    parameters = {name for name, _ in load_network(path).net.named_parameters()}
+    places = {key: value["data_offsets"] for key, value in json.loads(data[8:begin]).items() if key in parameters}
+    first, last = min(start for start, _ in places.values()), max(stop for _, stop in places.values()) - 1
+    data[begin + first + int(where * (last - first))] ^= 0x40
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{path.name}: \S+ is damaged \(checksum mismatch\)"):
         reconstruct_phema(list_averages(indir, "network-snapshot"), tmp_path / "out", "phema", [0.08])
     assert not any((tmp_path / "out").iterdir())

@@ -33,6 +33,8 @@ class EncoderArguments(Config):
 
     vae_name: str = option("", flag=None)
     vae_sha256: str = option("", flag=None)
+    low: float = option(-1.0, flag=None, low=-HUGE, high=HUGE)
+    high: float = option(1.0, flag=None, low=-HUGE, high=HUGE)
     raw_mean: tuple[float, ...] = option((), flag=None, low=-HUGE, high=HUGE, items=(0, MAX_CHANNELS))
     raw_std: tuple[float, ...] = option((), flag=None, low=TINY, high=HUGE, items=(0, MAX_CHANNELS))
     scale: float | None = option(None, flag=None, low=TINY, high=HUGE)
@@ -41,7 +43,8 @@ class EncoderArguments(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pixel_range[0] >= self.pixel_range[1]:
-            raise UserError(f"pixel_range {list(self.pixel_range)} must rise")
+        for low, high in [(self.low, self.high), self.pixel_range]:
+            if low >= high:
+                raise UserError(f"pixels from {low:g} to {high:g}: white must be above black")
         if len(self.raw_mean) != len(self.raw_std):
             raise UserError(f"raw_mean of {len(self.raw_mean)} channels, but raw_std of {len(self.raw_std)}")

@@ -1,4 +1,4 @@
-"""What makes images: networks, sampler, guidance, and what they compute in. One home of the samplers' defaults."""
+"""What makes images: networks, sampler, guidance, and what they compute in."""
 
 import math
 import shlex
@@ -14,6 +14,7 @@ from training.config.edm2 import GENERATION_PRESETS
 from training.config.fields import Config, all_fields, option
 from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
+from training.config.samplers import SamplerConfig
 
 
 def check_seed(largest: int) -> None:
@@ -39,79 +40,6 @@ def parse_interval(text: str) -> tuple[float, float]:
     if not 0 <= lo < hi:
         raise UserError(f"{text!r}: LO must be less than HI, and not negative")
     return lo, hi
-
-
-@dataclass(frozen=True, kw_only=True)
-class EDMGrid(Config):
-    """The noise levels of EDM (Karras et al. 2022, Eq. 5)."""
-
-    num_steps: int = option(32, "Sampling steps", flag="--steps", low=1)
-    sigma_min: float = option(0.002, "Lowest noise level", flag="--sigma_min", above=0)
-    sigma_max: float = option(80.0, "Highest noise level", flag="--sigma_max", above=0, default_text="80")
-    rho: float = option(7.0, "Exponent of the time steps", above=0, default_text="7")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sigma_min > self.sigma_max:
-            raise UserError(f"--sigma_min={self.sigma_min:g} is above --sigma_max={self.sigma_max:g}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Churn(Config):
-    """Noise that is added at each step (EDM, Algorithm 2)."""
-
-    S_churn: float = option(0.0, "Strength of added noise", flag="--S_churn", low=0, default_text="0")
-    S_min: float = option(0.0, "Lowest noise level at which noise is added", flag="--S_min", low=0, default_text="0")
-    S_max: float = option(math.inf, "Highest noise level at which noise is added", flag="--S_max", low=0, infinite=True)
-    S_noise: float = option(1.0, "Scale of added noise", flag="--S_noise", low=0, default_text="1")
-
-
-# The solvers, and the section of `SamplerConfig` with each one's own options.
-SOLVERS: dict[str, str | None] = {
-    "heun": "churn",
-    "euler": "churn",
-    "dpmpp-2m": None,
-    "dpmpp-3m": None,
-    "sqrt-3m": None,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig(Config):
-    """A solver, the noise levels that it visits, and its own options."""
-
-    solver: str = option(
-        "heun",
-        "Solver; heun evaluates the network twice per step, the others once (see docs/performance.md)",
-        flag="--sampler",
-        choices=tuple(SOLVERS),
-    )
-    grid: EDMGrid = EDMGrid()
-    churn: Churn = Churn()
-
-    def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise UserError(f"unknown sampler {self.solver!r} (known: {', '.join(SOLVERS)})")
-        super().__post_init__()
-        if self.churn.S_churn > 0 and SOLVERS[self.solver] != "churn":
-            raise UserError(
-                f"S_churn={self.churn.S_churn:g} adds noise, which {self.solver} cannot follow: it relies on earlier "
-                f"steps; use heun or euler"
-            )
-
-    @property
-    def options(self) -> Any:
-        """The section of the solver's own options; None = it has none."""
-        section = SOLVERS[self.solver]
-        return None if section is None else getattr(self, section)
-
-    def describe(self) -> dict[str, Any]:
-        """What it stands for, as plain JSON values; no options that have no effect."""
-        facts: dict[str, Any] = {"solver": self.solver, **self.grid.to_json()}
-        if self.churn.S_churn > 0:
-            # Infinity is no JSON.
-            facts |= {name: value for name, value in self.churn.to_json().items() if value != math.inf}
-        return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +126,9 @@ class GenerationConfig(Config):
         names = [field.key for field in all_fields(cls)]
         given = {name: value for name in names if (value := opts.pop(name)) is not None}
         config = cls.from_flat(given)
+        useless = config.sampling.sampler.without_effect(given)
+        if useless:
+            raise UserError(f"{useless[0]} has no effect with --sampler={config.sampling.sampler.solver}: leave it out")
         net, gnet, guidance = config.networks.net, config.networks.gnet, config.sampling.guidance.guidance
         preset = config.networks.preset
         if preset is not None:

@@ -13,6 +13,7 @@ from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
 from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
+from training.config.samplers import SamplerConfig
 
 Mi = 1 << 20
 Ki = 1 << 10
@@ -75,6 +76,7 @@ class DataConfig(Config):
     trust_encoder: bool = option(False, "Fetch whatever VAE dataset.json names on the hub", may_change=True)
     xflip: bool = option(False, "Train on mirrored images, too")
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
+    verify: bool = option(True, "Compare the checksums of ZIP entries when they are first read", may_change=True)
     workers: int | None = option(
         None, "Loader processes per training process", low=0, default_text="2 on CUDA, else 0", may_change=True
     )
@@ -292,9 +294,13 @@ class Preset:
     Args:
         config: all but the data.
         resolution, channels, classes: of what the network sees.
+        published: results of the published network, such as 'FID 2.20'; '' = none.
+        sampler: of the published results; None = the default one.
     """
 
     config: TrainConfig
     resolution: int
     channels: int
     classes: int
+    published: str = ""
+    sampler: SamplerConfig | None = None

@@ -12,6 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from dnnlib.errors import one_line
+from training.config.data import HUGE
 from training.dataset.listing import is_array
 from training.dataset.storage import inflate
 
@@ -27,6 +28,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_HEADER = struct.Struct(">8s4x4sIIBB")
 # The same without the type, then whether interlaced, checksum (skipped), length and type of the second chunk.
 PNG_DATA = struct.Struct(">8s8xIIBB2xB4xI4s")
+WITH_ALPHA = (2, 4)  # channels of images that have an alpha channel
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type; palettes become RGB
 # Chunks that say nothing about pixels or orientation; in texts some tools keep EXIF or XMP data.
 PNG_NEUTRAL_CHUNKS = frozenset(
@@ -34,23 +36,34 @@ PNG_NEUTRAL_CHUNKS = frozenset(
 )
 
 
-def decode(name: str, data: bytes | memoryview) -> np.ndarray:
+def decode(name: str, data: bytes | memoryview, opaque: bool = False) -> np.ndarray:
     """uint8 pixels or float32 latents [C, H, W] of a file; pixels as `open_picture` says.
+
+    Args:
+        opaque: put images with an alpha channel on white, as conversions do.
 
     Raises:
         ValueError, OSError and others of Pillow and NumPy: the file is damaged, or holds something else.
     """
-    return _decode_npy(data) if is_array(name) else _decode_image(data)
+    if is_array(name):
+        return _decode_npy(data)
+    image = _decode_image(data)
+    if opaque and len(image) in WITH_ALPHA:
+        image = _channels_first(np.asarray(on_white(PIL.Image.fromarray(image.transpose(1, 2, 0)))))
+    return image
 
 
-def read_header(name: str, start: bytes | memoryview) -> tuple[tuple[int, ...], np.dtype]:
+def read_header(name: str, start: bytes | memoryview, opaque: bool = False) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of what `decode` would return, from the first `HEADER_BYTES` of a file.
 
     Raises:
         ValueError: they do not tell, as in formats other than PNG and .npy, or are damaged.
     """
     try:
-        return _npy_header(start) if is_array(name) else _png_header(start)
+        if is_array(name):
+            return _npy_header(start)
+        (channels, height, width), dtype = _png_header(start)
+        return (channels - (opaque and channels in WITH_ALPHA), height, width), dtype
     except Exception as err:  # NumPy parses its headers as Python text, and lets the parser's errors through
         raise ValueError(one_line(err)) from None
 
@@ -219,6 +232,11 @@ def _decode_npy(data: bytes | memoryview) -> np.ndarray:
         raise ValueError(f"expected floating point latents or uint8 pixels, found {array.dtype}")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError("the latents hold NaN or infinity (as float32)")
+    if not are_moderate(array):
+        raise ValueError(f"the latents hold NaN, infinity or numbers beyond {HUGE:g}: encode them again")
     return array
+
+
+def are_moderate(array: np.ndarray) -> bool:
+    """Whether all numbers are of a size that snapshots can hold statistics of; NaN is none."""
+    return bool(np.abs(array).max() <= HUGE)

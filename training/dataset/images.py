@@ -13,7 +13,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
-from training.dataset.decoding import HEADER_BYTES, decode, plain_npy_header, read_header
+from training.dataset.decoding import HEADER_BYTES, WITH_ALPHA, are_moderate, decode, plain_npy_header, read_header
 from training.dataset.folders import parts_of_folders
 from training.dataset.labels import (
     Labels,
@@ -47,6 +47,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         xflip: add a mirrored copy of every image behind the originals.
         random_seed: selects the subset.
         cache: keep decoded images in memory.
+        opaque: put images with an alpha channel on white, as conversions do; False = alpha is a channel.
+        checksums: compare the CRC-32 of each ZIP entry when it is first read.
 
     Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim].
 
@@ -64,9 +66,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         xflip: bool = False,
         random_seed: int = 0,
         cache: bool = False,
+        opaque: bool = False,
+        checksums: bool = True,
     ):
         self.path = Path(path)
         self.use_labels = use_labels
+        self._opaque, self._checksums = opaque, checksums
         self._storage = open_storage(self.path)
         listing = list_files(self._storage.names, arrays=True)
         if not listing.images:
@@ -91,6 +96,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._shape, self._dtype, self._item_bytes = first.shape, first.dtype, first.nbytes
         if is_array(self._name(0)):
             self._npy_header = plain_npy_header(self._read(0), self._shape, self._dtype)
+        elif self.num_channels in WITH_ALPHA:
+            self._notes.append("alpha is a channel like the others: dataset_tool.py convert puts images on white")
         if self._shape[1] != self._shape[2]:
             raise UserError(f"{self.path}: {self._name(0)} is {_size(self._shape)}, not square")
         if resolution is not None and resolution != self.resolution:
@@ -190,7 +197,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def summary(self) -> list[str]:
         """What the dataset contains and how it was understood, in lines for users; the last ones are `notes`."""
         shape = "latents" if self._dtype != np.uint8 else "pixels"
-        count = many(len(self), "image")
+        chosen, total = len(self._files), self._kinds.total()
+        count = many(len(self), "image") if chosen == total else f"{chosen} of {total} images"
         lines = [f"{self.path}: {count} ({counted(self._kinds)}), {shape} of {_size(self._shape)}"]
         if self._labels is None:
             lines.append("labels: none" if self.use_labels else "labels: not used")
@@ -220,7 +228,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         for base in range(len(self._files)):
             start = self._read(base, HEADER_BYTES)
             try:
-                shape, dtype = read_header(self._name(base), start)
+                shape, dtype = read_header(self._name(base), start, self._opaque)
             except ValueError:  # another format, or damaged
                 self._image(base)
                 continue
@@ -287,11 +295,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         data, checked = self._read(base), self._checked[base]
         try:
             # Looking at the data costs as much as copying it: once is enough.
-            if not checked:
+            if self._checksums and not checked:
                 self._storage.check(int(self._files[base]), data)
             image = self._as_stored(data)
-            if image is None or not (checked or np.isfinite(image).all()):
-                image = decode(self._name(base), data)
+            if image is None or not (checked or are_moderate(image)):
+                image = decode(self._name(base), data, self._opaque)
         except PIL.UnidentifiedImageError:
             raise UserError(f"{self.path}: cannot read {self._name(base)}: damaged, or not an image") from None
         except Exception as err:  # a damaged file can fail in any way

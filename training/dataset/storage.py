@@ -1,5 +1,6 @@
 """Where the files of a dataset are: in a folder, or in a ZIP file that is read through a memory map."""
 
+import io
 import mmap
 import os
 import struct
@@ -7,6 +8,7 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,22 +107,30 @@ def inflate(data: bytes | memoryview, size: int, wbits: int) -> bytes:
     return result
 
 
-def _identity(facts: os.stat_result) -> tuple[int, ...]:
-    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-
-
 class _Folder:
-    """Files below a directory, sorted by relative name."""
+    """Files below a directory, sorted by relative name. Each has to stay as it was when it was first read."""
 
     def __init__(self, path: Path):
         self.path = path
         self.names = sorted(files_below(path))
+        self._versions = np.zeros(len(self.names), np.int64)  # hashes of size and time; 0 = not read yet
+
+    @contextmanager
+    def _open(self, idx: int) -> Iterator[io.BufferedReader]:
+        with open(self.path / self.names[idx], "rb") as f:
+            facts = os.fstat(f.fileno())
+            version = hash((facts.st_size, facts.st_mtime_ns))
+            if self._versions[idx] not in (0, version):
+                raise ValueError("it has changed since it was first read: restore it, and repeat the command")
+            self._versions[idx] = version
+            yield f
 
     def read(self, idx: int) -> bytes:
-        return (self.path / self.names[idx]).read_bytes()
+        with self._open(idx) as f:
+            return f.read()
 
     def read_start(self, idx: int, size: int) -> bytes:
-        with open(self.path / self.names[idx], "rb") as f:
+        with self._open(idx) as f:
             return f.read(size)
 
     def size(self, idx: int) -> int:
@@ -134,6 +144,10 @@ class _Folder:
 
     def compressed(self, indices: np.ndarray) -> bool:
         return False
+
+
+def _identity(facts: os.stat_result) -> tuple[int, ...]:
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 class _Zip:

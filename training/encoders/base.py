@@ -25,6 +25,10 @@ class Encoder:
         """Channels of the final latents that raw latents of `stored` channels become."""
         return stored
 
+    def for_pixels(self, low: float, high: float) -> "Encoder":
+        """The encoder for networks to which pixels are numbers from `low` to `high`; of latents, it itself."""
+        return self
+
     def prepare(self, device: torch.device) -> None:
         """Download and load what `encode_pixels` and `decode` would otherwise load when first called.
 
@@ -65,7 +69,17 @@ class Encoder:
 
 
 class StandardRGBEncoder(Encoder):
-    """uint8 pixels of any channel count <-> [-1, 1]."""
+    """uint8 pixels of any channel count <-> [low, high]."""
+
+    def __init__(self, low: float = -1.0, high: float = 1.0):
+        self.low, self.high = low, high
+
+    @property
+    def init_kwargs(self) -> dict:
+        return {} if (self.low, self.high) == (-1, 1) else dict(low=self.low, high=self.high)
+
+    def for_pixels(self, low: float, high: float) -> "StandardRGBEncoder":
+        return StandardRGBEncoder(low, high)
 
     def output_suffix(self, channels: int) -> str:
         return ".png" if channels <= 4 else ".npy"  # PNG ends at RGBA
@@ -74,10 +88,11 @@ class StandardRGBEncoder(Encoder):
         return x
 
     def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
-        return x.float() / 127.5 - 1
+        return x.float() / (255 / (self.high - self.low)) + self.low
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+        scale = 255 / (self.high - self.low)
+        return (x.float() * scale + (0.5 - self.low * scale)).clip(0, 255).to(torch.uint8)
 
 
 class RawLatentEncoder(Encoder):

@@ -11,6 +11,7 @@ from dnnlib.files import file_sha256
 from dnnlib.util import EasyDict
 from torch_utils import distributed
 from training.dataset.images import ImageFolderDataset
+from training.dataset.listing import many
 from training.dataset.order import collate, subset
 
 
@@ -39,6 +40,10 @@ class ArrayImages(torch.utils.data.Dataset):
         self.resolution = self.array.shape[1]
         self.indices = subset(len(self.array), max_size, seed)
 
+    def summary(self) -> list[str]:
+        """What the file contains, in lines for users."""
+        return [f"{self.path}: {many(len(self), 'image')}, pixels of {self.resolution}x{self.resolution}; labels: none"]
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -51,7 +56,7 @@ StoredImages = ImageFolderDataset | ArrayImages
 
 
 def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) -> StoredImages:
-    """The uint8 images of a folder, a ZIP file, or an .npz file of ADM.
+    """The uint8 images of a folder, a ZIP file, or an .npz file of ADM; transparent ones on white, as converted.
 
     Args:
         num_images: how many; of more, `seed` draws a subset. None = all.
@@ -63,7 +68,7 @@ def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) 
     if path.suffix == ".npz":
         images = ArrayImages(path, num_images, seed)
     else:
-        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed)
+        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed, opaque=True)
         if images.dtype != np.uint8:
             raise UserError(f"{path}: holds latents, not images: decode them first (dataset_tool.py decode)")
         images.verify()

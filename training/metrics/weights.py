@@ -1,6 +1,5 @@
 """Weights of detectors: fetched once, read without executing anything, and checked against the network."""
 
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from dnnlib.download import offline, open_url
 from dnnlib.errors import UserError, one_line
+from torch_utils.checkpoint import load_checked
 from training.config.metrics import METRIC_FILES
 
 
@@ -33,8 +33,7 @@ def read_state(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torc
         UserError: the file is damaged, holds something else, or other names or shapes.
     """
     try:
-        # The older of torch's two formats cannot be memory-mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = load_checked(path, mmap=True)
     except Exception:  # damaged files and files with code raise all kinds of errors, few of them readable
         raise UserError(f"{path}: not weights saved by torch.save, or damaged: copy or download it again") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

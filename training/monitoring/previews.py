@@ -10,7 +10,8 @@ import torch
 
 from dnnlib.errors import RunError, UserError
 from torch_utils.pictures import drawable, image_grid, save_image
-from training.config.generation import EDMGrid, SamplerConfig, SamplingConfig
+from training.config.generation import SamplingConfig
+from training.config.samplers import GridConfig, SamplerConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder
 from training.families import architecture_of
@@ -49,7 +50,7 @@ class Previews:
         self.encoder = encoder
         self.device = device
         self.log = log
-        self.sampling = SamplingConfig(sampler=SamplerConfig(grid=EDMGrid(num_steps=steps)))
+        self.sampling = SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=steps)))
         self.columns, rows = (10, 10) if dataset.resolution < SMALL_RESOLUTION else (8, 4)
         if images is not None:
             self.columns = min(self.columns, images)

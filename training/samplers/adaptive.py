@@ -7,12 +7,12 @@ is one vector for SciPy's RK45, is an option.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from dnnlib.errors import RunError, UserError
+from training.config.samplers import RungeKutta
 from training.samplers.grids import Grid
 from training.samplers.ode import AfterUpdate, RandnLike, Solution
 from training.samplers.predictor_corrector import Times, reverse_diffusion, score
@@ -154,25 +154,6 @@ def _first_step(
 # The probability flow
 
 
-@dataclass(frozen=True)
-class Adaptive:
-    """Options of `rk45`.
-
-    Args:
-        schedule: whose state u = s(t) x is followed.
-        rtol, atol, common_norm: see `integrate`.
-        denoise: remove the noise that is left by the mean of one step of reverse diffusion, out of so many; None = no.
-        on_finish: called with the number of evaluations of the denoiser (per image).
-    """
-
-    schedule: Schedule
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    common_norm: bool = False
-    denoise: int | None = None
-    on_finish: Callable[[int], None] | None = None
-
-
 class Flow(NamedTuple):
     """The probability flow du/dt = f u - (D(x; sigma) - x) rate at times t, where x = u / s: columns [N, 1]."""
 
@@ -193,7 +174,7 @@ def rk45(
     D: Solution,
     x: torch.Tensor,
     grid: Grid,
-    options: Adaptive,
+    options: RungeKutta,
     *,
     randn_like: RandnLike,
     after_update: AfterUpdate,
@@ -206,8 +187,8 @@ def rk45(
     Raises:
         UserError, RunError: as `integrate`.
     """
-    assert grid.times is not None
-    schedule, shape = options.schedule, x.shape
+    assert grid.times is not None and grid.schedule is not None
+    schedule, shape = grid.schedule, x.shape
     first, last = grid.times[0].item(), grid.times[-1].item()
 
     def derivative(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -233,13 +214,9 @@ def rk45(
         derivative, u, first, last, options.rtol, options.atol, options.common_norm, after_step=after_step
     )
     u = result.y.reshape(shape)
-    nfe = result.nfe
     s = float(schedule.scale(last))
     if options.denoise is not None:
         end = torch.tensor([last], dtype=torch.float64)
         a, b, _ = reverse_diffusion(schedule, Times(end, torch.zeros_like(end)), options.denoise, flow=False)
         u = a.item() * u + b.item() * score(D, u, s, grid.sigmas[-1])
-        nfe += 1
-    if options.on_finish is not None:
-        options.on_finish(nfe)
     return (u / s).to(x.dtype)

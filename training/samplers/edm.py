@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 
 from dnnlib.errors import UserError
-from training.config.generation import Churn, EDMGrid, SamplerConfig
+from training.config.samplers import Churn, GridConfig, SamplerConfig
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
-from training.samplers.grids import Grid, edm_sigmas
+from training.samplers.grids import Grid, grid_for
 from training.samplers.ode import RandnLike
 from training.samplers.sampler import Sampler
 
@@ -35,7 +35,7 @@ def ode_sampler(
         noise: unit-variance noise [N, ...].
         sigmas: decreasing noise levels [steps + 1] on the CPU, ending in 0.
         labels: class vectors [N, label_dim] or None.
-        solver: 'heun' evaluates D twice per step except the last, the others of `config.generation.SOLVERS` once.
+        solver: 'heun' evaluates D twice per step except the last, the others of `config.samplers.SOLVERS` once.
         S_churn, S_min, S_max, S_noise: amount, range and scale of the noise added at each step (EDM, Algorithm 2).
         dtype: of the solution.
         randn_like: source of that added noise.
@@ -54,10 +54,10 @@ def edm_sampler(
     noise: torch.Tensor,
     labels: torch.Tensor | None = None,
     gnet: Denoiser | None = None,
-    num_steps: int = EDMGrid.num_steps,
-    sigma_min: float = EDMGrid.sigma_min,
-    sigma_max: float = EDMGrid.sigma_max,
-    rho: float = EDMGrid.rho,
+    num_steps: int = GridConfig.num_steps,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = GridConfig.rho,
     guidance: float = 1,
     S_churn: float = Churn.S_churn,
     S_min: float = Churn.S_min,
@@ -70,8 +70,8 @@ def edm_sampler(
 ) -> torch.Tensor:
     """Samples [N, ...] by Heun's method, or another, on EDM's grid of noise levels, with optional guidance and churn.
 
-    `grids.edm_sigmas` describes `num_steps` to `rho`, `guidance.GuidedDenoiser` the guidance, and `ode_sampler` the
-    rest. Heun's method evaluates the network 2 * num_steps - 1 times, all others num_steps times.
+    `config.samplers.GridConfig` describes `num_steps` to `rho`, `guidance.GuidedDenoiser` the guidance, and
+    `ode_sampler` the rest. Heun's method evaluates the network 2 * num_steps - 1 times.
 
     Raises:
         UserError: `guidance` differs from 1 and there is no `gnet`; or as `ode_sampler`.
@@ -81,5 +81,7 @@ def edm_sampler(
         if gnet is None:
             raise UserError(f"guidance {guidance} needs a guiding network (gnet)")
         denoiser = GuidedDenoiser(net, gnet, guidance, guidance_interval)
-    sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho)
-    return ode_sampler(denoiser, noise, sigmas, labels, solver, S_churn, S_min, S_max, S_noise, dtype, randn_like)
+    levels = GridConfig(num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    churn = Churn(S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise)
+    config = SamplerConfig(solver=solver, grid=levels, churn=churn)
+    return Sampler(config, grid_for(config, net))(denoiser, noise, labels, randn_like=randn_like, dtype=dtype)

@@ -1,25 +1,10 @@
 """Euler-Maruyama: the reverse-time SDE, and its probability flow, in the time of a schedule."""
 
-from dataclasses import dataclass
-
 import torch
 
+from training.config.samplers import EulerMaruyama
 from training.samplers.grids import Grid
 from training.samplers.ode import AfterUpdate, RandnLike, Solution
-from training.schedules import Schedule
-
-
-@dataclass(frozen=True)
-class EulerMaruyama:
-    """Options of `euler_maruyama`.
-
-    Args:
-        schedule: whose SDE is reversed.
-        stochastic: the SDE; otherwise its probability flow.
-    """
-
-    schedule: Schedule
-    stochastic: bool = True
 
 
 def euler_maruyama(
@@ -41,8 +26,8 @@ def euler_maruyama(
     All is taken at the beginning of the step. The last step adds no noise. Steps are those between the grid's times;
     those of `predictor_corrector`'s predictor are all of length 1 / N.
     """
-    schedule = options.schedule
-    assert grid.times is not None, "Euler-Maruyama needs a grid with times"
+    schedule = grid.schedule
+    assert grid.times is not None and schedule is not None, "Euler-Maruyama needs a grid with times"
     for i, (sigma, sigma_next) in enumerate(grid.steps()):
         t, dt = grid.times[i], grid.times[i + 1] - grid.times[i]
         scale, f, g = schedule.scale(t), schedule.drift(t), schedule.diffusion(t)

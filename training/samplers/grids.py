@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from dnnlib.errors import UserError
 from training.config.dpm_solver import SPACINGS
-from training.config.generation import EDMGrid
-from training.schedules import VE, Schedule
+from training.config.samplers import SIGMA_MAX, SIGMA_MIN, GridConfig, SamplerConfig
+from training.denoiser import noise_range, schedule_of, without_steps
+from training.samplers.dpm_orders import singlestep_orders
+from training.schedules import VE, VP, Schedule, SubVP
+
+CLOSE = 1 + 1e-6  # noise levels that differ by less are the same
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,14 @@ class Grid:
     Args:
         sigmas: float64 [steps + 1] on the CPU, decreasing.
         times: the schedule's times of these levels, float64 [steps + 1]; None = the levels are times.
+        schedule: what the times mean, where there are any.
         start: where a solution begins: x = start * noise; None = the first level.
         end: what the result is multiplied by, for networks whose samples are of another scale.
     """
 
     sigmas: torch.Tensor
     times: torch.Tensor | None = None
+    schedule: Schedule | None = None
     start: float | None = None
     end: float = 1.0
 
@@ -39,7 +46,79 @@ class Grid:
         """The same levels, each one once: for solvers that divide by their distances."""
         kept = torch.cat([self.sigmas.new_ones(1, dtype=torch.bool), self.sigmas.diff() != 0])
         times = None if self.times is None else self.times[kept]
-        return Grid(self.sigmas[kept], times, self.start, self.end)
+        return replace(self, sigmas=self.sigmas[kept], times=times)
+
+
+def grid_for(config: SamplerConfig, denoiser: Any = None) -> Grid:
+    """The noise levels that a sampler visits with a denoiser.
+
+    Raises:
+        UserError: the levels are not in order, or beyond those that the denoiser is made for.
+    """
+    return _time_grid_for(config, denoiser) if config.in_time else _edm_grid_for(config, denoiser)
+
+
+def _edm_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:
+    """Levels of EDM. Of solvers with inner levels, the steps are evaluations, the last of which is D at the end."""
+    grid, (low, high) = config.grid, _levels_for(config.grid, denoiser)
+    sigma_min, sigma_max = max(low, SIGMA_MIN) if grid.sigma_min is None else low, high
+    if grid.sigma_max is None:
+        sigma_max = min(high, SIGMA_MAX)
+    if sigma_min > sigma_max:
+        raise UserError(f"--sigma_min={sigma_min:g} is above --sigma_max={sigma_max:g}")
+    if config.kind.grid != "inner":
+        return Grid(edm_sigmas(grid.num_steps, sigma_min, sigma_max, grid.rho))
+    orders = singlestep_orders(grid.num_steps - 1, config.dpm.order, config.dpm.fixed_order)
+    sigmas = edm_sigmas(len(orders) + 1, sigma_min, sigma_max, grid.rho)
+    inner = with_inner_levels(Grid(sigmas[:-1]), orders)
+    return Grid(torch.cat([inner.sigmas, sigmas[-1:]]))
+
+
+def _time_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:
+    """Levels of times of a schedule, from its first time to its last as far as the denoiser is made for them."""
+    grid, kind = config.grid, config.kind.grid
+    low, high = _levels_for(grid, denoiser)
+    schedule = _schedule_for(grid, denoiser)
+    if kind != "times":
+        schedule = without_steps(schedule)
+    first = 1.0
+    if grid.sigma_max is not None or float(schedule.sigma(first)) > min(high, schedule.sigma_max) * CLOSE:
+        first = float(schedule.time(min(high, schedule.sigma_max)))
+    last = float(schedule.time(low)) if low > 0 else 0.0
+    if grid.sigma_min is None:
+        last = max(last, last_time(schedule))
+    if not 0 < last < first:
+        raise UserError(f"noise levels from {high:g} to {low:g} leave no time of the schedule {grid.schedule}")
+    if kind == "times":
+        return sde_grid(schedule, grid.num_steps, last, first)
+    if kind == "ends":
+        return ode_grid(schedule, last, first)
+    spacing = "time" if grid.spacing == "edm" else grid.spacing
+    if kind != "inner":
+        return time_grid(schedule, spaced_times(schedule, spacing, grid.num_steps, first, last))
+    orders = singlestep_orders(grid.num_steps, config.dpm.order, config.dpm.fixed_order)
+    return with_inner_levels(time_grid(schedule, spaced_times(schedule, spacing, len(orders), first, last)), orders)
+
+
+def _levels_for(config: GridConfig, denoiser: Any) -> tuple[float, float]:
+    """The lowest and highest noise level that are asked for; where none is, those that the denoiser is made for."""
+    low, high = noise_range(denoiser)
+    asked = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
+    for name, sigma in asked.items():
+        if sigma is not None and not low / CLOSE <= sigma <= high * CLOSE:
+            raise UserError(f"--{name}={sigma:g} is beyond the noise levels of the network, {low:.4g} to {high:.4g}")
+    return (low if config.sigma_min is None else config.sigma_min), (
+        high if config.sigma_max is None else config.sigma_max
+    )
+
+
+def _schedule_for(config: GridConfig, denoiser: Any) -> Schedule:
+    if config.schedule == "network":
+        return schedule_of(denoiser)
+    if config.schedule == "ve":
+        low, high = noise_range(denoiser)
+        return VE(config.sigma_min or max(low, SIGMA_MIN), config.sigma_max or min(high, SIGMA_MAX))
+    return {"vp": VP, "subvp": SubVP}[config.schedule]()
 
 
 def time_grid(schedule: Schedule, times: torch.Tensor) -> Grid:
@@ -49,7 +128,7 @@ def time_grid(schedule: Schedule, times: torch.Tensor) -> Grid:
         times: decreasing, float64 [steps + 1].
     """
     start = schedule.prior_std / float(schedule.scale(times[0]))
-    return Grid(schedule.sigma(times), times, start, float(schedule.scale(times[-1])))
+    return Grid(schedule.sigma(times), times, schedule, start, float(schedule.scale(times[-1])))
 
 
 def spaced_times(schedule: Schedule, spacing: str, steps: int, first: float, last: float) -> torch.Tensor:
@@ -89,16 +168,11 @@ def with_inner_levels(grid: Grid, orders: Sequence[int]) -> Grid:
     return replace(grid, sigmas=torch.cat([*parts, grid.sigmas[-1:]]), times=None)
 
 
-def edm_grid(config: EDMGrid) -> Grid:
-    """The grid of EDM that a configuration describes."""
-    return Grid(edm_sigmas(config.num_steps, config.sigma_min, config.sigma_max, config.rho))
-
-
 def edm_sigmas(
-    num_steps: int = EDMGrid.num_steps,
-    sigma_min: float = EDMGrid.sigma_min,
-    sigma_max: float = EDMGrid.sigma_max,
-    rho: float = EDMGrid.rho,
+    num_steps: int = GridConfig.num_steps,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+    rho: float = GridConfig.rho,
 ) -> torch.Tensor:
     """Noise levels of EDM (Karras et al. 2022, Eq. 5), where sigma(t) = t and s(t) = 1.
 
@@ -141,16 +215,16 @@ def sde_grid(schedule: Schedule, num_steps: int, end_time: float | None = None, 
     times = torch.linspace(first_time, end, num_steps, dtype=torch.float64)
     sigmas = torch.cat([schedule.sigma(times), times.new_zeros(1)])
     start = schedule.prior_std / float(schedule.scale(first_time))
-    return Grid(sigmas, torch.cat([times, times.new_zeros(1)]), start)
+    return Grid(sigmas, torch.cat([times, times.new_zeros(1)]), schedule, start)
 
 
-def ode_grid(schedule: Schedule, end_time: float | None = None) -> Grid:
-    """The interval of times from 1 to `end_time`; the result is the state u = s(t) x there, as Song et al. return it.
+def ode_grid(schedule: Schedule, end_time: float | None = None, first_time: float = 1.0) -> Grid:
+    """The interval of times to `end_time`; the result is the state u = s(t) x there, as Song et al. return it.
 
     Args and errors are those of `sde_grid`.
     """
     end = _checked_time(last_time(schedule) if end_time is None else end_time)
-    return time_grid(schedule, torch.tensor([1.0, end], dtype=torch.float64))
+    return time_grid(schedule, torch.tensor([first_time, end], dtype=torch.float64))
 
 
 def last_time(schedule: Schedule) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from training.config.generation import Churn
+from training.config.samplers import Churn
 from training.samplers.coefficients import Multistep
 from training.samplers.grids import Grid
 

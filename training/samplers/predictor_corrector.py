@@ -10,17 +10,15 @@ time is tau = i / (N - 1). Both are linear in u, score and noise z, so a predict
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from dnnlib.errors import UserError
+from training.config.samplers import PredictorCorrector
 from training.samplers.grids import Grid
 from training.samplers.ode import AfterUpdate, RandnLike, Solution
 from training.schedules import VE, VP, Schedule, SubVP
-
-NORMS = ("sample", "batch")
 
 
 class Update(NamedTuple):
@@ -140,47 +138,6 @@ CORRECTORS: dict[str, Corrector | None] = {"langevin": langevin, "ald": annealed
 # The solver
 
 
-@dataclass(frozen=True)
-class PredictorCorrector:
-    """Options of `predictor_corrector`.
-
-    Args:
-        schedule: whose SDE is reversed.
-        predictor, corrector: names in `PREDICTORS` and `CORRECTORS`.
-        n_steps_each: steps of the corrector at each noise level.
-        snr: signal-to-noise ratio of the corrector's steps.
-        noise_removal: leave out the noise of the last predictor step.
-        probability_flow: predict by the probability flow in place of the SDE.
-        corrector_norm: 'sample' or 'batch', see `langevin`.
-
-    Raises:
-        UserError: unknown names, or values that mean nothing.
-    """
-
-    schedule: Schedule
-    predictor: str = "reverse_diffusion"
-    corrector: str = "langevin"
-    n_steps_each: int = 1
-    snr: float = 0.16
-    noise_removal: bool = True
-    probability_flow: bool = False
-    corrector_norm: str = "sample"
-
-    def __post_init__(self):
-        for name, known in [("predictor", PREDICTORS), ("corrector", CORRECTORS), ("corrector_norm", NORMS)]:
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        if self.n_steps_each < 1:
-            raise UserError(f"n_steps_each must be at least 1, not {self.n_steps_each}")
-        if self.corrector != "none" and not self.snr > 0:
-            raise UserError(f"snr must be positive, not {self.snr}")
-        ancestral = self.predictor == "ancestral_sampling"
-        if ancestral and isinstance(self.schedule, SubVP):
-            raise UserError("there is no ancestral sampling for sub-VP: use reverse_diffusion or euler_maruyama")
-        if ancestral and self.probability_flow:
-            raise UserError("ancestral sampling is no probability flow: use reverse_diffusion or euler_maruyama")
-
-
 def score(D: Solution, u: torch.Tensor, s: float, sigma: torch.Tensor) -> torch.Tensor:
     """The score of the state u = s x at noise level sigma."""
     x = u / s
@@ -202,10 +159,13 @@ def predictor_corrector(
     at the end with level 0.
 
     Raises:
-        UserError: more noise per step than a discrete schedule can have: too few steps.
+        UserError: more noise per step than a discrete schedule can have (too few steps), or ancestral sampling of
+            sub-VP.
     """
-    assert grid.times is not None
-    schedule, N = options.schedule, len(grid)
+    assert grid.times is not None and grid.schedule is not None
+    schedule, N = grid.schedule, len(grid)
+    if options.predictor == "ancestral_sampling" and isinstance(schedule, SubVP):
+        raise UserError("there is no ancestral sampling for sub-VP: use reverse_diffusion or euler_maruyama")
     times = Times.of(grid.times[:-1])
     predict, correct = PREDICTORS[options.predictor], CORRECTORS[options.corrector]
     update = None if predict is None else predict(schedule, times, N, options.probability_flow)

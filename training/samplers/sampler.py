@@ -1,19 +1,30 @@
 """Samplers: a solver, the grid that it visits, and its options."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from training.config.generation import SamplerConfig
+from training.config.samplers import SamplerConfig
 from training.denoiser import Denoiser
+from training.samplers import dpm_solver
+from training.samplers.adaptive import rk45
 from training.samplers.coefficients import MULTISTEP
-from training.samplers.grids import Grid, edm_grid
+from training.samplers.euler_maruyama import euler_maruyama
+from training.samplers.grids import Grid, grid_for
 from training.samplers.ode import AfterUpdate, RandnLike, Solver, euler, heun, multistep
+from training.samplers.predictor_corrector import predictor_corrector
 
 SOLVERS: dict[str, Solver] = {
     "heun": heun,
     "euler": euler,
     **{name: multistep(method) for name, method in MULTISTEP.items()},
+    "dpm-single": dpm_solver.singlestep,
+    "dpm-multi": dpm_solver.multistep,
+    "dpm-adaptive": dpm_solver.adaptive,
+    "euler-maruyama": euler_maruyama,
+    "pc": predictor_corrector,
+    "rk45": rk45,
 }
 
 
@@ -27,12 +38,22 @@ class Sampler:
 
     Args:
         config: the solver and its options.
-        grid: the noise levels; None = those of `config`.
+        grid: the noise levels; None = those of `config` for a denoiser that is made for any.
+
+    `nfe` is how often the last call evaluated the denoiser.
     """
 
     def __init__(self, config: SamplerConfig, grid: Grid | None = None):
         self.config = config
-        self.grid = edm_grid(config.grid) if grid is None else grid
+        self.grid = grid_for(config) if grid is None else grid
+        self.nfe = 0
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as plain JSON values."""
+        levels = self.grid.sigmas[self.grid.sigmas > 0].tolist()
+        facts = self.config.describe()
+        facts |= {"sigma_min": float(f"{levels[-1]:.6g}"), "sigma_max": float(f"{levels[0]:.6g}")}
+        return facts if self.grid.schedule is None else facts | {"schedule": repr(self.grid.schedule)}
 
     def __call__(
         self,
@@ -58,6 +79,7 @@ class Sampler:
         """
 
         def D(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            self.nfe += 1
             return denoiser(x.float(), sigma, cond).to(dtype)
 
         def watched(x: torch.Tensor, sigma: torch.Tensor, randn_like: RandnLike) -> torch.Tensor:
@@ -66,6 +88,7 @@ class Sampler:
                 on_step(x)
             return x
 
+        self.nfe = 0
         start = self.grid.sigmas[0].item() if self.grid.start is None else self.grid.start
         x = noise.to(dtype) * start
         if on_step is not None:

@@ -107,7 +107,8 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """The JSON block, in the current format."""
         block: dict[str, Any] = dataclasses.asdict(self) | {"format_version": FORMAT_VERSION}
-        return {key: value for key, value in block.items() if value is not None and (key, value) != ("notes", {})}
+        block = {key: value for key, value in block.items() if value is not None and (key, value) != ("notes", {})}
+        return json.loads(json.dumps(block))  # lists in place of tuples
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -109,10 +109,11 @@ def write_snapshot(
         description: of the network, as `describe` or an open snapshot gives it.
 
     Raises:
-        UserError: another suffix, or a network or encoder that the layout cannot hold.
+        UserError: another suffix, a network or encoder that the layout cannot hold, or values that are not finite.
         OSError: it could not be written.
     """
     suffix, name = check_suffix(path), description.architecture.name
+    description.build_encoder(str(path))  # no reader would take one that fails
     for writer in WRITERS:
         if writer.suffix == suffix and (writer.architectures is None or name in writer.architectures):
             writer.write(Path(path), net, get_tensor, dtype, description.with_data(net))

@@ -95,6 +95,10 @@ class SnapshotFile(ABC):
             UserError: it cannot be read.
         """
 
+    def checksum(self, name: str) -> int | None:
+        """What `training.snapshot.checksums.word_sum` of a tensor's bytes must be; None = the file does not say."""
+        return None
+
     def is_followed(self, name: str, other: str) -> bool:
         """Whether `reader(name)` reads on into the tensor `other`. Here: no, each is loaded by itself."""
         return False
@@ -102,7 +106,7 @@ class SnapshotFile(ABC):
     def reader(self, name: str) -> Callable[[int, memoryview], None]:
         """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on.
 
-        Threads may share it.
+        Threads may share it. It does not compare checksums.
         """
         values = self.get_tensor(name).contiguous().flatten()
         data = values.view(torch.uint8).numpy().data
@@ -175,10 +179,28 @@ def finite_tensor(file: SnapshotFile, name: str) -> torch.Tensor:
         UserError: it holds NaN or infinity, or cannot be read.
     """
     tensor = file.get_tensor(name)
-    # The sum is quick and finds every NaN and infinity; a sum that merely overflows is looked at again.
-    if not math.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise UserError(f"{file.path}: {name} holds NaN or infinity: use an earlier snapshot")
     return tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # The sum is quick and finds each of them; one that merely overflows is looked at again.
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
+
+
+def check_storable(path: str | Path, name: str, tensor: torch.Tensor) -> None:
+    """Check that no reader will refuse what is about to be written.
+
+    Raises:
+        UserError: a value is NaN or infinite. `path` and `name` say where.
+    """
+    if not is_finite(tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{path}: not written, {name} would hold NaN or infinity as {kind}: choose a wider type or another snapshot"
+        )
 
 
 def weights_dtype(file: SnapshotFile, net: nn.Module) -> torch.dtype:

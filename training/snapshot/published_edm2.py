@@ -18,7 +18,7 @@ from training.networks.edm2 import Block, Precond, UNet
 from training.networks.edm2_layers import MPConv
 from training.networks.toy import ToyModel
 from training.snapshot.description import FORMAT_VERSION, METADATA_KEY, Description
-from training.snapshot.layout import GetTensor, Request, SnapshotFile
+from training.snapshot.layout import GetTensor, Request, SnapshotFile, check_storable
 
 # Positional arguments of the published classes.
 PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
@@ -191,17 +191,17 @@ def write_published(
         keeps their values.
 
     Raises:
-        UserError: the published tools know no such encoder.
+        UserError: the published tools know no such encoder, or a value is NaN or infinite in the type it is stored in.
         OSError: it could not be written.
     """
     parameters = {name for name, _ in net.named_parameters()}
 
     def get_stored(name: str) -> torch.Tensor:
         tensor = get_tensor(name)
-        if name in parameters:
-            return tensor.to(dtype)
         exact = dtype != torch.float32 and torch.equal(tensor.half().float(), tensor.float())
-        return tensor.half() if exact else tensor.float()
+        stored = tensor.to(dtype if name in parameters else torch.float16 if exact else torch.float32)
+        check_storable(path, name, stored)
+        return stored
 
     record = _module_record(net, get_stored)
     if isinstance(net, ToyModel):

@@ -16,6 +16,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
+from torch_utils.checkpoint import load_checked
 from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
 from training.networks.nvae_layers import Conv2d, DataInitConv2d, convolutions
@@ -125,7 +126,7 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{os.fspath(path)}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = load_checked(path)
     except pickle.UnpicklingError as err:
         asked = re.search(r"Unsupported global: GLOBAL (\S+)", str(err))
         what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)

@@ -16,6 +16,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
+from torch_utils.checkpoint import load_checked
 
 PREFIX = "module."  # of all names, from torch.nn.DataParallel
 # Tensors that are not trained, so that the list of averages leaves them out: a buffer, and the frequencies of labels.
@@ -155,7 +156,7 @@ def _load(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{os.fspath(path)}: no such file")
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = load_checked(path)
     except pickle.UnpicklingError as err:
         asked = re.search(r"Unsupported (?:global|class)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)", str(err))
         what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)

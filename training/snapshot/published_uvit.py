@@ -8,7 +8,6 @@ widths stand, and for text the number of context tokens, which is 77 in publishe
 import math
 import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
+from torch_utils.checkpoint import load_checked
 from training.networks.uvit import UViT
 
 HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}  # of published networks by width
@@ -134,7 +134,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = load_checked(path, mmap=True)
     except pickle.UnpicklingError as err:
         raise UserError(f"{path}: not plain tensors ({one_line(err)[:150]}); nothing in the file was run") from None
     except Exception as err:  # torch has many ways to say that a file is damaged

@@ -4,6 +4,7 @@ import itertools
 import math
 import queue
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from dnnlib.errors import UserError
 from training.config.training import MAX_STD, MIN_STD
 from training.phema import solve_posthoc_coefficients
 from training.preconditioning import PRECISIONS
+from training.snapshot.checksums import MODULUS, WORD, mismatch, word_sum
 from training.snapshot.description import Description
 from training.snapshot.files import open_snapshot, write_snapshot
 from training.snapshot.layout import SnapshotFile, build_for, finite_tensor, weights_dtype
@@ -164,28 +166,73 @@ def _runs(files: Sequence[SnapshotFile], names: Iterable[str]) -> Iterator[list[
     yield run
 
 
-# Type, coefficients and readers of up to GROUP files.
-Group = tuple[torch.dtype, torch.Tensor, list[Callable[[int, memoryview], None]]]
+class _Checksums:
+    """Compares a run of tensors in some files with their checksums, once the last part of it has been read."""
+
+    def __init__(self, files: Sequence[SnapshotFile], run: Sequence[Place]):
+        self.files, self.run, self._left, self._lock = files, run, run[-1].stop, threading.Lock()
+        sums = [[file.checksum(place.name) for place in run] for file in files]
+        self._expected = [None if None in row else sum(filter(None, row)) % MODULUS for row in sums]
+        self._found = np.zeros(len(files), np.uint64)
+        self.wanted = any(total is not None for total in self._expected)
+
+    def add(self, found: np.ndarray, count: int) -> None:
+        """Take note of what `count` elements of each file add.
+
+        Raises:
+            UserError: these were the last ones, and a file is damaged.
+        """
+        with self._lock:
+            self._found += found
+            self._left -= count
+        if self._left > 0:
+            return
+        for file, expected, total in zip(self.files, self._expected, self._found, strict=True):
+            if expected not in (None, int(total)):
+                for place in self.run:
+                    file.get_tensor(place.name)  # says which it is
+                raise mismatch(file.path, self.run[0].name)
 
 
-def _groups(files: Sequence[SnapshotFile], name: str, coefs: torch.Tensor) -> list[Group]:
-    """The files, in groups in which the tensor `name` has the same type."""
+class Group(NamedTuple):
+    """Up to GROUP files in which a run of tensors has the same type, with their coefficients [outputs, files]."""
+
+    dtype: torch.dtype
+    weights: torch.Tensor
+    readers: list[Callable[[int, memoryview], None]]
+    checksums: _Checksums
+
+
+def _groups(files: Sequence[SnapshotFile], run: Sequence[Place], coefs: torch.Tensor) -> list[Group]:
+    """The files, in groups in which the run has the same type."""
     indices: dict[torch.dtype, list[int]] = {}
+    name = run[0].name
     for idx, file in enumerate(files):
         dtype = file.dtype(name)
         if dtype is None or dtype not in PRECISIONS.values():
             raise UserError(f"{file.path}: {name} is not of type float32, float16 or bfloat16")
         indices.setdefault(dtype, []).append(idx)
-    parts = [(dtype, found[i : i + GROUP]) for dtype, found in indices.items() for i in range(0, len(found), GROUP)]
-    return [(dtype, coefs[part].t(), [files[idx].reader(name) for idx in part]) for dtype, part in parts]
+    groups = []
+    for dtype, found in indices.items():
+        for part in (found[i : i + GROUP] for i in range(0, len(found), GROUP)):
+            some = [files[idx] for idx in part]
+            groups.append(Group(dtype, coefs[part].t(), [file.reader(name) for file in some], _Checksums(some, run)))
+    return groups
 
 
 class Views(NamedTuple):
-    """Of a workspace: the bytes of each file's elements; and by slice, these elements [files, n], where float32 ones of
-    them go [files, n], and their sums [outputs, n]."""
+    """Of a workspace: the bytes of each file's elements, also as words [files, n] if they are whole ones; and by slice,
+    these elements [files, n], where float32 ones of them go [files, n], and their sums [outputs, n]."""
 
     rows: list[memoryview]
+    words: np.ndarray | None
     slices: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+    def word_sums(self) -> np.ndarray:
+        """What the elements add to the checksum of each file: uint64 [files]."""
+        if self.words is not None:
+            return self.words.sum(axis=1)
+        return np.array([word_sum(row) for row in self.rows], np.uint64)
 
 
 class _Workspace:
@@ -205,6 +252,7 @@ class _Workspace:
             slices = zip(stored.view(dtype).split(SLICE, dim=1), self.sums[:, :count].split(SLICE, dim=1), strict=True)
             self._views[key] = Views(
                 [row.data for row in stored.numpy()],
+                stored.numpy().view("<u8") if stored.shape[1] % WORD == 0 else None,
                 [(x, self.values[: x.numel()].view_as(x), sums) for x, sums in slices],
             )
         return self._views[key]
@@ -237,12 +285,14 @@ def _weighted_sums(
         workspace = workspaces.get()
         try:
             sums = workspace.sums[:, : stop - start].zero_()
-            for stored_dtype, weights, readers in groups:
-                rows, slices = workspace.views(stored_dtype, len(readers), stop - start)
-                for read, row in zip(readers, rows, strict=True):
+            for group in groups:
+                views = workspace.views(group.dtype, len(group.readers), stop - start)
+                for read, row in zip(group.readers, views.rows, strict=True):
                     read(start, row)
-                for stored, values, part in slices:
-                    part.addmm_(weights, values.copy_(stored))
+                if group.checksums.wanted:
+                    group.checksums.add(views.word_sums(), stop - start)
+                for stored, values, part in views.slices:
+                    part.addmm_(group.weights, values.copy_(stored))
             results, total = sums.to(dtype, copy=True), sums.sum()
         finally:
             workspaces.put(workspace)
@@ -261,7 +311,7 @@ def _weighted_sums(
                 yield from (partial(buffer_of, name) for name in some)
                 continue
             for run in _runs(files, some):
-                groups = _groups(files, run[0].name, coefs)
+                groups = _groups(files, run, coefs)
                 for start in range(0, run[-1].stop, part_size):
                     yield partial(part_of, run, groups, start, min(start + part_size, run[-1].stop))
 
