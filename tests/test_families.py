@@ -23,7 +23,13 @@ from training.samplers import StackedRandomGenerator
 from training.snapshot import load_network, save_network
 
 TRAINED = [name for name, architecture in ARCHITECTURES.items() if architecture.training is not None]
-PRESETS = [(name, preset) for name in ARCHITECTURES for preset in ARCHITECTURES[name].presets]
+DENOISERS = [name for name in TRAINED if ARCHITECTURES[name].is_denoiser]
+DEEP = ("nvae-imagenet32", "nvae-celeba256", "nvae-ffhq256")  # hundreds of layers, which take seconds to make
+PRESETS = [
+    pytest.param(name, preset, marks=[pytest.mark.slow] * (preset in DEEP))
+    for name in ARCHITECTURES
+    for preset in ARCHITECTURES[name].presets
+]
 
 
 def digits_preset(name: str) -> str:
@@ -31,15 +37,24 @@ def digits_preset(name: str) -> str:
     return next(preset for preset in ARCHITECTURES[name].presets if preset.startswith("digits"))
 
 
-@pytest.fixture(scope="module", params=TRAINED)
-def net(request) -> torch.nn.Module:
-    """A small network of each family, whose output is not zero."""
+def small_network(name: str) -> torch.nn.Module:
+    """A small network of a family, whose output is not zero."""
     torch.manual_seed(0)
-    net = preset_network(ARCHITECTURES[request.param].presets[digits_preset(request.param)])
+    net = preset_network(ARCHITECTURES[name].presets[digits_preset(name)])
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
     return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def net(request) -> torch.nn.Module:
+    return small_network(request.param)
+
+
+@pytest.fixture(scope="module", params=DENOISERS)
+def denoiser(request) -> torch.nn.Module:
+    return small_network(request.param)
 
 
 def images_and_conditions(spec: DataSpec, n: int = 4) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -53,12 +68,13 @@ def test_names(net):
         architecture_name(torch.nn.Linear(1, 1))
 
 
-def test_a_clean_image_stays(net):
-    x, cond = images_and_conditions(net.spec)
-    torch.testing.assert_close(net(x, torch.tensor(1e-4), cond), x, rtol=0, atol=1e-3)
+def test_a_clean_image_stays(denoiser):
+    x, cond = images_and_conditions(denoiser.spec)
+    torch.testing.assert_close(denoiser(x, torch.tensor(1e-4), cond), x, rtol=0, atol=1e-3)
 
 
-def test_batch_neighbours_do_not_matter(net):
+def test_batch_neighbours_do_not_matter(denoiser):
+    net = denoiser
     x, cond = images_and_conditions(net.spec)
     sigma = torch.tensor([0.1, 1.0, 5.0, 0.5])
     together = net(x * sigma.reshape(-1, 1, 1, 1), sigma, cond)
@@ -69,14 +85,22 @@ def test_batch_neighbours_do_not_matter(net):
 
 
 @pytest.mark.parametrize("sigma", [SIGMA_MIN, SIGMA_MAX])
-def test_both_ends_of_the_noise_range_are_finite(net, sigma):
-    x, cond = images_and_conditions(net.spec)
-    assert net(x * sigma, torch.tensor(sigma), cond).isfinite().all()
+def test_both_ends_of_the_noise_range_are_finite(denoiser, sigma):
+    x, cond = images_and_conditions(denoiser.spec)
+    assert denoiser(x * sigma, torch.tensor(sigma), cond).isfinite().all()
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_samples(net, solver):
-    sampling = SamplingConfig(sampler=SamplerConfig(solver=solver, grid=GridConfig(num_steps=4)))
+def test_every_solver_samples(denoiser, solver):
+    check_samples(denoiser, SamplingConfig(sampler=SamplerConfig(solver=solver, grid=GridConfig(num_steps=4))))
+
+
+def test_images_without_options(net):
+    check_samples(net, SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=2))))
+
+
+def check_samples(net: torch.nn.Module, sampling: SamplingConfig) -> torch.Tensor:
+    """Images depend on their seeds alone, are finite, and say what made them."""
     generator = architecture_of(net).generator(net, sampling, batch_size=4)
     together, alone = (StackedRandomGenerator("cpu", seeds) for seeds in ([3, 4, 5], [4]))
     images = generator(generator.noise(together), generator.condition(together), together)
@@ -84,6 +108,7 @@ def test_every_solver_samples(net, solver):
     single = generator(generator.noise(alone), generator.condition(alone), alone)
     torch.testing.assert_close(images[1:2], single, rtol=1e-3, atol=1e-3)
     json.dumps(generator.describe(), allow_nan=False)
+    return images
 
 
 def test_snapshot_round_trip(net, tmp_path):
@@ -91,8 +116,8 @@ def test_snapshot_round_trip(net, tmp_path):
     save_network(path, net, StandardRGBEncoder(), {"nimg": 1000}, dtype=torch.float32)
     loaded = load_network(path).net
     assert loaded.spec == net.spec
-    x, cond = images_and_conditions(net.spec)
-    assert torch.equal(loaded(x, torch.tensor(0.7), cond), net(x, torch.tensor(0.7), cond))
+    sampling = SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=2)))
+    assert torch.equal(check_samples(loaded, sampling), check_samples(net, sampling))
 
 
 HOSTILE = (None, -1, 0.5, math.nan, math.inf, 10**9, "x", [], [10**9], [None] * 9, [[1]], {}, True, "y" * 9999)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
-from training.likelihood_vae import VAELikelihood, importance_bounds, readjust_batch_norms_
+from training.likelihood_vae import VAELikelihood, importance_bounds
 from training.networks.nvae import NVAE
+from training.networks.nvae_readjust import readjust_batch_norms_
 from training.samplers import StackedRandomGenerator
 
 OPTIONS = dict(

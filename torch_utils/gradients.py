@@ -17,6 +17,18 @@ def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     return flat
 
 
+def flat_weights(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """One vector of all weights, float32 [number of weights], of which the parameters become views.
+
+    Its order is that of `flat_gradients`. So one operation changes them all.
+    """
+    params = [p for p in parameters if p.requires_grad]
+    flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
+    for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        p.data = part.as_strided(p.shape, p.stride()).copy_(p.detach())
+    return flat
+
+
 def use_channels_last(net: torch.nn.Module) -> None:
     """Store the weights of convolutions as their activations are stored, so that none has to be converted."""
     for p in net.parameters():

@@ -17,22 +17,27 @@ from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
+from training.config.nvae import TRAINING_PRESETS as NVAE_PRESETS
+from training.config.nvae import NVAENetwork, NVAETraining
 from training.config.score_sde import ScoreNetwork, ScoreTraining
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.toy import ToyNetwork
 from training.config.training import Preset, TrainConfig
 from training.denoiser import Denoiser
 from training.flops import Inputs
-from training.generators import Generator, diffusion_generator
+from training.generators import Generator, VAEGenerator, diffusion_generator
 from training.losses import EDM2Loss, Objective, ScoreLoss
+from training.losses_vae import PixelObjective
 from training.lr import learning_rate_schedule, warmup_linear
+from training.networks import nvae_layers
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
+from training.networks.nvae import NVAE
 from training.networks.score_sde import ScoreSDE, schedule_for
 from training.networks.toy import ToyModel
-from training.optimizers import EMA, AdamOptimizer, Optimizer
-from training.phema import PowerFunctionEMA, ProfilesAndRampedEMA
+from training.optimizers import EMA, AdamaxOptimizer, AdamOptimizer, Optimizer
+from training.phema import LatestWeights, PowerFunctionEMA, ProfilesAndRampedEMA
 
 
 def no_context(_net: nn.Module) -> AbstractContextManager:
@@ -67,13 +72,14 @@ class Architecture:
         inputs: (net, batch, device) -> arguments of one evaluation.
         training: configuration of a training run; None = it is not trained by the training loop.
         presets: of training, by name.
-        objective: configuration -> what is made small.
-        optimizer, ema: (net, configuration) -> what changes the weights, and what averages them.
+        objective, optimizer, ema: (net, configuration) -> what is made small, what changes the weights, and what
+            averages them.
         core: the module that --compile and --checkpoint-activations act on.
         step: entered around the forward and backward passes of a training step.
         accelerate: (net, batch size, compiled) -> the fastest form of a finished network for sampling, which does not
             follow its later changes.
         makes_images: whether it can be asked for images.
+        generate: (net, sampling) -> what makes images where the network is no denoiser.
         take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
     """
 
@@ -85,14 +91,20 @@ class Architecture:
     inputs: Callable[[Any, int, torch.device | str], Inputs] = denoiser_inputs
     training: type[TrainConfig] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
-    objective: Callable[[Any], Objective] | None = None
+    objective: Callable[[nn.Module, Any], Objective] | None = None
     optimizer: Callable[[nn.Module, Any], Optimizer] | None = None
     ema: Callable[[nn.Module, Any], EMA] | None = None
     core: Callable[[Any], nn.Module] = lambda net: net
     step: Callable[[nn.Module], AbstractContextManager] = no_context
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
+    generate: Callable[[Any, SamplingConfig], Generator] | None = None
     take_data: Callable[[dict[str, Any]], DataSpec] | None = None
+
+    @property
+    def is_denoiser(self) -> bool:
+        """Whether its networks are functions D(x; sigma, cond), which samplers and guidance take."""
+        return self.generate is None
 
     def build(self, network: Config, data: DataSpec) -> Any:
         """A freshly initialised network."""
@@ -120,6 +132,8 @@ class Architecture:
             batch_size: images at a time, for which the network is accelerated; None = it stays as it is.
             guide: guiding denoiser, in the form that it is to be used in.
         """
+        if self.generate is not None:
+            return self.generate(net, sampling)
         denoiser = net if batch_size is None else self.accelerate(net, batch_size, sampling.compiled)
         return diffusion_generator(denoiser, net.spec, sampling, guide, net.precision)
 
@@ -138,7 +152,7 @@ def _power_function_ema(net: nn.Module, config: EDM2Training) -> PowerFunctionEM
     return PowerFunctionEMA(net, config.ema.ema_std)
 
 
-def _edm2_objective(config: EDM2Training) -> EDM2Loss:
+def _edm2_objective(_net: nn.Module, config: EDM2Training) -> EDM2Loss:
     return EDM2Loss(config.objective.P_mean, config.objective.P_std, config.network.sigma_data)
 
 
@@ -157,7 +171,7 @@ def _score_network(arguments: dict[str, Any], data: DataSpec) -> ScoreSDE:
     return ScoreSDE(data, **arguments)
 
 
-def _score_objective(config: ScoreTraining) -> ScoreLoss:
+def _score_objective(_net: nn.Module, config: ScoreTraining) -> ScoreLoss:
     chosen, network = config.objective, config.network
     pixel_range = (-1.0, 1.0) if network.centered else (0.0, 1.0)
     return ScoreLoss(
@@ -196,6 +210,23 @@ def _toy_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
     return torch.zeros([batch, net.init_kwargs["in_dim"]], device=device), torch.ones(batch, device=device)
 
 
+def _nvae_network(arguments: dict[str, Any], data: DataSpec) -> NVAE:
+    return NVAE(data.resolution + 2 * arguments.get("loss_crop", 0), data.channels, **arguments)
+
+
+def _nvae_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
+    return (torch.zeros([batch, net.img_channels, net.img_resolution, net.img_resolution], device=device),)
+
+
+def _nvae_objective(net: Any, config: NVAETraining) -> PixelObjective:
+    schedules = config.objective.to_json()
+    return PixelObjective(net, config.run.duration, **schedules, seed=config.run.seed).to(net.prior_ftr0.device)
+
+
+def _nvae_ema(net: nn.Module, config: NVAETraining) -> EMA:
+    return PowerFunctionEMA(net, config.ema.ema_std) if config.ema.ema_std else LatestWeights(net)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "edm2.Precond": Architecture(
         family="EDM2",
@@ -227,6 +258,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         optimizer=_score_optimizer,
         ema=_score_ema,
         core=lambda net: net.net,
+    ),
+    "nvae.NVAE": Architecture(
+        family="NVAE",
+        paper="Vahdat & Kautz, *NVAE: A Deep Hierarchical Variational Autoencoder* (NeurIPS 2020, "
+        "[arXiv 2007.03898](https://arxiv.org/abs/2007.03898))",
+        network_class=NVAE,
+        network=NVAENetwork,
+        make=_nvae_network,
+        inputs=_nvae_inputs,
+        training=NVAETraining,
+        presets=NVAE_PRESETS,
+        objective=_nvae_objective,
+        optimizer=AdamaxOptimizer,
+        ema=_nvae_ema,
+        step=nvae_layers.effective_weights,
+        generate=VAEGenerator,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",

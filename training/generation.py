@@ -315,6 +315,8 @@ def load(config: GenerationConfig) -> LoadedGenerator:
         check_compiler(device)
     assert networks.net is not None
     snapshot = load_image_network(networks.net, device)
+    architecture = architecture_of(snapshot.net)
+    sampling.check_kind(architecture.is_denoiser, architecture.family)
     guided = sampling.guidance.guidance != 1
     guide = load_image_network(networks.gnet, device) if guided and networks.gnet is not None else None
     if not guided and (networks.gnet is not None or sampling.guidance.guidance_interval is not None):

@@ -1,5 +1,7 @@
 """Generators: seeds -> latents, by any kind of model."""
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,6 +11,9 @@ from training.conditioning import DataSpec
 from training.config.generation import SamplingConfig
 from training.denoiser import Denoiser
 from training.guidance import GuidedDenoiser
+from training.networks.nvae import NVAE
+from training.networks.nvae_layers import effective_weights
+from training.networks.nvae_readjust import readjust_batch_norms_
 from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
 from training.samplers.sampler import Sampler
@@ -97,3 +102,47 @@ def diffusion_generator(
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
     return DiffusionGenerator(spec, sample, sampling.class_idx, facts)
+
+
+class VAEGenerator:
+    """Images by an NVAE from draws of its priors.
+
+    Args:
+        net: the network, in eval mode. It stays as it is: batch norms are readjusted in a copy, when images are first
+            asked for.
+        sampling: its section `vae` says how.
+    """
+
+    def __init__(self, net: NVAE, sampling: SamplingConfig):
+        self.net, self.vae, self.spec = net, sampling.vae, net.spec
+        self.temperature = 1.0 if self.vae.temperature is None else self.vae.temperature
+
+    @functools.cached_property
+    def adjusted(self) -> NVAE:
+        """The network with batch norms that suit the temperature."""
+        if not self.vae.readjust_bn:
+            return self.net
+        net = copy.deepcopy(self.net)
+        readjust_batch_norms_(net, self.temperature, self.vae.readjust_bn)
+        return net
+
+    def noise(self, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return rnd.randn([len(rnd), self.net.noise_size])
+
+    def condition(self, rnd: StackedRandomGenerator) -> None:
+        return None
+
+    @torch.no_grad()
+    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        net, decoder = self.adjusted, self.net.decoder
+        with effective_weights(net):
+            logits = net.sample(len(noise), self.temperature, net.split_noise(noise))
+        if self.vae.pixels == "draw":
+            images = decoder.sample(logits, decoder.draws(logits, rnd.randn_like))
+        else:
+            images = decoder.mean(logits)
+        c = net.loss_crop
+        return 2 * images[:, :, c : images.shape[2] - c, c : images.shape[3] - c] - 1
+
+    def describe(self) -> dict[str, Any]:
+        return {"labels": "none", "sampler": self.vae.describe(), "precision": self.net.precision}

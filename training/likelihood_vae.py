@@ -1,4 +1,4 @@
-"""Bounds on the likelihood of images under NVAE, and batch norm statistics that suit its samples.
+"""Bounds on the likelihood of images under NVAE.
 
 Vahdat & Kautz 2020 (arXiv 2007.03898), section 4 and appendix A; importance weighting: Burda et al. 2016,
 "Importance Weighted Autoencoders" (arXiv 1509.00519).
@@ -115,46 +115,3 @@ class VAELikelihood:
         """Bits per dimension of each image [N], float64; arguments as for `bounds`."""
         bounds = self.bounds(images, rnd)
         return bounds.bits_per_dim(bounds.neg_log_p)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Batch norm
-
-
-@torch.no_grad()
-def readjust_batch_norms_(
-    net: NVAE,
-    temperature: float,
-    batches: int = 500,
-    batch_size: int = 16,
-    seed: int = 0,
-    randn_like: RandnLike | None = None,
-) -> None:
-    """Let the decoder's batch norms see samples of a temperature instead of the training's activations.
-
-    Their running statistics follow `batches` batches of samples from fixed seeds, in float32 (in float16, the published
-    code's become NaN). Layers that samples do not pass stay as they are. On return, the network is in eval mode.
-
-    Args:
-        randn_like: source of normal draws, instead of one that `seed` fixes.
-
-    Raises:
-        UserError: the temperature is not above 0.
-    """
-    if not temperature > 0:
-        raise UserError(f"temperature must be above 0, not {temperature}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def seeded(template: torch.Tensor) -> torch.Tensor:
-        return torch.randn(template.shape, generator=generator).to(template.device)
-
-    draw = seeded if randn_like is None else randn_like
-    net.eval()
-    for norm in net.decoder_batch_norms():
-        norm.train()
-    try:
-        with effective_weights(net), torch.autocast(net.prior_ftr0.device.type, enabled=False):
-            for _ in range(batches):
-                net.sample(batch_size, temperature, draw)
-    finally:
-        net.eval()

@@ -33,18 +33,25 @@ class Objective(Protocol):
         """What is added once per step, of the weights alone; None = nothing."""
         ...
 
+    def report(self) -> dict[str, Any]:
+        """What the latest call found beside the loss: numbers or tensors [] by name."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue exactly."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 class Stateless:
-    """The part of an objective that remembers nothing and regularises nothing."""
+    """The part of an objective that remembers nothing, regularises nothing and reports nothing."""
 
     def regularizer(self, net: Any, nimg: int) -> torch.Tensor | None:
         return None
+
+    def report(self) -> dict[str, Any]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

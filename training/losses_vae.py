@@ -214,6 +214,7 @@ class VAEObjective(nn.Module):
         self.weight_decay_norm_init = weight_decay_norm_init
         self.weight_decay_norm_anneal = weight_decay_norm_anneal
         self.alpha = balancing_factors(net.groups_per_scale)
+        self.nats_per_bpd = net.dims * math.log(2)
         with torch.no_grad():
             shapes = {shape: len(stack) for shape, stack in net.weight_stacks().items()}
         self.spectral_norms = SpectralNorms(shapes, seed)
@@ -279,3 +280,38 @@ class VAEObjective(nn.Module):
         multiplies.
         """
         return dict(self._report)
+
+
+class PixelObjective(VAEObjective):
+    """The same as the training loop asks for it: of images in [-1, 1], as `StandardRGBEncoder` gives them."""
+
+    def forward(
+        self, net: Any, images: torch.Tensor, cond: Any = None, *, rnd: Any = None, nimg: int, noise: Any = None
+    ) -> torch.Tensor:
+        """Loss of each image in nats [N].
+
+        Args:
+            images: float32 [N, C, H, W] without the border of the network.
+            cond: not used; NVAE has no condition.
+            rnd, nimg, noise: as for `VAEObjective`.
+        """
+        if noise is None and rnd is not None:  # one draw for each image, instead of one for each of its groups
+            noise = net.split_noise(rnd.randn([len(images), net.noise_size]))
+        return super().forward(net, to_bytes(images), rnd=rnd, nimg=nimg, noise=noise)
+
+    def report(self) -> dict[str, Any]:
+        """Figures of the latest step by name, numbers or tensors [].
+
+        Beside those of `VAEObjective`: loss in bits per dimension (`bpd`), and KL of each group (`kl_00`: the top one).
+        """
+        report = super().report()
+        if not report:
+            return report
+        groups, _ = report.pop("kl_groups"), report.pop("kl_coeffs")
+        report["bpd"] = (report["recon"] + report["kl"]) / self.nats_per_bpd
+        return report | {f"kl_{i:02d}": kl for i, kl in enumerate(groups)}
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """The uint8 pixels of images in [-1, 1]."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

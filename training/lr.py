@@ -44,7 +44,7 @@ def warmup_linear(
     return ref_lr * max(min(rise, fall, 1), 0)
 
 
-def warmup_cosine(cur_nimg: int, total_nimg: int, ref_lr: float, min_lr: float = 0.0, warmup_nimg: int = 0) -> float:
+def warmup_cosine(cur_nimg: int, total_nimg: int, ref_lr: float, min_lr: float = 0.0, warmup_nimg: float = 0) -> float:
     """Linear warm-up to `ref_lr`, then half a cosine down to `min_lr` at the end (Loshchilov & Hutter 2017, Eq. 5).
 
     Args:

@@ -6,19 +6,36 @@ from typing import Any, Protocol
 import torch
 
 from torch_utils import distributed
-from torch_utils.gradients import channels_last_views, clip_by_norm_, flat_gradients, replace_nonfinite_
+from torch_utils.gradients import (
+    channels_last_views,
+    clip_by_norm_,
+    flat_gradients,
+    flat_weights,
+    replace_nonfinite_,
+)
+from training.config.nvae import NVAETraining
+from training.lr import warmup_cosine
+
+FP16_SCALE = 2.0**10  # of the loss, at the start of a run in float16
+SCALE_STEPS = 2000  # steps without overflow after which it doubles
 
 
 class Optimizer(Protocol):
     """Changes the weights by their gradients.
 
-    `nonfinite` counts the gradient elements that were not finite since the start of the run, int64 [].
+    `nonfinite` counts what was not finite since the start of the run, int64 []: elements of gradients, or steps.
+    `loss_scaling` is what the loss is to be multiplied by before its gradients are computed.
     """
 
     nonfinite: torch.Tensor
+    loss_scaling: float
 
     def learning_rate(self, nimg: int) -> float:
         """The learning rate after `nimg` images."""
+        ...
+
+    def describe_nonfinite(self, count: int) -> str:
+        """What was done about the latest `count` of what was not finite, in words."""
         ...
 
     def zero_gradients(self) -> None:
@@ -37,7 +54,7 @@ class Optimizer(Protocol):
 
 
 class EMA(Protocol):
-    """Averages the weights over training, with one or several profiles of relative widths `stds`, None for others."""
+    """Averages the weights over training, with one or several profiles of relative widths `stds`; None = another."""
 
     @property
     def stds(self) -> Sequence[float | None]: ...
@@ -96,6 +113,10 @@ class AdamOptimizer:
         """The learning rate after `nimg` images."""
         return self.rate(nimg)
 
+    def describe_nonfinite(self, count: int) -> str:
+        """What was done about non-finite gradients, in words."""
+        return f"{count} non-finite gradients were replaced by 0"
+
     def zero_gradients(self) -> None:
         """Forget the gradients of the step before."""
         self.gradients.zero_()
@@ -129,3 +150,117 @@ def _permuted(state: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
         for idx, values in state["state"].items()
     }
     return {**state, "state": moments}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# NVAE
+
+
+class AdamaxOptimizer:
+    """Adamax with warm-up and cosine (Kingma & Ba 2015, section 7.1). Steps with non-finite gradients are skipped.
+
+    The running statistics of batch norms are then put back, too: what a step without effect has seen would stay in
+    them. In float16 the loss is scaled up as far as gradients allow: half as far after each skipped step.
+
+    Args:
+        net: whose parameters are trained. They and their gradients become views of one vector each.
+        config: of the run; its schedule stretches over `config.run.duration`.
+
+    `nonfinite` counts the skipped steps since the start of the run, int64 [], on the device.
+    """
+
+    def __init__(self, net: torch.nn.Module, config: NVAETraining):
+        self.net, self.config, self.duration = net, config.optimizer, config.run.duration
+        self.scales = getattr(net, "precision", "fp32") == "fp16"
+        self.loss_scaling = config.run.ls * (FP16_SCALE if self.scales else 1)
+        self.good_steps = 0  # since the loss scaling changed
+        self.gradients = flat_gradients(net.parameters())
+        self.weights = flat_weights(net.parameters())
+        self.weights.grad = self.gradients
+        c = config.optimizer
+        betas = (c.betas[0], c.betas[1])
+        self.adamax = torch.optim.Adamax(
+            [self.weights], lr=c.lr, betas=betas, eps=c.eps, weight_decay=c.weight_decay, foreach=True
+        )
+        self.nonfinite = torch.zeros([], dtype=torch.int64, device=self.gradients.device)
+        self.statistics = [buffer for buffer in net.buffers() if buffer.is_floating_point() and buffer.ndim > 0]
+        self.good_statistics = [buffer.clone() for buffer in self.statistics]
+        self.first_skipped = ""  # where, since the last report
+
+    def learning_rate(self, nimg: int) -> float:
+        """The learning rate after `nimg` images."""
+        c = self.config
+        return warmup_cosine(nimg, self.duration, c.lr, c.learning_rate_min, c.warmup_portion * self.duration)
+
+    def describe_nonfinite(self, count: int) -> str:
+        """How many steps were skipped, and where the first of them became non-finite."""
+        where, self.first_skipped = self.first_skipped, ""
+        return f"{count} steps with non-finite gradients were skipped" + (f", first in {where}" if where else "")
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the step before."""
+        self.gradients.zero_()
+
+    def step(self, nimg: int) -> None:
+        """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
+        distributed.all_reduce_sum_(self.gradients)
+        if self.loss_scaling != 1:
+            self.gradients /= self.loss_scaling
+        # Whether to skip is decided here, and not on the device: waiting for it once is little beside a step of NVAE.
+        if self.gradients.sum().isfinite() or self.gradients.isfinite().all():
+            self.good_steps += 1
+            torch._foreach_copy_(self.good_statistics, self.statistics)
+            for group in self.adamax.param_groups:
+                group["lr"] = self.learning_rate(nimg)
+            self.adamax.step()
+        else:
+            self._skip(nimg)
+        if self.scales and self.good_steps >= SCALE_STEPS:
+            self.loss_scaling, self.good_steps = self.loss_scaling * 2, 0
+
+    def _skip(self, nimg: int) -> None:
+        self.nonfinite += 1
+        if not self.first_skipped:
+            self.first_skipped = f"{self._first_nonfinite()} at {nimg} images"
+        torch._foreach_copy_(self.statistics, self.good_statistics)
+        if self.scales:
+            self.loss_scaling, self.good_steps = self.loss_scaling / 2, 0
+
+    def _first_nonfinite(self) -> str:
+        """The first layer, in the order of the network, whose input was not finite; otherwise, whose gradients are."""
+        for name, buffer in self.net.named_buffers():
+            if buffer.is_floating_point() and not buffer.isfinite().all():
+                return f"the input of {name.rpartition('.')[0]}"
+        for name, p in self.net.named_parameters():
+            if p.grad is not None and not p.grad.isfinite().all():
+                return f"the gradients of {name.rpartition('.')[0]}"
+        return "a sum over processes"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adamax's moments by the names of parameters and in their shapes, and what scaling depends on."""
+        state = self.adamax.state[self.weights]
+        moments = {name: self._by_name(state[name]) for name in ("exp_avg", "exp_inf") if name in state}
+        steps = int(state["step"]) if "step" in state else 0
+        return {"step": steps, **moments, "loss_scaling": self.loss_scaling, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; the network has its own state by now."""
+        if state["step"]:
+            mine = self.adamax.state[self.weights]
+            mine["step"] = torch.tensor(float(state["step"]))
+            for name in ("exp_avg", "exp_inf"):
+                mine[name] = torch.zeros_like(self.weights)
+                for key, view in self._views(mine[name]).items():
+                    view.copy_(state[name][key])
+        if self.scales:
+            self.loss_scaling, self.good_steps = state["loss_scaling"], state["good_steps"]
+        torch._foreach_copy_(self.good_statistics, self.statistics)
+
+    def _by_name(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: view.clone(memory_format=torch.contiguous_format) for name, view in self._views(vector).items()}
+
+    def _views(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Elements of a vector like `weights` by the names of parameters, in their shapes."""
+        named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+        parts = vector.split([p.numel() for _, p in named])
+        return {name: part.as_strided(p.shape, p.stride()) for (name, p), part in zip(named, parts, strict=True)}

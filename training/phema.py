@@ -136,6 +136,31 @@ class PowerFunctionEMA:
             ema.load_state_dict(ema_state)
 
 
+class LatestWeights:
+    """No average: the weights themselves, in the place of one."""
+
+    def __init__(self, net: torch.nn.Module):
+        self.net = net
+        self.stds = [None]
+        self.copy = _frozen_copy(net)
+
+    def update(self, cur_nimg: int, batch_size: int) -> None:
+        """Nothing: there is nothing to average."""
+
+    def get(self) -> list[tuple[torch.nn.Module, str]]:
+        """A copy of the network in eval mode, with an empty file name suffix."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.copy.parameters()), list(self.net.parameters()))
+        _copy_buffers(self.copy, self.net)
+        return [(self.copy, "")]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing: a state holds nothing of it."""
+
+
 class TraditionalEMA:
     """Exponential moving average with a half-life, shortened at the start of training.
 

@@ -127,7 +127,7 @@ class TrainingRun:
         if config.run.compile:
             check_compiler(device)
             core.compile(dynamic=False)
-        self.objective = architecture.objective(config)
+        self.objective = architecture.objective(net, config)
         self.optimizer = architecture.optimizer(net, config)
         self.stats = Collector(device)
         self.nimg, self.seconds = 0, 0.0
@@ -253,10 +253,12 @@ class TrainingRun:
             for first in self.share.starts(self.nimg):
                 loss = self.loss_of_round(first, *next(batches))
                 self.stats.report("loss", loss.mean(dim=list(range(1, loss.ndim))) if loss.ndim > 1 else loss)
-                (loss.sum() * (run.ls / run.batch)).backward()
+                (loss.sum() * (optimizer.loss_scaling / run.batch)).backward()
             regularizer = self.objective.regularizer(self.net, self.nimg)
             if regularizer is not None:  # gradients are summed over processes
-                (regularizer * (run.ls / distributed.get_world_size())).backward()
+                (regularizer * (optimizer.loss_scaling / distributed.get_world_size())).backward()
+        for name, value in self.objective.report().items():
+            self.stats.report(name, torch.as_tensor(value, device=self.device))
         optimizer.step(self.nimg)
         self.nimg += run.batch
         self.ema.update(self.nimg, run.batch)
@@ -290,8 +292,10 @@ class TrainingRun:
         }
         self.journal.report(fields)
         self.journal.log(status_line(fields, self.config.run.duration, self.seconds_of_previews_left()))
+        if details := ", ".join(f"{name} {fields[name]:.4g}" for name in self.objective.report()):
+            self.journal.log(f"  {details}")
         if fields["nonfinite_gradients"] > 0:
-            self.journal.log(f"Warning: {fields['nonfinite_gradients']} non-finite gradients were replaced by 0")
+            self.journal.log(f"Warning: {self.optimizer.describe_nonfinite(fields['nonfinite_gradients'])}")
         if math.isnan(fields["loss"]):
             raise RunError(
                 f"the loss is not finite at {self.nimg} images: start in a new --outdir with a lower --lr or --ls; "

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
-from training.networks.nvae import NVAE, groups_per_scale
+from training.config.nvae import groups_per_scale
+from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
 from training.networks.nvae_distributions import BernoulliDecoder, LogisticMixtureDecoder, NormalDecoder
 from training.networks.nvae_layers import BatchNorm2d, Conv2d, SkipDown, effective_weights
@@ -162,7 +163,7 @@ def test_groups_per_scale():
         (dict(resolution=12), "cannot be halved"),
         (dict(arch_instance="res_none"), "res_none"),
         (dict(decoder="bernoulli"), "one channel"),
-        (dict(decoder="none"), "none of bernoulli"),
+        (dict(decoder="none"), "one of bernoulli"),
         (dict(channels=2), "one or three channels"),
         (dict(num_postprocess_blocks=2), "must be equal"),
         (dict(num_latent_scales=1, num_groups_per_scale=1, num_channels_enc=4), "one group"),

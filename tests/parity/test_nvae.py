@@ -21,7 +21,8 @@ from nvae_golden import (
     stored_noise,
 )
 
-from training.networks.nvae import NVAE, groups_per_scale
+from training.config.nvae import groups_per_scale
+from training.networks.nvae import NVAE
 from training.networks.nvae_layers import batch_norms, convolutions, effective_weights
 
 FULL_SIZE = 1e-4

@@ -5,8 +5,9 @@ import torch
 from conftest import Golden
 from nvae_golden import FORWARD, published_network, stored_noise
 
-from training.likelihood_vae import Bounds, importance_bounds, readjust_batch_norms_
+from training.likelihood_vae import Bounds, importance_bounds
 from training.losses_vae import image_values
+from training.networks.nvae_readjust import readjust_batch_norms_
 
 EVALUATION = Golden("nvae/evaluation")
 IMAGES = 1e-4

@@ -70,6 +70,34 @@ class GuidanceConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VAESampling(Config):
+    """How an NVAE makes images. None = the default, which is in brackets."""
+
+    temperature: float | None = option(
+        None, "Standard deviations of NVAE's priors are multiplied by it", above=0, high=10, default_text="1"
+    )
+    readjust_bn: int | None = option(
+        None,
+        "Batches of samples that NVAE's batch norms are adapted to at that temperature; published: 500",
+        low=0,
+        high=100_000,
+        default_text="0",
+    )
+    pixels: str | None = option(
+        None, "NVAE's pixels: the mean of their distribution, or drawn from it", choices=("mean", "draw"),
+        default_text="mean",
+    )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """What it stands for, as plain JSON values."""
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "readjust_bn": self.readjust_bn or 0,
+            "pixels": self.pixels or "mean",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworksConfig(Config):
     """The networks that make images."""
 
@@ -94,6 +122,7 @@ class SamplingConfig(Config):
     class_idx: int | None = option(None, "Class of all images", flag="--class", default_text="drawn from the seed")
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    vae: VAESampling = VAESampling()
     precision: str = option(
         "auto", "What the networks compute in; auto = fp16 on GPUs, fp32 on CPUs", choices=("auto", *PRECISIONS)
     )
@@ -107,6 +136,20 @@ class SamplingConfig(Config):
         "Where to compute; auto = the first of cuda, mps, cpu that is there",
         choices=("auto", "cpu", "cuda", "mps"),
     )
+
+    def check_kind(self, is_denoiser: bool, family: str) -> None:
+        """Check that nothing was chosen that networks of a kind do not know.
+
+        Raises:
+            UserError: something was.
+        """
+        parts = [self.vae] if is_denoiser else [self.sampler, self.guidance]
+        chosen = {key: value for part in parts for key, value in part.flat().items()}
+        defaults = {key: value for part in parts for key, value in type(part)().flat().items()}
+        flags = {field.key: field.flag for part in parts for field in all_fields(type(part))}
+        for key, value in chosen.items():
+            if value != defaults[key]:
+                raise UserError(f"{flags[key]} has no meaning for {family} networks, such as --net: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,16 @@ the decoder top-down; posteriors combine both at each group. Names of parameters
 and so are the names of the options.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dnnlib.errors import UserError
+from training.conditioning import DataSpec
+from training.config.nvae import NVAENetwork
 from training.networks.nvae_cells import ARCHITECTURES, UP, Cell
 from training.networks.nvae_distributions import (
     BernoulliDecoder,
@@ -31,6 +34,7 @@ from training.networks.nvae_layers import (
     convolutions,
     stacked_weights,
 )
+from training.preconditioning import compute_dtype
 
 # Normal draws, one per group in the order of the decoder (the top one first): the draws, or a function that makes one
 # of the shape of its argument.
@@ -63,110 +67,64 @@ class Features(NamedTuple):
     groups: list[torch.Tensor]
 
 
-def groups_per_scale(num_scales: int, num_groups: int, ada_groups: bool, min_groups: int = 1) -> list[int]:
-    """Latent groups of each scale, the one of the highest resolution first (table 6).
-
-    With `ada_groups`, each scale has half as many as the one before, but at least `min_groups`.
-    """
-    groups = [num_groups]
-    for _ in range(num_scales - 1):
-        groups.append(max(min_groups, groups[-1] // 2) if ada_groups else num_groups)
-    return groups
-
-
 class NVAE(nn.Module):
     """NVAE: images [N, C, R, R] in [0, 1] -> `Output`.
 
     Args:
-        img_resolution: R, a multiple of 2^(num_preprocess_blocks + num_latent_scales - 1).
+        img_resolution: R, with the border that `loss_crop` names; a multiple of 2^(halvings of the options).
         img_channels: C.
-        decoder: "bernoulli", "mixture" (of discretised logistics) or "normal".
-        levels: grey levels of images; black and white ones ("bernoulli") have 2.
-        published_decoder: the likelihood as the published code computes it (see `nvae_distributions`).
-        arch_instance: kinds of cells, one of `nvae_cells.ARCHITECTURES`.
-        num_latent_scales, num_groups_per_scale, ada_groups, min_groups_per_scale: see `groups_per_scale`.
-        num_latent_per_group: Z, latent channels of a group.
-        num_channels_enc, num_channels_dec: channels at the highest resolution; each halving doubles them.
-        num_preprocess_blocks, num_postprocess_blocks: halvings before the first scale, and doublings after it.
-        num_preprocess_cells, num_postprocess_cells: cells of each of those blocks.
-        num_cell_per_cond_enc, num_cell_per_cond_dec: cells of each group.
-        num_mixture_dec: components of the mixture.
-        num_nf: flow cells of each posterior.
-        use_se: squeeze and excitation.
-        res_dist: posteriors are relative to priors.
-        loss_crop: border of images that the likelihood leaves out, in pixels (2 for digits padded from 28 to 32).
+        precision: 'fp32', 'bf16' or 'fp16': what convolutions compute in. Weights, distributions and outputs are
+            float32.
+        options: those of `NVAENetwork`.
 
     Raises:
-        UserError: options that do not fit each other.
+        UserError: options that do not fit each other, or the images.
     """
 
-    def __init__(
-        self,
-        img_resolution: int,
-        img_channels: int,
-        *,
-        decoder: str = "mixture",
-        levels: int = 256,
-        published_decoder: bool = False,
-        arch_instance: str = "res_mbconv",
-        num_latent_scales: int = 1,
-        num_groups_per_scale: int = 10,
-        num_latent_per_group: int = 20,
-        ada_groups: bool = False,
-        min_groups_per_scale: int = 1,
-        num_channels_enc: int = 32,
-        num_channels_dec: int = 32,
-        num_preprocess_blocks: int = 2,
-        num_preprocess_cells: int = 3,
-        num_cell_per_cond_enc: int = 1,
-        num_postprocess_blocks: int = 2,
-        num_postprocess_cells: int = 3,
-        num_cell_per_cond_dec: int = 1,
-        num_mixture_dec: int = 10,
-        num_nf: int = 0,
-        use_se: bool = False,
-        res_dist: bool = False,
-        loss_crop: int = 0,
-    ):
+    def __init__(self, img_resolution: int, img_channels: int, precision: str = "fp32", **options: Any):
         super().__init__()
+        o = NVAENetwork(**options)
+        o.check_images(img_resolution - 2 * o.loss_crop, img_channels)
+        self.init_kwargs = o.to_json()
+        self.precision = precision
         self.shared_stacks: dict[tuple[int, int], torch.Tensor] | None = None  # set inside `effective_weights`
-        groups = groups_per_scale(num_latent_scales, num_groups_per_scale, ada_groups, min_groups_per_scale)
-        plain = groups == [1]
-        halvings = num_preprocess_blocks + num_latent_scales - 1
-        _check(img_resolution, halvings, arch_instance, num_preprocess_blocks, num_postprocess_blocks)
-        if plain and num_channels_enc != num_channels_dec:
-            raise UserError("a VAE of one group needs num_channels_enc = num_channels_dec")
         self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.loss_crop, self.res_dist = loss_crop, res_dist
-        self.groups_per_scale = groups
-        self.decoder = _make_decoder(decoder, img_channels, num_mixture_dec, levels, published_decoder)
-        top_size = img_resolution >> halvings
+        self.loss_crop, self.res_dist = o.loss_crop, o.res_dist
+        self.groups_per_scale = groups = o.groups
+        self.decoder = _make_decoder(o, img_channels)
+        plain = groups == [1]
+        top_size = img_resolution >> o.halvings
         scale_of_group = [i for i, count in enumerate(reversed(groups)) for _ in range(count)]  # 0: lowest resolution
-        Z = num_latent_per_group
+        Z, use_se = o.num_latent_per_group, o.use_se
         self.latent_shapes = [(Z, top_size << i, top_size << i) for i in scale_of_group]
-        ops = ARCHITECTURES[arch_instance]
-        enc, dec = num_channels_enc << halvings, num_channels_dec << halvings  # channels of the top group
+        ops = ARCHITECTURES[o.arch_instance]
+        enc, dec = o.num_channels_enc << o.halvings, o.num_channels_dec << o.halvings  # channels of the top group
 
         # In the order of the published network, on which the order of its optimiser's state depends.
         self.prior_ftr0 = nn.Parameter(torch.rand(dec, top_size, top_size))
-        self.stem = Conv2d(img_channels, num_channels_enc, 3)
-        pre = _pre_process(num_preprocess_blocks, num_preprocess_cells, num_channels_enc, ops.pre, use_se)
+        self.stem = Conv2d(img_channels, o.num_channels_enc, 3)
+        pre = _pre_process(o.num_preprocess_blocks, o.num_preprocess_cells, o.num_channels_enc, ops.pre, use_se)
         self.pre_process = nn.ModuleList(pre)
-        tower = [] if plain else _encoder_tower(groups, enc, dec, num_cell_per_cond_enc, ops.encoder, use_se)
+        tower = [] if plain else _encoder_tower(groups, enc, dec, o.num_cell_per_cond_enc, ops.encoder, use_se)
         self.enc_tower = nn.ModuleList(tower)
         self.enc0 = nn.Sequential(nn.ELU(), Conv2d(enc, enc, 1), nn.ELU())
         self.enc_sampler = nn.ModuleList(Conv2d(enc >> i, 2 * Z, 3) for i in scale_of_group)
         self.dec_sampler = nn.ModuleList(
             nn.Sequential(nn.ELU(), Conv2d(dec >> i, 2 * Z, 1)) for i in scale_of_group[1:]
         )
-        self.nf_cells = nn.ModuleList(FlowCell(Z) for _ in range(num_nf * len(scale_of_group)))
+        self.nf_cells = nn.ModuleList(FlowCell(Z) for _ in range(o.num_nf * len(scale_of_group)))
         if plain:
             self.stem_decoder = Conv2d(Z, dec, 1)
-        tower = [] if plain else _decoder_tower(groups, dec, Z, num_cell_per_cond_dec, ops.decoder, use_se)
+        tower = [] if plain else _decoder_tower(groups, dec, Z, o.num_cell_per_cond_dec, ops.decoder, use_se)
         self.dec_tower = nn.ModuleList(tower)
-        post = _post_process(num_postprocess_blocks, num_postprocess_cells, num_channels_dec, ops.post, use_se)
+        post = _post_process(o.num_postprocess_blocks, o.num_postprocess_cells, o.num_channels_dec, ops.post, use_se)
         self.post_process = nn.ModuleList(post)
-        self.image_conditional = nn.Sequential(nn.ELU(), Conv2d(num_channels_dec, self.decoder.logit_channels, 3))
+        self.image_conditional = nn.Sequential(nn.ELU(), Conv2d(o.num_channels_dec, self.decoder.logit_channels, 3))
+
+    @property
+    def spec(self) -> DataSpec:
+        """What its images look like without their border."""
+        return DataSpec(channels=self.img_channels, resolution=self.img_resolution - 2 * self.loss_crop)
 
     @property
     def num_groups(self) -> int:
@@ -180,16 +138,17 @@ class NVAE(nn.Module):
 
     def encode(self, x: torch.Tensor) -> Features:
         """Features of images [N, C, R, R] in [0, 1]."""
-        h = self.stem(_channels_last(2 * x - 1))
-        for cell in self.pre_process:
-            h = cell(h)
         groups = []
-        for module in self.enc_tower:
-            if isinstance(module, EncoderCombiner):
-                groups.append(h)
-            else:
-                h = module(h)
-        return Features(self.enc0(h), groups[::-1])
+        with self._autocast():
+            h = self.stem(_channels_last(2 * x - 1))
+            for cell in self.pre_process:
+                h = cell(h)
+            for module in self.enc_tower:
+                if isinstance(module, EncoderCombiner):
+                    groups.append(h)
+                else:
+                    h = module(h)
+            return Features(self.enc0(h), groups[::-1])
 
     def forward(self, x: torch.Tensor, noise: Noise = None) -> Output:
         """
@@ -261,6 +220,16 @@ class NVAE(nn.Module):
         """Batch norms that a sample from the prior passes."""
         return batch_norms(nn.ModuleList([self.dec_tower, self.post_process]))
 
+    def split_noise(self, draws: torch.Tensor) -> list[torch.Tensor]:
+        """The draws of each group [n, Z, H, W] out of those of an image in a row [n, `noise_size`]."""
+        parts = draws.split([math.prod(shape) for shape in self.latent_shapes], dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, self.latent_shapes, strict=True)]
+
+    @property
+    def noise_size(self) -> int:
+        """Latents of an image, of all groups."""
+        return sum(math.prod(shape) for shape in self.latent_shapes)
+
     def _draws(self, noise: Noise, n: int) -> Iterator[torch.Tensor]:
         """Draws of each group [n, Z, H, W]; they do not depend on the memory format of activations."""
         if noise is None or callable(noise):
@@ -272,19 +241,25 @@ class NVAE(nn.Module):
 
     def _top_down(self, latent: Callable[[int, torch.Tensor], torch.Tensor], n: int) -> torch.Tensor:
         """Logits [n, ...]; `latent(i, x)` makes the latents of group i from the decoder's features there."""
-        x = _channels_last(self.prior_ftr0.expand(n, -1, -1, -1))
-        if not len(self.dec_tower):
-            x = self.stem_decoder(latent(0, x))
-        group = 0
-        for module in self.dec_tower:
-            if isinstance(module, DecoderCombiner):
-                x = module(x, latent(group, x))
-                group += 1
-            else:
-                x = module(x)
-        for cell in self.post_process:
-            x = cell(x)
-        return self.image_conditional(x).float()
+        x, group = _channels_last(self.prior_ftr0.expand(n, -1, -1, -1)), 0
+        with self._autocast():
+            if not len(self.dec_tower):
+                x = self.stem_decoder(latent(0, x))
+            for module in self.dec_tower:
+                if isinstance(module, DecoderCombiner):
+                    x = module(x, latent(group, x))
+                    group += 1
+                else:
+                    x = module(x)
+            for cell in self.post_process:
+                x = cell(x)
+            return self.image_conditional(x).float()
+
+    def _autocast(self) -> AbstractContextManager:
+        """Within it, convolutions compute in the network's precision."""
+        device = self.prior_ftr0.device
+        dtype = compute_dtype(self.precision, device)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
     @property
     def _combiners(self) -> list[nn.Module]:
@@ -322,30 +297,12 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _check(resolution: int, halvings: int, arch_instance: str, pre_blocks: int, post_blocks: int) -> None:
-    if arch_instance not in ARCHITECTURES:
-        raise UserError(f"arch_instance: {arch_instance!r} is none of {', '.join(ARCHITECTURES)}")
-    if pre_blocks != post_blocks:
-        raise UserError("num_preprocess_blocks and num_postprocess_blocks must be equal")
-    if resolution % 2**halvings:
-        raise UserError(
-            f"resolution {resolution} cannot be halved {halvings} times, which num_preprocess_blocks={pre_blocks} and "
-            f"num_latent_scales={halvings - pre_blocks + 1} ask for: use fewer, or pad the images"
-        )
-
-
-def _make_decoder(kind: str, channels: int, mixtures: int, levels: int, published: bool) -> Decoder:
-    if kind == "bernoulli":
-        if channels != 1:
-            raise UserError(f"decoder bernoulli is for images of one channel, not {channels}")
+def _make_decoder(o: NVAENetwork, channels: int) -> Decoder:
+    if o.decoder == "bernoulli":
         return BernoulliDecoder()
-    if kind == "mixture":
-        if channels not in (1, 3):
-            raise UserError(f"decoder mixture is for images of one or three channels, not {channels}: use normal")
-        return LogisticMixtureDecoder(channels, mixtures, levels, published)
-    if kind == "normal":
-        return NormalDecoder(channels, levels, published)
-    raise UserError(f"decoder: {kind!r} is none of bernoulli, mixture, normal")
+    if o.decoder == "mixture":
+        return LogisticMixtureDecoder(channels, o.num_mixture_dec, o.levels, o.published_decoder)
+    return NormalDecoder(channels, o.levels, o.published_decoder)
 
 
 def _pre_process(blocks: int, cells: int, width: int, ops: tuple[str, ...], use_se: bool) -> Iterator[nn.Module]:

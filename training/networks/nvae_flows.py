@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.networks.nvae_layers import Conv2d, row_norms
+from training.networks.nvae_layers import Conv2d
 
 HIDDEN = 6  # channels of a flow's hidden layers per latent channel
 
@@ -18,21 +18,22 @@ class MaskedConv2d(Conv2d):
     masked first and then normalised.
     """
 
-    mask: torch.Tensor
-
     def __init__(self, in_channels: int, kernel: int, centre: torch.Tensor, mirror: bool, groups: int = 1, bias=False):
         super().__init__(in_channels, centre.shape[0], kernel, groups=groups, bias=bias)
         middle = kernel // 2
-        mask = torch.zeros_like(self.weight)
+        mask = torch.zeros(self.weight.shape, device="cpu")
         mask[:, :, :middle, :] = 1
         mask[:, :, middle, :middle] = 1
         mask[:, :, middle, middle] = centre.float()
-        self.register_buffer("mask", mask.flip(2, 3) if mirror else mask, persistent=False)
-        assert self.log_weight_norm is not None
-        self.log_weight_norm.data = (row_norms(self.direction().detach()) + 0.01).log()
+        # No buffer: published files do not have it, and a network that is built without values needs it all the same.
+        self.mask = mask.flip(2, 3) if mirror else mask
+        self.reset_norm(self.direction())
 
     def direction(self) -> torch.Tensor:
-        return self.weight * self.mask
+        mask = self.mask.to(self.weight.device)
+        if not mask.is_meta:
+            self.mask = mask
+        return self.weight * mask
 
 
 class FlowStep(nn.Module):
@@ -41,14 +42,16 @@ class FlowStep(nn.Module):
     def __init__(self, latents: int, mirror: bool):
         super().__init__()
         hidden = HIDDEN * latents
-        block = torch.arange(hidden) // HIDDEN  # the latent channel that each hidden one belongs to
-        before = block[:, None] > torch.arange(latents)
-        up_to = torch.arange(latents)[:, None] >= block
+        channel = torch.arange(latents, device="cpu")
+        block = channel.repeat_interleave(HIDDEN)  # the latent channel that each hidden one belongs to
+        before = block[:, None] > channel
+        up_to = channel[:, None] >= block
         first = MaskedConv2d(latents, 3, before, mirror)
-        depthwise = MaskedConv2d(hidden, 5, torch.ones(hidden, 1), mirror, groups=hidden)
+        depthwise = MaskedConv2d(hidden, 5, torch.ones(hidden, 1, device="cpu"), mirror, groups=hidden)
         last = MaskedConv2d(hidden, 1, up_to, mirror, bias=True)
         assert last.log_weight_norm is not None
-        last.log_weight_norm.data -= math.log(10)
+        with torch.no_grad():
+            last.log_weight_norm.sub_(math.log(10))
         self.conv = nn.ModuleDict({"convz": nn.Sequential(first, nn.ELU(), depthwise, nn.ELU())})
         self.mu = nn.ModuleDict({"conv_0": last})
 

@@ -40,8 +40,20 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
         self.log_weight_norm: nn.Parameter | None = None
         if weight_norm:
-            self.log_weight_norm = nn.Parameter((row_norms(self.weight.detach()) + 0.01).log())
+            self.log_weight_norm = nn.Parameter(torch.empty(out_channels, 1, 1, 1))
+            self.reset_norm(self.weight)
         self.shared_weight: torch.Tensor | None = None  # set inside `effective_weights`
+
+    def reset_parameters(self) -> None:
+        """Torch's initial weight and bias; nothing on the meta device, which has no values and would take seconds."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    @torch.no_grad()
+    def reset_norm(self, v: torch.Tensor) -> None:
+        """Norms as those of `v`; nothing on the meta device."""
+        if self.log_weight_norm is not None and not v.is_meta:
+            self.log_weight_norm.copy_((row_norms(v) + 0.01).log())
 
     def direction(self) -> torch.Tensor:
         """v [out, in / groups, k, k], of which only the direction counts."""
