@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
-from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for, final_channels
+from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for
 
 
 def test_pixel_encoder():
@@ -31,8 +31,11 @@ def test_encoder_follows_the_data(tmp_path):
     assert isinstance(encoder_for(ImageFolderDataset(DIGITS)), StandardRGBEncoder)
     rng = np.random.default_rng(0)
     vae_latents = dataset("vae", rng.normal(size=[2, 8, 4, 4]).astype(np.float32))
-    assert isinstance(encoder_for(vae_latents), StabilityVAEEncoder)
-    assert final_channels(vae_latents) == 4
+    lines = []
+    encoder = encoder_for(vae_latents, log=lines.append)
+    assert isinstance(encoder, StabilityVAEEncoder)
+    assert encoder.final_channels(8) == 4
+    assert len(lines) == 1 and "does not say which VAE made its latents: assuming stabilityai/sd-vae-ft-mse" in lines[0]
     raw = dataset(
         "raw", (rng.normal(size=[200, 3, 4, 4]) * [[[2]], [[3]], [[4]]] + [[[1]], [[0]], [[-1]]]).astype(np.float32)
     )
@@ -53,7 +56,7 @@ def test_latents_out_of_bounds(tmp_path):
     latents = np.random.default_rng(0).normal(size=[3, 3, 4, 4]).astype(np.float32)
     latents[1, 2, 0, 0] = 1.5e38
     path = make_dataset(tmp_path / "l.zip", {f"{i}.npy": npy(x) for i, x in enumerate(latents)})
-    with pytest.raises(UserError, match="l.zip: cannot read 1.npy: the latents hold NaN, infinity or numbers"):
+    with pytest.raises(UserError, match="l.zip: cannot read 1.npy: the latents hold NaN or infinity, or numbers"):
         encoder_for(ImageFolderDataset(path))
 
 

@@ -58,7 +58,8 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    assert_all_options(train, [*args, "-n", "--list-presets"])
+    # Those of latents are tested in test_latent_provenance.py.
+    assert_all_options(train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1"])
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
@@ -262,6 +263,14 @@ def test_damaged_options_file(tmp_path):
     fails_with(
         run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY), "training_options.json: not the options"
     )
+
+
+def test_outdir_among_the_images(tmp_path):
+    """Its pictures would be images of the next run."""
+    data = make_dataset(tmp_path / "data", random_images(4))
+    for outdir in (data, data / "runs" / "1"):
+        result = run_cli(train, f"--outdir={outdir}", f"--data={data}", "--cond=0", *TINY, "--dry-run")
+        fails_with(result, f"--outdir={outdir}: is inside --data={data}: choose another place")
 
 
 def test_outdir_is_a_file(tmp_path):

@@ -1,5 +1,6 @@
 """Seeds -> images, shared out over processes: options, networks, batches, decoded and saved."""
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig
-from training.encoders import Encoder, StandardRGBEncoder
+from training.encoders import AutoencoderEncoder, Encoder, StandardRGBEncoder, same_latents
 from training.families import accelerated, architecture_of
 from training.generators import DiffusionGenerator, Generator
 from training.samplers import StackedRandomGenerator, edm_sampler
@@ -229,16 +230,20 @@ def fetch(networks: NetworksConfig) -> None:
         if distributed.get_local_rank() == 0:
             for network in (networks.net, networks.gnet):
                 if network is not None and is_url(network):
-                    open_snapshot(network)
+                    open_snapshot(network, preset=networks.arch)
 
 
-def load_image_network(path_or_url: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+def load_image_network(
+    path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
+) -> Snapshot:
     """As `load_network`, for a network that makes images.
 
     Raises:
         UserError: also if it makes none.
     """
-    snapshot = load_network(path_or_url, device)
+    snapshot = load_network(path_or_url, device, preset=arch)
+    if snapshot.note:
+        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
     if not architecture_of(snapshot.net).makes_images:
         raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
     return snapshot
@@ -283,8 +288,22 @@ class LoadedGenerator:
         sources = {"net": networks.net, "gnet": networks.gnet if self.guide is not None else None}
         for key, source in sources.items():
             if source is not None:
-                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
+                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source, preset=networks.arch).path)}
         return {**facts, "seeds": f"{seeds[0]}-{seeds[-1]}", **self.generator(None).describe()}
+
+
+def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
+    """The encoder of a snapshot, with the VAE that the user names or trusts.
+
+    Raises:
+        UserError: it has no VAE.
+    """
+    if networks.encoder is None and not networks.trust_encoder:
+        return encoder
+    if not isinstance(encoder, AutoencoderEncoder):
+        given = "--encoder" if networks.encoder is not None else "--trust-encoder"
+        raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
+    return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
 
 
 def load(config: GenerationConfig) -> LoadedGenerator:
@@ -299,22 +318,28 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     if sampling.compiled and device.type != "cpu":
         check_compiler(device)
     assert networks.net is not None
-    snapshot = load_image_network(networks.net, device)
+    snapshot = load_image_network(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
     guided = sampling.guidance.guidance != 1
-    guide = load_image_network(networks.gnet, device) if guided and networks.gnet is not None else None
+    guide = load_image_network(networks.gnet, device, networks.arch) if guided and networks.gnet is not None else None
     if not guided and (networks.gnet is not None or sampling.guidance.guidance_interval is not None):
         given = "--gnet" if networks.gnet is not None else "--guidance-interval"
         distributed.print0(f"Note: {given} has no effect without --guidance")
+    if guided and networks.gnet is None and not snapshot.net.spec.conditioning.optional:
+        raise UserError(
+            f"--guidance={sampling.guidance.guidance:g} needs a guiding network: give --gnet (that of --net knows no "
+            f"images without a condition)"
+        )
     check_class(snapshot.net.spec, sampling.class_idx)
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     if guide is not None:
         check_guide(snapshot.net.spec, guide.net.spec)
         guide.net.precision = snapshot.net.precision
-        if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
+        if not same_latents(snapshot.encoder, guide.encoder):
             raise UserError(
                 f"--gnet={networks.gnet} works on other latents than --net={networks.net}: they must share an encoder"
             )
+    snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
     return LoadedGenerator(config, snapshot, guide, device)

@@ -46,7 +46,12 @@ def parse_interval(text: str) -> tuple[float, float]:
 class GuidanceConfig(Config):
     """The weight of guidance, and the noise levels lo < sigma <= hi at which it acts."""
 
-    guidance: float = option(1.0, "Guidance weight", default_text="1, no guidance")
+    guidance: float = option(
+        1.0,
+        "Guidance weight w; without --gnet, the network guides itself by what it knows of images without a condition "
+        "(w is 1 more than the scale of U-ViT's and other papers)",
+        default_text="1, no guidance",
+    )
     guidance_interval: tuple[float, float] | None = option(
         None,
         "Noise levels at which guidance acts",
@@ -106,6 +111,19 @@ class NetworksConfig(Config):
         None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+    arch: str | None = option(
+        None,
+        "Training preset that names the architecture of published files that do not say it (see the training commands' "
+        "--list-presets)",
+        metavar="PRESET",
+    )
+    encoder: str | None = option(
+        None,
+        "VAE that decodes latents: owner/repo on the Hugging Face hub, a folder or a .safetensors file",
+        metavar="NAME",
+        default_text="the one that the snapshot names",
+    )
+    trust_encoder: bool = option(False, "Fetch whatever VAE the snapshot names on the hub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +188,13 @@ class GenerationConfig(Config):
                 gnet = gnet or chosen.gnet
         if net is None:
             raise UserError("which network? Give --net or --preset (see generate_images.py --list-presets)")
-        if guidance != 1 and gnet is None:
-            raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
         return cls.from_flat({"net": net, "gnet": gnet, "guidance": guidance}, config)
 
     def command(self, ctx: click.Context, leave_out: Sequence[str] = ()) -> str:
         """The command line without presets."""
         networks, guidance = self.networks, self.sampling.guidance.guidance
         options = [f"--net={shlex.quote(str(networks.net))}"]
-        if networks.gnet is not None:
-            options += [f"--gnet={shlex.quote(networks.gnet)}", f"--guidance={guidance:g}"]
+        options += [f"--gnet={shlex.quote(networks.gnet)}"] if networks.gnet is not None else []
+        options += [f"--guidance={guidance:g}"] if guidance != 1 else []
         options += given_options(ctx, leave_out=["preset", "net", "gnet", "guidance", *leave_out])
         return " \\\n    ".join(["python generate_images.py", *options])
