@@ -38,10 +38,11 @@ Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ODEResult(NamedTuple):
-    """The solution [N, D], and how often the derivative was evaluated."""
+    """The solution [N, D], and how often the derivative was evaluated: in all, and as far as each sample needed it."""
 
     y: torch.Tensor
     nfe: int
+    evaluations: torch.Tensor  # int64 [N]
 
 
 def integrate(
@@ -77,10 +78,11 @@ def integrate(
     k_first = f(t, y)
     step = _first_step(f, t, y, k_first, direction, abs(t1 - t0), norm)
     nfe, rejected = 2, torch.zeros_like(t, dtype=torch.bool)
+    evaluations = torch.full_like(t, nfe, dtype=torch.int64)
     while True:
         remaining = (t1 - t).abs()
         if not (remaining > 0).any():
-            return ODEResult(y, nfe)
+            return ODEResult(y, nfe, evaluations)
         if ((step < shortest) & (step < remaining)).any():
             raise RunError(f"no step of the ODE solver is small enough near t = {float(t[step.argmin()]):.6g}")
         ends = step >= remaining
@@ -92,6 +94,7 @@ def integrate(
         y_next = y + _weighted(stages, A[-1], h)
         stages.append(f(t_next, y_next))
         nfe += 6
+        evaluations += 6 * (remaining > 0)
         error = norm(_weighted(stages, E, h), torch.maximum(y.abs(), y_next.abs()))
         accepted = error < 1
         y = torch.where(accepted[:, None], y_next, y)
@@ -103,6 +106,7 @@ def integrate(
                 y = torch.where(accepted[:, None], changed, y)
                 k_first = f(t, y)
                 nfe += 1
+                evaluations += 1
         # Where a step has just been rejected, the next one must not grow.
         factor = (SAFETY * error**EXPONENT).nan_to_num(MIN_FACTOR).clamp(MIN_FACTOR, MAX_FACTOR)
         factor = torch.where(accepted & rejected, factor.clamp(max=1), factor)
