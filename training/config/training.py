@@ -11,7 +11,7 @@ from dnnlib.cli import parse_int_list, parse_nimg
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
-from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
+from training.config.fields import APART, FROM_PRESET, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
 from training.config.samplers import SamplerConfig
 
@@ -67,6 +67,13 @@ class DataConfig(Config):
         "", "Training images: folder or ZIP file", metavar="ZIP|DIR", default_text=REQUIRED, may_change=True
     )
     cond: bool = option(True, "Train a class-conditional model")
+    encoder: str = option(
+        "",
+        "VAE that made the latents: owner/repo on the Hugging Face hub, a folder or a file; raw = none is known",
+        metavar="NAME",
+        default_text="what dataset.json records",
+    )
+    trust_encoder: bool = option(False, "Fetch whatever VAE dataset.json names on the hub", may_change=True)
     xflip: bool = option(False, "Train on mirrored images, too")
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
     verify: bool = option(True, "Compare the checksums of ZIP entries when they are first read", may_change=True)
@@ -93,6 +100,19 @@ class PowerFunctionConfig(Config):
         super().__post_init__()
         if len({f"{std:.3f}" for std in self.ema_std}) < len(self.ema_std):
             raise UserError(f"--ema-std={show(self.ema_std)}: two widths share a file name (three decimals count)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig(PowerFunctionConfig):
+    """The profiles for post-hoc EMA, and the exponential average of the published models."""
+
+    ema_rate: float = option(
+        0.999,
+        "Decay per step of the exponential average that is saved as -ema, 0 = none",
+        low=0,
+        below=1,
+        default_text=FROM_PRESET,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +315,7 @@ class Preset:
     Args:
         config: all but the data.
         resolution, channels, classes: of what the network sees.
+        context: number and width of the tokens that captions become; zeros = no captions.
         published: results of the published network, such as 'FID 2.20'; '' = none.
         sampler: of the published results; None = the default one.
     """
@@ -305,3 +326,4 @@ class Preset:
     classes: int
     published: str = ""
     sampler: SamplerConfig | None = None
+    context: tuple[int, int] = (0, 0)

@@ -13,8 +13,7 @@ from dnnlib.errors import UserError, one_line
 from dnnlib.util import code_version
 from torch_utils import safe_pickle
 from training.conditioning import DataSpec
-from training.config.data import EncoderArguments
-from training.encoders import ENCODERS, Encoder
+from training.encoders import Encoder, encoder_from_record
 from training.families import ARCHITECTURES, architecture_name
 
 FORMAT_VERSION = 2
@@ -39,6 +38,7 @@ class Description:
         format_version: of the file.
         preconditioning: what turns the network into a denoiser; None = the architecture has its own, or needs none.
         data: what the network works on; None = no images.
+        class_names: what the classes are called.
         nimg: images that it was trained on.
         ema_std: relative width of its EMA profile.
         config: training configuration.
@@ -56,6 +56,7 @@ class Description:
     format_version: int = FORMAT_VERSION
     preconditioning: Part | None = None
     data: DataSpec | None = None
+    class_names: list[str] | None = None
     nimg: int | None = None
     ema_std: float | None = None
     config: dict[str, Any] | None = None
@@ -93,6 +94,8 @@ class Description:
             if value is not None and type(value) is not _JSON_TYPES[key]:
                 kind = _JSON_TYPES[key].__name__
                 raise UserError(f"{source}: its description is damaged: {key} is not of type {kind}")
+            if type(value) is list and not all(type(item) is str for item in value):
+                raise UserError(f"{source}: its description is damaged: {key} is not a list of names")
         values: dict[str, Any] = {key: value for key, value in block.items() if value is not None}
         try:
             for key in ("architecture", "encoder", "preconditioning"):
@@ -153,14 +156,7 @@ class Description:
 
     def build_encoder(self, source: str) -> Encoder:
         """The encoder alone. Argument and errors as for `build`."""
-        encoder = ENCODERS.get(_name(source, self.encoder))
-        if encoder is None:
-            raise UserError(f"{source}: unknown encoder {_shown(self.encoder)} (known: {', '.join(ENCODERS)})")
-        try:
-            EncoderArguments.from_json(self.encoder.kwargs)
-            return encoder(**self.encoder.kwargs)
-        except Exception as err:  # as above
-            raise misfit(source, err) from None
+        return encoder_from_record(source, self.encoder.name, self.encoder.kwargs)
 
 
 # Type of each entry of the JSON block.
@@ -171,7 +167,7 @@ _JSON_TYPES: dict[str, type] = {
     **dict.fromkeys(["format_version", "nimg"], int),
     "use_fp16": bool,
     "ema_std": float,
-    "reconstructed_from": list,
+    **dict.fromkeys(["reconstructed_from", "class_names"], list),
 }
 _FORMAT_1 = _JSON_TYPES.keys() - {"preconditioning", "data", "notes"}
 
@@ -198,7 +194,7 @@ def describe(
     block |= {
         "format_version": FORMAT_VERSION,
         "architecture": {"name": name, "kwargs": safe_pickle.plain(net.init_kwargs, name)},
-        "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
+        "encoder": encoder.record,
         "preconditioning": None,
         "code_version": code_version(),
         "notes": notes,

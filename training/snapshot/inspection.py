@@ -12,20 +12,21 @@ from training.snapshot.files import open_snapshot
 from training.snapshot.layout import build_for, weights_dtype
 
 
-def facts_of(source: str) -> dict[str, Any]:
+def facts_of(source: str, arch: str | None = None) -> dict[str, Any]:
     """Facts about a snapshot or a file of reference statistics, as plain JSON values.
 
     Args:
         source: file, folder or URL.
+        arch: training preset that names the architecture, for layouts that do not say it.
 
     Raises:
         UserError: there is no such file, it is damaged, or it is neither.
     """
-    return _facts_of_statistics(source) or _facts_of_network(source)
+    return _facts_of_statistics(source) or _facts_of_network(source, arch)
 
 
-def _facts_of_network(source: str) -> dict[str, Any]:
-    file = open_snapshot(source)
+def _facts_of_network(source: str, arch: str | None) -> dict[str, Any]:
+    file = open_snapshot(source, preset=arch)
     net, _ = build_for(file)
     measured = {
         "file": str(file.path),
