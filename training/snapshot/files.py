@@ -27,6 +27,8 @@ from training.snapshot.layout import (
 )
 from training.snapshot.native import open_native, write_native
 from training.snapshot.published_edm2 import PUBLISHED_ARCHITECTURES, PublishedFile, write_published
+from training.snapshot.published_nvae import ARCHITECTURE as NVAE
+from training.snapshot.published_nvae import PublishedNVAEFile, may_be_nvae, write_nvae
 from training.snapshot.published_score_sde import ARCHITECTURE, PublishedScoreFile, is_checkpoint, write_checkpoint
 
 # A layout is an entry in these tables. Of readers that share a suffix, the first that recognises a file opens it.
@@ -35,11 +37,13 @@ READERS = [
     Reader(".pkl", PublishedFile),
     Reader(FOLDER, open_folder),
     Reader(".pth", PublishedScoreFile, is_checkpoint),
+    Reader(".pt", PublishedNVAEFile, may_be_nvae),
 ]
 WRITERS = [
     Writer(".safetensors", write_native),
     Writer(".pkl", write_published, architectures=PUBLISHED_ARCHITECTURES),
     Writer(".pth", write_checkpoint, architectures=[ARCHITECTURE]),
+    Writer(".pt", write_nvae, architectures=[NVAE]),
 ]
 
 
