@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, Golden
+from nvae_golden import skip_without
 
 from training.conversion.nvae_data import read_omniglot
 from training.conversion.opening import open_source
@@ -13,9 +14,7 @@ from training.conversion.transforms import crop_celeba, decode_image, resize, re
 from training.losses_vae import binarize, image_values
 from training.networks.nvae_distributions import BernoulliDecoder, LogisticMixtureDecoder
 
-if not (GOLDEN / "nvae").is_dir():
-    pytest.skip("no golden values of NVAE here: OPENEDM2_GOLDEN names a set that has them", allow_module_level=True)
-
+skip_without("data")
 DATA, ARCHIVES = Golden("nvae/data"), GOLDEN / "nvae" / "data"
 JPEG = 2 / 255  # between builds of the decoder
 BITS = sorted(name for name in DATA.arrays.files if name.startswith("bits/"))
