@@ -38,6 +38,18 @@ def parse_range(text: str) -> tuple[float, float] | str:
     return low, high
 
 
+def parse_scale(text: str) -> float | str:
+    if text in ("config", "published", "measured"):
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        raise UserError(f"{text!r} is neither a number nor config, published or measured") from None
+    if not 0 < scale < math.inf:
+        raise UserError(f"{text!r}: a scale is positive and finite")
+    return scale
+
+
 @click.group(cls=CommandGroup)
 def main() -> None:
     """Make, encode, decode and check datasets."""
@@ -176,17 +188,21 @@ def convert(
         print(f"  and {len(report.skipped) - 10} more; report.json in {dest} lists them")
 
 
+def encoder_option(default: str) -> Any:
+    return click.option(
+        "--encoder",
+        "--model-url",
+        "encoder",
+        help=f"VAE: owner/repo[@revision][/folder] on the Hugging Face hub, a local folder or a .safetensors file  "
+        f"[default: {default}]",
+        metavar="NAME",
+    )
+
+
 LATENT_OPTIONS = [
     click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True),
     dest_option,
     max_images_option,
-    click.option(
-        "--model-url",
-        help="VAE: a name on the Hugging Face hub, a local folder or a .safetensors file",
-        metavar="NAME",
-        default="stabilityai/sd-vae-ft-mse",
-        show_default=True,
-    ),
     click.option("--batch", help="Images at a time", type=click.IntRange(min=1), default=8, show_default=True),
     click.option(
         "--precision",
@@ -201,11 +217,17 @@ LATENT_OPTIONS = [
 ]
 
 
-def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: str, device: str, **opts: Any) -> None:
+def run_vae(
+    function: Any, choose_encoder: Any, source: str, dest: Path, precision: str, device: str, **opts: Any
+) -> None:
+    """Encode or decode a dataset.
+
+    Args:
+        choose_encoder: dataset -> the encoder, and a line for the user.
+    """
     from torch_utils import distributed
     from torch_utils.device import select_device, set_up_device
     from training.dataset.images import COMPRESSED, ImageFolderDataset
-    from training.encoders import StabilityVAEEncoder
     from training.preconditioning import PRECISIONS
 
     distributed.init()
@@ -213,8 +235,10 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
         target = select_device(device)
         set_up_device(target)
         dataset = ImageFolderDataset(source)
-        encoder = StabilityVAEEncoder(vae_name=model_url, batch_size=opts["batch"])
+        encoder, line = choose_encoder(dataset)
+        encoder.batch_size = opts["batch"]
         encoder.prepare(target)
+    distributed.print0(line)
     if dataset.compressed:
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
@@ -223,28 +247,51 @@ def run_vae(function: Any, source: str, dest: Path, model_url: str, precision: s
 
 
 @main.command()
+@encoder_option("stabilityai/sd-vae-ft-mse")
+@click.option(
+    "--scale",
+    help="What training does to latents: a factor such as 0.18215; config = that of the VAE's configuration; "
+    "published or measured = brings each channel to mean 0 and standard deviation 0.5, by the numbers of the published "
+    "models or of these latents  [default: published for the default VAE, else measured]",
+    metavar="FLOAT|NAME",
+    callback=parsed_by(parse_scale),
+)
+@click.option(
+    "--pixel-range",
+    help="What the VAE sees as black and white  [default: 0,1 as published; deep compression autoencoders: -1,1]",
+    type=click.Choice(["0,1", "-1,1"]),
+)
 @with_options(LATENT_OPTIONS)
-def encode(**opts: Any) -> None:
-    """Encode images as latents of Stability AI's VAE, on which the 512x512 models are trained.
+def encode(encoder: str | None, scale: float | str | None, pixel_range: str | None, **opts: Any) -> None:
+    """Encode images as latents of a VAE, by default Stability AI's, on which the 512x512 models are trained.
 
-    Under torchrun the processes share the work.
+    Any AutoencoderKL or AutoencoderDC of diffusers will do. dataset.json records which it was and what training does to
+    its latents; snapshots carry that on, and images are decoded with the same VAE. Under torchrun the processes share
+    the work.
 
     \b
-    Example:
+    Examples:
       python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
+      # As U-ViT has them
+      python dataset_tool.py encode --source=img256.zip --dest=img256-uvit.zip --scale=0.18215 --pixel-range=-1,1
     """
     from training.conversion.latents import encode_images
+    from training.encoders import encoder_to_encode
 
-    run_vae(encode_images, **opts)
+    values = None if pixel_range is None else [float(value) for value in pixel_range.split(",")]
+    run_vae(encode_images, lambda _dataset: encoder_to_encode(encoder, scale, values), **opts)
 
 
 @main.command()
+@encoder_option("the one that dataset.json records, or stabilityai/sd-vae-ft-mse")
+@click.option("--trust-encoder", help="Fetch whatever VAE dataset.json names on the hub", type=bool, default=False)
 @with_options(LATENT_OPTIONS)
-def decode(**opts: Any) -> None:
+def decode(encoder: str | None, trust_encoder: bool, **opts: Any) -> None:
     """Decode latents into images, to look at them or to measure the VAE. Of a distribution, the mean is decoded."""
     from training.conversion.latents import decode_latents
+    from training.encoders import encoder_to_decode
 
-    run_vae(decode_latents, **opts)
+    run_vae(decode_latents, lambda dataset: encoder_to_decode(dataset, encoder or "", trust_encoder), **opts)
 
 
 @main.command()

@@ -9,6 +9,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -303,6 +304,44 @@ def vae(tmp_path_factory) -> Path:
     )
     path = tmp_path_factory.mktemp("vae")
     model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vae16(tmp_path_factory) -> Path:
+    """As `vae`, with 16 channels, and latents that are shifted and scaled."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    model = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=16,
+        scaling_factor=1.5,
+        shift_factor=0.25,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    path = tmp_path_factory.mktemp("vae16")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dc_ae(tmp_path_factory) -> Path:
+    """A small AutoencoderDC with random weights that makes latents of half the size."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    kinds, channels, layers, scales = ("ResBlock", "EfficientViTBlock"), (8, 16), (1, 1), ((), (5,))
+    options: dict[str, Any] = {"latent_channels": 4, "attention_head_dim": 4}
+    for part in ("encoder", "decoder"):
+        options |= {f"{part}_block_types": kinds, f"{part}_block_out_channels": channels}
+        options |= {f"{part}_layers_per_block": layers, f"{part}_qkv_multiscales": scales}
+    path = tmp_path_factory.mktemp("dc_ae")
+    AutoencoderDC(**options).save_pretrained(path)
     return path
 
 

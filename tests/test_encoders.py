@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
-from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for, final_channels
+from training.encoders import RawLatentEncoder, StabilityVAEEncoder, StandardRGBEncoder, encoder_for
 
 
 def test_pixel_encoder():
@@ -31,8 +31,11 @@ def test_encoder_follows_the_data(tmp_path):
     assert isinstance(encoder_for(ImageFolderDataset(DIGITS)), StandardRGBEncoder)
     rng = np.random.default_rng(0)
     vae_latents = dataset("vae", rng.normal(size=[2, 8, 4, 4]).astype(np.float32))
-    assert isinstance(encoder_for(vae_latents), StabilityVAEEncoder)
-    assert final_channels(vae_latents) == 4
+    lines = []
+    encoder = encoder_for(vae_latents, log=lines.append)
+    assert isinstance(encoder, StabilityVAEEncoder)
+    assert encoder.final_channels(8) == 4
+    assert len(lines) == 1 and "does not say which VAE made its latents: assuming stabilityai/sd-vae-ft-mse" in lines[0]
     raw = dataset(
         "raw", (rng.normal(size=[200, 3, 4, 4]) * [[[2]], [[3]], [[4]]] + [[[1]], [[0]], [[-1]]]).astype(np.float32)
     )

@@ -86,7 +86,7 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    assert_all_options(train, [*args, "-n", "--verify=0", "--list-presets"])
+    assert_all_options(train, [*args, "-n", "--verify=0", "--list-presets", "--encoder=x", "--trust-encoder=1"])
     config = NVAETraining.load(tmp_path / "training_options.json")
     assert config.network.num_channels_dec == 8 and config.optimizer.warmup_portion == 0.1
     net = load_network(tmp_path / "network-snapshot-0000000-0.100.safetensors").net

@@ -42,7 +42,10 @@ def test_all_options(tmp_path):
         "--cond=0", "--xflip=0", "--cache=0", "--verify=0", "--workers=0", "--fp16=0", "--ls=1", "--bench=0", "--compile=0", "--checkpoint-activations=0",
         "--preview-images=1", "--preview-steps=1", "--metrics=none", "--metrics-ref=x", "--metrics-num=2", "--on-divergence=warn",
     ]  # fmt: skip
-    assert_all_options(train, [*args, *common, "--refine-plan=64", "--resume", "-n", "--list-presets"])
+    assert_all_options(
+        train,
+        [*args, *common, "--refine-plan=64", "--resume", "-n", "--list-presets", "--encoder=x", "--trust-encoder=1"],
+    )
     flat = ScoreTraining.load(tmp_path / "training_options.json").flat()
     assert (flat["sde"], flat["beta_max"], flat["nf"], flat["importance_sampling"]) == ("vp", 15, 8, True)
     assert (flat["decay_from"], flat["decay_to"], flat["grad_clip"], flat["ema_rate"]) == (64, 128, 0.5, 0.9)

@@ -1,5 +1,6 @@
 """Seeds -> images, shared out over processes: options, networks, batches, decoded and saved."""
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig
-from training.encoders import Encoder, StandardRGBEncoder
+from training.encoders import AutoencoderEncoder, Encoder, StandardRGBEncoder, same_latents
 from training.families import accelerated, architecture_of
 from training.generators import DiffusionGenerator, Generator
 from training.samplers import StackedRandomGenerator, edm_sampler
@@ -287,6 +288,20 @@ class LoadedGenerator:
         return {**facts, "seeds": f"{seeds[0]}-{seeds[-1]}", **self.generator(None).describe()}
 
 
+def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
+    """The encoder of a snapshot, with the VAE that the user names or trusts.
+
+    Raises:
+        UserError: it has no VAE.
+    """
+    if networks.encoder is None and not networks.trust_encoder:
+        return encoder
+    if not isinstance(encoder, AutoencoderEncoder):
+        given = "--encoder" if networks.encoder is not None else "--trust-encoder"
+        raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
+    return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
+
+
 def load(config: GenerationConfig) -> LoadedGenerator:
     """The networks of a configuration, on its device.
 
@@ -317,9 +332,10 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     if guide is not None:
         check_guide(snapshot.net.spec, guide.net.spec)
         guide.net.precision = snapshot.net.precision
-        if guide.metadata["encoder"] != snapshot.metadata["encoder"]:
+        if not same_latents(snapshot.encoder, guide.encoder):
             raise UserError(
                 f"--gnet={networks.gnet} works on other latents than --net={networks.net}: they must share an encoder"
             )
+    snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
     return LoadedGenerator(config, snapshot, guide, device)

@@ -76,8 +76,8 @@ def training_command(
         if dataset.compressed:
             distributed.print0(f"Note: --data={config.data.data} is compressed: {COMPRESSED}")
         if dry_run:
-            print_config(config, outdir, dataset)
             with distributed.fail_together():
+                print_config(config, outdir, dataset)
                 distributed.print0(f"Would {plan(config, outdir, resume)}")
             distributed.print0("Dry run; exiting.")
         else:
@@ -199,11 +199,13 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
 
     from torch_utils import distributed
     from torch_utils.device import select_device
+    from training.encoders import encoder_for
     from training.flops import count_parameters
     from training.training_loop import build_network
 
+    encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, distributed.print0)
     with torch.device("meta"):  # only counted
-        net = build_network(config, dataset)
+        net = build_network(config, dataset, encoder)
     data = config.dataset
     assert data is not None
     for line in dataset.summary():
@@ -211,6 +213,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     for key, value in {"outdir": str(outdir), **config.flat()}.items():
         distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
     distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
+    distributed.print0(f"Encoder:          {encoder.describe()}")
     distributed.print0(f"Classes:          {data.label_dim}")
     distributed.print0(f"Network:          {count_parameters(net)} parameters")
     distributed.print0(f"Processes:        {distributed.get_world_size()} on {select_device(config.run.device).type}")

@@ -20,7 +20,7 @@ from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.order import RunSampler, begin_loader_process, collate
-from training.encoders import data_spec, encoder_for
+from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
 from training.monitoring.health import Divergence, weight_beyond_float16
 from training.monitoring.journal import Journal, status_line
@@ -33,10 +33,10 @@ from training.snapshot import save_network
 SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
 
 
-def build_network(config: TrainConfig, dataset: ImageFolderDataset) -> Any:
+def build_network(config: TrainConfig, dataset: ImageFolderDataset, encoder: Encoder) -> Any:
     """A freshly initialised network: the same for the same seed, on every device and process."""
     torch.manual_seed(config.run.seed)
-    return trained_by(config).build(config.network, data_spec(dataset))
+    return trained_by(config).build(config.network, data_spec(dataset, encoder))
 
 
 def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
@@ -112,9 +112,10 @@ class TrainingRun:
         if config.data.cache or dataset.decoded_bytes() <= SMALL_DATASET:
             dataset.keep_in_memory()
         self.share = Share.of(config)
+        encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, journal.log)
         self.architecture = architecture = trained_by(config)
-        self.net = net = build_network(config, dataset).to(device)
-        self.encoder = encoder_for(dataset, pixel_range=net.spec.pixel_range)
+        self.net = net = build_network(config, dataset, encoder).to(device)
+        self.encoder = encoder.for_pixels(*net.spec.pixel_range)
         net.precision = resolve_precision(config.run.precision, device)
         if device.type != "mps":
             use_channels_last(net)

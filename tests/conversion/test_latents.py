@@ -87,6 +87,8 @@ import torch
 import dataset_tool
 from training.encoders import StabilityVAEEncoder
 StabilityVAEEncoder.prepare = lambda self, device: None
+StabilityVAEEncoder.identified = lambda self: self
+StabilityVAEEncoder.downsampling = lambda self: 8
 StabilityVAEEncoder.encode_pixels = lambda self, x: torch.nn.functional.avg_pool2d(x.float(), 8).repeat(1, 3, 1, 1)[:, :8]
 """
 
@@ -137,7 +139,7 @@ def test_compressed_datasets_are_noted(vae, tmp_path):
         assert ("compressed" in check(source)) == bool(notes)
 
 
-@pytest.mark.parametrize(("command", "method"), [("encode", "encode_pixels"), ("decode", "decode_to_floats")])
+@pytest.mark.parametrize(("command", "method"), [("encode", "encode_pixels"), ("decode", "raw_to_floats")])
 def test_numbers_that_overflow(command, method, vae, pixels, tmp_path, monkeypatch):
     source = pixels
     if command == "decode":
@@ -154,7 +156,7 @@ def test_numbers_that_overflow(command, method, vae, pixels, tmp_path, monkeypat
 
     monkeypatch.setattr(StabilityVAEEncoder, method, overflowing)
     name = ImageFolderDataset(source).name(4)  # the second of the second three
-    for precision, advice in [("fp16", "give --precision=fp32 or bf16"), ("fp32", "is --model-url the right VAE")]:
+    for precision, advice in [("fp16", "give --precision=fp32 or bf16"), ("fp32", "is --encoder the right VAE")]:
         calls.clear()
         args = [f"--source={source}", f"--model-url={vae}", "--batch=3", f"--precision={precision}"]
         result = run_cli(dataset_tool, command, *args, f"--dest={tmp_path / precision}.zip")

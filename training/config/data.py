@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dnnlib.errors import UserError
 from training.config.fields import Config, option
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal")
@@ -32,7 +33,19 @@ class EncoderArguments(Config):
     """Arguments of encoders, and how large they may be in a file."""
 
     vae_name: str = option("", flag=None)
+    vae_sha256: str = option("", flag=None)
     low: float = option(-1.0, flag=None, low=-HUGE, high=HUGE)
     high: float = option(1.0, flag=None, low=-HUGE, high=HUGE)
     raw_mean: tuple[float, ...] = option((), flag=None, low=-HUGE, high=HUGE, items=(0, MAX_CHANNELS))
     raw_std: tuple[float, ...] = option((), flag=None, low=TINY, high=HUGE, items=(0, MAX_CHANNELS))
+    scale: float | None = option(None, flag=None, low=TINY, high=HUGE)
+    shift: float = option(0.0, flag=None, low=-HUGE, high=HUGE)
+    pixel_range: tuple[float, float] = option((0.0, 1.0), flag=None, low=-HUGE, high=HUGE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for low, high in [(self.low, self.high), self.pixel_range]:
+            if low >= high:
+                raise UserError(f"pixels from {low:g} to {high:g}: white must be above black")
+        if len(self.raw_mean) != len(self.raw_std):
+            raise UserError(f"raw_mean of {len(self.raw_mean)} channels, but raw_std of {len(self.raw_std)}")

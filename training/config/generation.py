@@ -111,6 +111,13 @@ class NetworksConfig(Config):
         None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+    encoder: str | None = option(
+        None,
+        "VAE that decodes latents: owner/repo on the Hugging Face hub, a folder or a .safetensors file",
+        metavar="NAME",
+        default_text="the one that the snapshot names",
+    )
+    trust_encoder: bool = option(False, "Fetch whatever VAE the snapshot names on the hub")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,13 @@ class DataConfig(Config):
         "", "Training images: folder or ZIP file", metavar="ZIP|DIR", default_text=REQUIRED, may_change=True
     )
     cond: bool = option(True, "Train a class-conditional model")
+    encoder: str = option(
+        "",
+        "VAE that made the latents: owner/repo on the Hugging Face hub, a folder or a file; raw = none is known",
+        metavar="NAME",
+        default_text="what dataset.json records",
+    )
+    trust_encoder: bool = option(False, "Fetch whatever VAE dataset.json names on the hub", may_change=True)
     xflip: bool = option(False, "Train on mirrored images, too")
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
     verify: bool = option(True, "Compare the checksums of ZIP entries when they are first read", may_change=True)

@@ -20,7 +20,7 @@ from dnnlib.files import atomic_write
 from torch_utils.pictures import drawable
 from training.dataset.images import COMPRESSED, ImageFolderDataset
 from training.dataset.order import evenly_spaced
-from training.encoders import FINAL_STD, StandardRGBEncoder, encoder_for, final_channels
+from training.encoders import FINAL_STD, Encoder, StandardRGBEncoder, encoder_for
 
 GRID_IMAGES, TILE = 64, 96  # of the contact sheet
 LEVELS_DIVISOR = 8  # of the resolution: the networks of the presets halve it three times
@@ -49,19 +49,25 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
     except UserError as err:
         return dict(path=path), [str(err)]
     scan = _scan(dataset)
-    problems = scan.problems[:]
+    problems, notes = scan.problems[:], dataset.notes[:]
+    encoder, final_channels, no_encoder = None, dataset.num_channels, ""
+    try:
+        encoder = encoder_for(dataset, log=lambda line: notes.append(line.removeprefix("Note: ")))
+        final_channels = encoder.final_channels(dataset.num_channels)
+    except UserError as err:
+        no_encoder = str(err)
     facts: dict[str, Any] = dict(
         path=path,
         images=len(dataset),
         shapes=dict(scan.shapes),
-        channels_seen_by_the_model=final_channels(dataset),
+        channels_seen_by_the_model=final_channels,
         label_dim=dataset.label_dim,
         mean=_rounded(scan.mean),
         std=_rounded(scan.std),
         duplicates=len(scan.duplicates),
         duplicate_examples=scan.duplicates[:SHOWN],
         unreadable=len(problems),
-        notes=dataset.notes,
+        notes=notes,
     )
     if dataset.compressed:
         facts["compressed"] = COMPRESSED
@@ -73,13 +79,17 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
     facts.update(_labels(dataset, scan.readable))
     if len(problems) > SHOWN:
         problems[SHOWN:] = [f"and {len(problems) - SHOWN} more unreadable images"]
-    constant = np.flatnonzero(scan.std[: final_channels(dataset)] == 0).tolist()
+    constant = np.flatnonzero(scan.std[:final_channels] == 0).tolist()
     if constant and scan.readable:
         facts["constant_channels"] = constant
         if dataset.dtype != np.uint8:
             problems.append(f"{path}: channel {constant[0]} of the latents is constant")
-    if scan.readable and not problems:
-        facts.update(_noise(dataset, scan.readable))
+    if no_encoder and not problems:
+        problems.append(no_encoder)
+    if encoder is not None and encoder.vae_name:
+        facts["vae"] = encoder.vae_name
+    if scan.readable and not problems and encoder is not None:
+        facts.update(_noise(dataset, encoder, scan.readable))
     with contextlib.suppress(UserError):  # already among the problems
         facts["content_hash"] = dataset.info().content_hash
     if grid is not None and scan.readable:
@@ -149,7 +159,7 @@ def _labels(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     return facts
 
 
-def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
+def _noise(dataset: ImageFolderDataset, encoder: Encoder, indices: list[int]) -> dict[str, Any]:
     """sigma_data of what the model sees, and the training noise that suits it.
 
     EDM2 trains 64x64 pixels (sigma_data 0.5) with P_mean = -0.8, P_std = 1.6 and latents with -0.4 and 1.0.
@@ -157,13 +167,13 @@ def _noise(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
     ln(resolution / 64) (Hoogeboom et al., "simple diffusion", ICML 2023, Eq. 4).
     """
     chosen = [indices[i] for i in evenly_spaced(len(indices), 2000)]
-    encoder = encoder_for(dataset)
     generator = torch.Generator().manual_seed(0)
 
     def randn_like(x: torch.Tensor) -> torch.Tensor:
         return torch.randn(x.shape, generator=generator)
 
-    moments = torch.zeros(2, final_channels(dataset), dtype=torch.float64)  # mean and mean square per channel
+    channels = encoder.final_channels(dataset.num_channels)
+    moments = torch.zeros(2, channels, dtype=torch.float64)  # mean and mean square per channel
     for idx in chosen:
         raw = torch.from_numpy(dataset[idx][0])[None]
         x = encoder.encode_latents(raw, randn_like).double()

@@ -16,25 +16,26 @@ from dnnlib.errors import UserError
 from torch_utils import distributed
 from training.conversion.writer import DatasetWriter, encode_png, image_name
 from training.dataset.images import ImageFolderDataset
-from training.encoders import StabilityVAEEncoder, to_pixels, whiten
+from training.encoders import AutoencoderEncoder, Moments, to_pixels
 
-LATENT_PATTERN = "img-mean-std-{}.npy"
-DOWNSAMPLING = 8  # of Stability AI's VAE
+DISTRIBUTION_PATTERN, LATENT_PATTERN = "img-mean-std-{}.npy", "img-latent-{}.npy"
 
 
 def encode_images(
     dataset: ImageFolderDataset,
     dest: Path,
-    encoder: StabilityVAEEncoder,
+    encoder: AutoencoderEncoder,
     device: torch.device,
     dtype: torch.dtype,
     max_images: int | None = None,
     batch: int = 8,
     resume: bool = False,
 ) -> int:
-    """Encode pixels as VAE latents, float32 [8, H/8, W/8]: mean and standard deviation of 4 channels.
+    """Encode pixels as latents of a VAE, float32 [C, H, W]: mean and standard deviation of each channel, where the VAE
+    gives them.
 
-    Under torchrun the processes share the work, and the first one writes. Returns the number of images.
+    The encoder is recorded in dataset.json, with the statistics of these latents if it has none. Under torchrun the
+    processes share the work, and the first one writes. Returns the number of images.
 
     Args:
         dtype: what the VAE computes in.
@@ -45,11 +46,17 @@ def encode_images(
     """
     if dataset.dtype != np.uint8 or dataset.num_channels != 3:
         raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not RGB images")
-    if dataset.resolution % DOWNSAMPLING != 0:
+    factor = encoder.downsampling()
+    if dataset.resolution % factor != 0:
         raise UserError(
-            f"{dataset.path}: the VAE needs a size divisible by {DOWNSAMPLING}, not {dataset.resolution}: "
+            f"{dataset.path}: the VAE needs a size divisible by {factor}, not {dataset.resolution}: "
             "convert the images to another --resolution"
         )
+    encoder = encoder.identified()
+    moments = None if encoder.is_measured else Moments(encoder.distribution)
+
+    def record() -> dict[str, Any]:
+        return (encoder if moments is None else encoder.measured(*moments.result())).record
 
     def encode(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -59,9 +66,11 @@ def encode_images(
 
     work = _Work(
         function=encode,
-        name_of=lambda index: image_name(index, LATENT_PATTERN),
+        name_of=lambda index: image_name(index, DISTRIBUTION_PATTERN if encoder.distribution else LATENT_PATTERN),
         file_of=_npy,
-        facts=dict(kind="encode", options=[encoder.vae_name, str(dtype)]),
+        facts=dict(kind="encode", options=[encoder.init_kwargs, str(dtype)]),
+        moments=moments,
+        record=record,
     )
     return _map_dataset(dataset, dest, work, max_images, batch, resume)
 
@@ -69,24 +78,30 @@ def encode_images(
 def decode_latents(
     dataset: ImageFolderDataset,
     dest: Path,
-    encoder: StabilityVAEEncoder,
+    encoder: AutoencoderEncoder,
     device: torch.device,
     dtype: torch.dtype,
     max_images: int | None = None,
     batch: int = 8,
     resume: bool = False,
 ) -> int:
-    """Decode VAE latents into images: of mean and standard deviation (8 channels) the mean, or 4 raw channels.
+    """Decode latents of a VAE into images; of mean and standard deviation the mean.
 
     Arguments, result and errors as `encode_images`.
     """
-    if dataset.dtype != np.float32 or dataset.num_channels not in (4, 8):
+    if dataset.dtype != np.float32:
         raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not VAE latents")
+    channels = encoder.latent_channels()
+    if dataset.num_channels not in {channels, 2 * channels if encoder.distribution else channels}:
+        raise UserError(
+            f"{dataset.path}: holds {dataset.num_channels} channels, and the VAE {encoder.vae_name} has {channels}: "
+            "give the VAE that made them by --encoder"
+        )
 
     def decode(latents: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-        raw = latents[:, :4].to(device)
+        raw = latents[:, :channels].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pixels = encoder.decode_to_floats(whiten(raw, encoder.raw_mean, encoder.raw_std))
+            pixels = encoder.raw_to_floats(raw)
         _check_finite(pixels, names, dtype)
         return to_pixels(pixels)
 
@@ -94,7 +109,7 @@ def decode_latents(
         function=decode,
         name_of=image_name,
         file_of=lambda image: encode_png(image.transpose(1, 2, 0)),
-        facts=dict(kind="decode", options=[encoder.vae_name, str(dtype)]),
+        facts=dict(kind="decode", options=[encoder.vae_name, encoder.pixel_range, str(dtype)]),
     )
     return _map_dataset(dataset, dest, work, max_images, batch, resume)
 
@@ -108,7 +123,7 @@ def _check_finite(values: torch.Tensor, names: Sequence[str], dtype: torch.dtype
     good = values.isfinite().flatten(1).all(dim=1).tolist()
     if not all(good):
         remedy = (
-            "give --precision=fp32 or bf16" if dtype == torch.float16 else "is --model-url the right VAE, and complete?"
+            "give --precision=fp32 or bf16" if dtype == torch.float16 else "is --encoder the right VAE, and complete?"
         )
         raise UserError(f"{names[good.index(False)]}: the VAE turns it into NaN or infinity: {remedy}")
 
@@ -118,13 +133,16 @@ class _Work:
     """What is done to a dataset.
 
     `function` maps a batch of images (and their names, for messages) to results, `file_of` a result to the contents of
-    its file, `name_of` its index to the name of that; `facts` must be the same when the work is resumed.
+    its file, `name_of` its index to the name of that; `facts` must be the same when the work is resumed. `moments`
+    are to be gathered of all results, and `record` gives what dataset.json says of the encoder when all are done.
     """
 
     function: Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
     name_of: Callable[[int], str]
     file_of: Callable[[np.ndarray], bytes]
     facts: dict[str, Any]
+    moments: Moments | None = None
+    record: Callable[[], dict[str, Any]] | None = None
 
 
 def _map_dataset(
@@ -142,8 +160,12 @@ def _map_dataset(
             if writer is not None:
                 labels = [dataset.get_stored_label(i) for i in range(count)] if dataset.has_labels else None
                 pairs = None if labels is None else [[work.name_of(i), label] for i, label in enumerate(labels)]
-                classes = {} if dataset.class_names is None else {"classes": dataset.class_names}
-                writer.write("dataset.json", json.dumps({"labels": pairs, **classes}).encode())
+                contents: dict[str, Any] = {"labels": pairs}
+                if dataset.class_names is not None:
+                    contents["classes"] = dataset.class_names
+                if work.record is not None:
+                    contents["encoder"] = work.record()
+                writer.write("dataset.json", json.dumps(contents).encode())
                 writer.finish()
     except BaseException:
         if writer is not None:
@@ -160,6 +182,10 @@ def _write_results(
     done = 0
     if writer is not None:
         done = next(i for i in range(count + 1) if i == count or work.name_of(i) not in writer.names)
+        if work.moments is not None:
+            for i, (_name, data) in enumerate(writer.contents()):
+                if i < done:
+                    work.moments.add(np.load(io.BytesIO(data)))
     done = distributed.from_first(done)
     starts = range(done, count, batch * world_size)
     disable = None if rank == 0 else True
@@ -177,6 +203,8 @@ def _write_results(
             with distributed.fail_together():
                 for image in itertools.chain.from_iterable(parts):
                     assert writer is not None
+                    if work.moments is not None:
+                        work.moments.add(image.astype(np.float32))
                     writer.write(work.name_of(done), work.file_of(image))
                     done += 1
                     progress.update()

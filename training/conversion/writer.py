@@ -7,7 +7,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,10 @@ class DatasetWriter:
         """CRC-32 of a file written before."""
         return self._files.crc(name)
 
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of the files written so far, in the order of their names."""
+        return self._files.contents()
+
     def discard(self) -> None:
         """Have `close` delete the files written so far: they are of no use."""
         self._useless = True
@@ -177,6 +181,9 @@ class _FolderFiles:
     def crc(self, name: str) -> int:
         return zlib.crc32((self.path / name).read_bytes())
 
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        return ((name, (self.path / name).read_bytes()) for name in sorted(self.names))
+
     def close(self) -> None:
         pass
 
@@ -203,6 +210,22 @@ class _ZipFiles:
 
     def _recover(self) -> None:
         """Find the complete entries of an interrupted run; cut off the rest."""
+        end = 0
+        for name, data, position in self._entries():
+            self._add(name, zlib.crc32(data), len(data), position)
+            end = self._f.tell()
+        self._f.seek(end)
+        self._f.truncate()
+
+    def contents(self) -> Iterator[tuple[str, bytes]]:
+        self._f.flush()
+        try:
+            yield from ((name.decode(), data) for name, data, _ in self._entries())
+        finally:
+            self._f.seek(0, os.SEEK_END)
+
+    def _entries(self) -> Iterator[tuple[bytes, bytes, int]]:
+        """Name, contents and position of each complete entry, up to the first that is not."""
         end = self._f.seek(0, os.SEEK_END)
         position = 0
         while position + LOCAL.size <= end:
@@ -215,12 +238,11 @@ class _ZipFiles:
             if name.decode() in LAST_FILES:
                 break
             self._f.seek(extra_length, os.SEEK_CUR)
-            if zlib.crc32(self._f.read(size)) != crc:
+            data = self._f.read(size)
+            if zlib.crc32(data) != crc:
                 break
-            self._add(name, crc, size, position)
+            yield name, data, position
             position = after
-        self._f.seek(position)
-        self._f.truncate()
 
     def write(self, name: str, data: bytes) -> None:
         encoded, crc = name.encode(), zlib.crc32(data)

@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -14,7 +15,13 @@ from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
 from training.dataset.decoding import HEADER_BYTES, WITH_ALPHA, are_moderate, decode, plain_npy_header, read_header
 from training.dataset.folders import parts_of_folders
-from training.dataset.labels import Labels, describe_classes, labels_from_folders, labels_from_json
+from training.dataset.labels import (
+    Labels,
+    describe_classes,
+    labels_from_folders,
+    labels_from_json,
+    parse_labels_json,
+)
 from training.dataset.listing import Listing, counted, is_array, list_files, many, printable
 from training.dataset.order import evenly_spaced, subset
 from training.dataset.storage import open_storage
@@ -72,6 +79,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         labels = self._load_labels(listing)
         self._kinds, self._label_source, self._class_names = listing.kinds, labels.source, labels.class_names
         self._notes = labels.notes + listing.left_out()
+        self._encoder_record = labels.encoder
 
         indices = subset(len(listing.images), max_size, random_seed)
         self._files = np.array(listing.positions, np.int64)[indices]  # positions in the storage
@@ -134,6 +142,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def class_names(self) -> list[str] | None:
         """Names of the classes 0, 1, ..., where dataset.json or class folders give them."""
         return self._class_names
+
+    @property
+    def encoder_record(self) -> dict[str, Any] | None:
+        """What dataset.json says of the encoder of latents; None = nothing."""
+        return self._encoder_record
 
     @property
     def notes(self) -> list[str]:
@@ -302,18 +315,23 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return np.frombuffer(data, self._dtype, offset=start).reshape(self._shape)
 
     def _load_labels(self, listing: Listing) -> Labels:
-        names = self._storage.names
+        names, where = self._storage.names, f"{self.path}: dataset.json"
+        described = "dataset.json" in names
         if not self.use_labels:
             parts = sorted(parts_of_folders(listing.images))
-            return Labels(notes=[f"images of several parts of a dataset: {', '.join(parts)}"] if parts else [])
-        if "dataset.json" not in names:
+            notes = [f"images of several parts of a dataset: {', '.join(parts)}"] if parts else []
+            if not (described and is_array(listing.images[0])):
+                return Labels(notes=notes)
+            return Labels(notes=notes, encoder=parse_labels_json(where, self._read_json(where)).encoder)
+        if not described:
             return labels_from_folders(str(self.path), listing)
-        where = f"{self.path}: dataset.json"
+        return labels_from_json(where, self._read_json(where), listing.images)
+
+    def _read_json(self, where: str) -> bytes:
         try:
-            text = bytes(self._storage.read(names.index("dataset.json")))
+            return bytes(self._storage.read(self._storage.names.index("dataset.json")))
         except (ValueError, OSError, struct.error, zlib.error) as err:
             raise UserError(f"{where}: cannot be read ({one_line(err)})") from None
-        return labels_from_json(where, text, listing.images)
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -18,10 +18,12 @@ SHOWN = 10  # classes in a line
 
 @dataclass(frozen=True)
 class LabelFile:
-    """The contents of a dataset.json: labels by name of the image (None: there are none), and names of the classes."""
+    """The contents of a dataset.json: labels by name of the image (None: there are none), names of the classes, and
+    the encoder of latents."""
 
     labels: dict[str, Any] | None
     class_names: list[str] | None = None
+    encoder: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Labels:
     """The labels of a dataset and where they come from.
 
     `values` are int64 [n] or float32 [n, label_dim]; None where there are no labels. `source` is 'dataset.json' or
-    'class folders'; `notes` are lines for the user.
+    'class folders'; `notes` are lines for the user. `encoder` is the record of what made the latents.
     """
 
     values: np.ndarray | None = None
     source: str = ""
     class_names: list[str] | None = None
     notes: list[str] = field(default_factory=list)
+    encoder: dict[str, Any] | None = None
 
 
 def labels_from_folders(where: str, listing: Listing) -> Labels:
@@ -64,14 +67,14 @@ def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> Labels:
     """
     file = parse_labels_json(where, text)
     if file.labels is None:
-        return Labels()
+        return Labels(encoder=file.encoder)
     values = _as_array(where, file.labels, names)
     size = int(values.max()) + 1 if values.ndim == 1 else values.shape[1]
     if file.class_names is not None and len(file.class_names) < size:
         raise UserError(f"{where}: has names of {len(file.class_names)} classes, but labels of {size}: complete them")
     absent = sorted(file.labels.keys() - set(names))
     notes = [f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {absent[0]}"] if absent else []
-    return Labels(values, "dataset.json", file.class_names, notes)
+    return Labels(values, "dataset.json", file.class_names, notes, file.encoder)
 
 
 def _as_array(where: str, labels: dict[str, Any], names: Sequence[str]) -> np.ndarray:
@@ -101,19 +104,21 @@ def parse_labels_json(where: str, text: bytes) -> LabelFile:
     labels: dict[str, Any] = {}
     try:
         contents = json.loads(text)
-        listed, classes = contents["labels"], contents.get("classes")
+        listed, classes, encoder = contents["labels"], contents.get("classes"), contents.get("encoder")
         for name, label in listed if listed is not None else ():
             name = posixpath.normpath(name.replace("\\", "/"))
             if labels.setdefault(name, label) != label:
                 raise UserError(f"{where}: {name} is listed twice, as {labels[name]} and {label}")
         if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise TypeError("classes must be a list of names")
+        if encoder is not None and not isinstance(encoder, dict):
+            raise TypeError("encoder must have a name and kwargs")
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as err:
         reason = one_line(err)
         raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {reason}") from None
-    return LabelFile(labels if listed is not None else None, classes)
+    return LabelFile(labels if listed is not None else None, classes, encoder)
 
 
 def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> str:

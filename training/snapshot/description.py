@@ -13,8 +13,7 @@ from dnnlib.errors import UserError, one_line
 from dnnlib.util import code_version
 from torch_utils import safe_pickle
 from training.conditioning import DataSpec
-from training.config.data import EncoderArguments
-from training.encoders import ENCODERS, Encoder
+from training.encoders import Encoder, encoder_from_record
 from training.families import ARCHITECTURES, architecture_name
 
 FORMAT_VERSION = 2
@@ -153,14 +152,7 @@ class Description:
 
     def build_encoder(self, source: str) -> Encoder:
         """The encoder alone. Argument and errors as for `build`."""
-        encoder = ENCODERS.get(_name(source, self.encoder))
-        if encoder is None:
-            raise UserError(f"{source}: unknown encoder {_shown(self.encoder)} (known: {', '.join(ENCODERS)})")
-        try:
-            EncoderArguments.from_json(self.encoder.kwargs)
-            return encoder(**self.encoder.kwargs)
-        except Exception as err:  # as above
-            raise misfit(source, err) from None
+        return encoder_from_record(source, self.encoder.name, self.encoder.kwargs)
 
 
 # Type of each entry of the JSON block.
@@ -198,7 +190,7 @@ def describe(
     block |= {
         "format_version": FORMAT_VERSION,
         "architecture": {"name": name, "kwargs": safe_pickle.plain(net.init_kwargs, name)},
-        "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
+        "encoder": encoder.record,
         "preconditioning": None,
         "code_version": code_version(),
         "notes": notes,

@@ -10,7 +10,7 @@ import torch
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
-from training.encoders import Encoder, StabilityVAEEncoder
+from training.encoders import Encoder
 from training.families import architecture_of
 from training.flops import count_parameters
 from training.snapshot.description import Description
@@ -85,8 +85,7 @@ def model_card(net: Any, encoder: Encoder, description: Description) -> str:
     rows.append(("Parameters", f"{count_parameters(net) / 1e6:.2f} M"))
     architecture, data = architecture_of(net), net.spec
     size = f"{data.resolution} x {data.resolution} x {data.channels}"
-    latents = isinstance(encoder, StabilityVAEEncoder)
-    rows.append(("Makes", f"{size} latents of {encoder.vae_name}" if latents else f"{size} images"))
+    rows.append(("Makes", f"{size} latents of {encoder.vae_name}" if encoder.vae_name else f"{size} images"))
     rows.append(("Classes", str(data.conditioning.size or "none (unconditional)")))
     if description.nimg is not None:
         rows.append(("Trained on", f"{description.nimg:,} images"))

@@ -72,7 +72,7 @@ def diffusers_config(state: Mapping[str, torch.Tensor], scale_factor: float) -> 
 
 
 def convert_autoencoder(path: str | Path, folder: str | Path, scale_factor: float = 0.18215) -> None:
-    """Write a published autoencoder as a folder that diffusers, and `dataset_tool.py encode --model-url`, read.
+    """Write a published autoencoder as a folder that diffusers, and `dataset_tool.py encode --encoder`, read.
 
     Args:
         path: the published file.

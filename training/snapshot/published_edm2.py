@@ -235,14 +235,17 @@ def _record(module: str, class_name: str, state: dict[str, Any], kwargs: dict[st
 def _encoder_record(encoder: Encoder) -> PersistentObject:
     if isinstance(encoder, StandardRGBEncoder):
         return _record(ENCODERS_MODULE, "StandardRGBEncoder", {}, {})
-    if not isinstance(encoder, StabilityVAEEncoder):
+    if not isinstance(encoder, StabilityVAEEncoder) or encoder.pixel_range != [0, 1]:
+        pixels = f" with pixels from {encoder.pixel_range}" if isinstance(encoder, StabilityVAEEncoder) else ""
         raise UserError(
-            f"the published tools have no {type(encoder).__name__}, which this network needs: keep it as .safetensors"
+            f"the published tools have no {type(encoder).__name__}{pixels}, which this network needs: keep it as "
+            ".safetensors"
         )
     mean, std = np.array(encoder.raw_mean, np.float32), np.array(encoder.raw_std, np.float32)
     scale = np.float32(FINAL_STD) / std
     state = dict(vae_name=encoder.vae_name, scale=scale, bias=-mean * scale, batch_size=encoder.batch_size, _vae=None)
-    return _record(ENCODERS_MODULE, "StabilityVAEEncoder", state, encoder.init_kwargs)
+    kwargs = dict(vae_name=encoder.vae_name, raw_mean=encoder.raw_mean, raw_std=encoder.raw_std)
+    return _record(ENCODERS_MODULE, "StabilityVAEEncoder", state, kwargs)
 
 
 def _module_record(module: nn.Module, get_tensor: GetTensor, prefix: str = "") -> PersistentObject:

@@ -1,0 +1,50 @@
+"""Encoders between stored data (pixels or raw latents) and what the diffusion model sees."""
+
+from training.encoders.autoencoders import AutoencoderDCEncoder, AutoencoderEncoder, StabilityVAEEncoder
+from training.encoders.base import (
+    FINAL_STD,
+    Encoder,
+    Moments,
+    RandnLike,
+    RawLatentEncoder,
+    StandardRGBEncoder,
+    to_pixels,
+    unwhiten,
+    whiten,
+)
+from training.encoders.choice import (
+    ENCODERS,
+    data_spec,
+    encoder_for,
+    encoder_from_record,
+    encoder_of_vae,
+    encoder_to_decode,
+    encoder_to_encode,
+    same_latents,
+)
+from training.encoders.models import KNOWN_VAES, PUBLISHED_VAE
+
+__all__ = [
+    "ENCODERS",
+    "FINAL_STD",
+    "KNOWN_VAES",
+    "PUBLISHED_VAE",
+    "AutoencoderDCEncoder",
+    "AutoencoderEncoder",
+    "Encoder",
+    "Moments",
+    "RandnLike",
+    "RawLatentEncoder",
+    "StabilityVAEEncoder",
+    "StandardRGBEncoder",
+    "data_spec",
+    "encoder_for",
+    "encoder_from_record",
+    "encoder_of_vae",
+    "encoder_to_decode",
+    "encoder_to_encode",
+    "same_latents",
+    "to_pixels",
+    "unwhiten",
+    "whiten",
+]
