@@ -10,6 +10,7 @@ import PIL.Image
 
 from dnnlib.cli import CommandLine, imported_when_used, offline_option, parse_int_list, parsed_by, with_options
 from dnnlib.errors import UserError
+from dnnlib.files import clear_leftovers
 from training.config.edm2 import GENERATION_PRESETS, generation_table
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
@@ -144,9 +145,13 @@ def main(
         return
 
     from torch_utils import distributed
+    from torch_utils.pictures import check_picture
     from training.generation import fetch, image_path, load
 
     distributed.init()
+    with distributed.fail_together():
+        if grid is not None:
+            check_picture("--grid", grid, {"--net": config.networks.net, "--gnet": config.networks.gnet})
     fetch(config.networks)
     with distributed.fail_together():
         generator = load(config)
@@ -155,8 +160,12 @@ def main(
         if grid is not None and len(seeds) > MAX_GRID:
             raise UserError(f"--grid shows at most {MAX_GRID} images, not {len(seeds)}")
         files = [image_path(outdir, seed, subdirs, generator.suffix) for seed in seeds]
+        if grid is not None and grid.resolve() in {file.resolve() for file in files}:
+            raise UserError(f"--grid={grid}: is also the image of a seed: choose another place")
         todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
         images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size)
+        if distributed.get_rank() == 0:
+            clear_leftovers(files)
     there = f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""
     distributed.print0(f"Generating {len(todo)} images to {outdir}{there}")
     for _batch in images:

@@ -37,6 +37,7 @@ ORDER = [
     {"training.families"},
     {"training.snapshot"},
     {"training.generation"},
+    {"training.dataset_likelihood"},
     {"training.monitoring"},
     {"training.training_loop"},
     {"training.launch"},

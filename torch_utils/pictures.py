@@ -1,16 +1,30 @@
 """Images as PNG files and grids."""
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.files import atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write, check_not_input
 
 MIN_TILE = 64  # smaller images are enlarged to at least this many pixels in grids, to be visible
 GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
+
+
+def check_picture(option: str, path: Path, inputs: Mapping[str, str | os.PathLike | None]) -> None:
+    """Refuse a name for a PNG file that says another type, or is that of an input, see `check_not_input`.
+
+    Raises:
+        UserError: it does.
+    """
+    check_not_input(option, path, inputs)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{option}={path}: is saved as PNG: choose a name that ends in .png")
 
 
 def save_image(path: str | Path, image: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
+from training.config.likelihood import LikelihoodConfig
 from training.config.nvae import TRAINING_PRESETS as NVAE_PRESETS
 from training.config.nvae import NVAENetwork, NVAETraining
 from training.config.score_sde import ScoreNetwork, ScoreTraining
@@ -28,6 +29,8 @@ from training.config.uvit_presets import UVIT_PRESETS
 from training.denoiser import Denoiser
 from training.flops import Inputs
 from training.generators import Generator, VAEGenerator, diffusion_generator
+from training.likelihood import Likelihood
+from training.likelihood_vae import VAELikelihood
 from training.losses import EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
 from training.losses_vae import PixelObjective
 from training.lr import learning_rate_schedule, warmup_cosine, warmup_linear
@@ -83,6 +86,7 @@ class Architecture:
             follow its later changes.
         makes_images: whether it can be asked for images.
         generate: (net, sampling) -> what makes images where the network is no denoiser.
+        likelihood: (net, configuration) -> what computes likelihoods; None = nothing here.
         take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
     """
 
@@ -102,6 +106,7 @@ class Architecture:
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
     generate: Callable[[Any, SamplingConfig], Generator] | None = None
+    likelihood: Callable[[Any, LikelihoodConfig], Likelihood] | None = None
     take_data: Callable[[dict[str, Any]], DataSpec] | None = None
 
     @property
@@ -265,6 +270,10 @@ def _nvae_ema(net: nn.Module, config: NVAETraining) -> EMA:
     return PowerFunctionEMA(net, config.ema.ema_std) if config.ema.ema_std else LatestWeights(net)
 
 
+def _nvae_likelihood(net: Any, config: LikelihoodConfig) -> VAELikelihood:
+    return VAELikelihood(net, config.vae.samples, config.vae.max_batch)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "edm2.Precond": Architecture(
         family="EDM2",
@@ -326,6 +335,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ema=_nvae_ema,
         step=nvae_layers.effective_weights,
         generate=VAEGenerator,
+        likelihood=_nvae_likelihood,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",

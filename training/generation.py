@@ -230,16 +230,20 @@ def fetch(networks: NetworksConfig) -> None:
         if distributed.get_local_rank() == 0:
             for network in (networks.net, networks.gnet):
                 if network is not None and is_url(network):
-                    open_snapshot(network)
+                    open_snapshot(network, preset=networks.arch)
 
 
-def load_image_network(path_or_url: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+def load_image_network(
+    path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
+) -> Snapshot:
     """As `load_network`, for a network that makes images.
 
     Raises:
         UserError: also if it makes none.
     """
-    snapshot = load_network(path_or_url, device)
+    snapshot = load_network(path_or_url, device, preset=arch)
+    if snapshot.note:
+        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
     if not architecture_of(snapshot.net).makes_images:
         raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
     return snapshot
@@ -284,7 +288,7 @@ class LoadedGenerator:
         sources = {"net": networks.net, "gnet": networks.gnet if self.guide is not None else None}
         for key, source in sources.items():
             if source is not None:
-                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
+                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source, preset=networks.arch).path)}
         return {**facts, "seeds": f"{seeds[0]}-{seeds[-1]}", **self.generator(None).describe()}
 
 
@@ -314,11 +318,11 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     if sampling.compiled and device.type != "cpu":
         check_compiler(device)
     assert networks.net is not None
-    snapshot = load_image_network(networks.net, device)
+    snapshot = load_image_network(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
     guided = sampling.guidance.guidance != 1
-    guide = load_image_network(networks.gnet, device) if guided and networks.gnet is not None else None
+    guide = load_image_network(networks.gnet, device, networks.arch) if guided and networks.gnet is not None else None
     if not guided and (networks.gnet is not None or sampling.guidance.guidance_interval is not None):
         given = "--gnet" if networks.gnet is not None else "--guidance-interval"
         distributed.print0(f"Note: {given} has no effect without --guidance")

@@ -11,7 +11,7 @@ import click
 from dnnlib.cli import given_options
 from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS
-from training.config.fields import Config, all_fields, option
+from training.config.fields import Config, all_fields, option, refuse_changed
 from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
 from training.config.samplers import SamplerConfig
@@ -111,6 +111,12 @@ class NetworksConfig(Config):
         None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+    arch: str | None = option(
+        None,
+        "Training preset that names the architecture of published files that do not say it (see the training commands' "
+        "--list-presets)",
+        metavar="PRESET",
+    )
     encoder: str | None = option(
         None,
         "VAE that decodes latents: owner/repo on the Hugging Face hub, a folder or a .safetensors file",
@@ -148,13 +154,7 @@ class SamplingConfig(Config):
         Raises:
             UserError: something was.
         """
-        parts = [self.vae] if is_denoiser else [self.sampler, self.guidance]
-        chosen = {key: value for part in parts for key, value in part.flat().items()}
-        defaults = {key: value for part in parts for key, value in type(part)().flat().items()}
-        flags = {field.key: field.flag for part in parts for field in all_fields(type(part))}
-        for key, value in chosen.items():
-            if value != defaults[key]:
-                raise UserError(f"{flags[key]} has no meaning for {family} networks, such as --net: leave it out")
+        refuse_changed([self.vae] if is_denoiser else [self.sampler, self.guidance], family)
 
 
 @dataclass(frozen=True, kw_only=True)
