@@ -7,7 +7,6 @@ widths stand, and for text the number of context tokens, which is 77 in publishe
 
 import math
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.errors import DamagedFileError, UserError, one_line
+from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
-from torch_utils.checkpoint import load_checked
+from torch_utils.tensor_files import read_tensors
 from training.conditioning import Conditioning, DataSpec
 from training.config.names import unknown_preset
 from training.config.training import Preset
@@ -37,7 +36,6 @@ SCALE = 0.18215  # of the others
 HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}  # of published networks by width
 CLIP_TOKENS = 77  # context tokens of published networks
 NETWORKS = {"ema": "nnet_ema.pth", "net": "nnet.pth"}  # files of a training checkpoint
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -139,32 +137,6 @@ def guess_architecture(shapes: Mapping[str, tuple[int, ...]], source: str = "the
         clip_dim=context,
         num_clip_token=text or CLIP_TOKENS,
     )
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a published state dict by name, on the CPU.
-
-    Raises:
-        UserError: no such file, a damaged one, or one that asks for more than tensors.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        state = load_checked(path, mmap=True)
-    except pickle.UnpicklingError as err:
-        raise UserError(f"{path}: not plain tensors ({one_line(err)[:150]}); nothing in the file was run") from None
-    except Exception as err:  # torch has many ways to say that a file is damaged
-        raise DamagedFileError(f"{path}: damaged ({one_line(err)[:150]}): copy it again") from None
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path}: holds no weights by name, but a {type(state).__name__}")
-    for name, tensor in state.items():
-        is_weight = isinstance(tensor, torch.Tensor) and tensor.dtype in TYPES and tensor.numel() > 0
-        if not isinstance(name, str) or not is_weight:
-            raise UserError(f"{path}: {one_line(name)[:50]!r} in it is no tensor of floating-point weights")
-    # Overlapping elements would make a large network of a small file.
-    if sum(t.numel() * t.itemsize for t in state.values()) > path.stat().st_size:
-        raise UserError(f"{path}: its tensors share their values, which no published file needs")
-    return dict(state)
 
 
 class PublishedUViT(SnapshotFile):
