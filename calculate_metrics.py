@@ -6,6 +6,7 @@ callers find the published functions here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -220,6 +221,7 @@ def gen(
 
     from torch_utils import distributed
     from training.generation import fetch, load
+    from training.provenance import ImageRecord
 
     distributed.init()
     fetch(config.networks)
@@ -236,9 +238,16 @@ def gen(
     for i in range(repeat):
         seeds = range(seed + i * num_images, seed + (i + 1) * num_images)
         with distributed.fail_together():
-            images = generator.images(seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False)
-            provenance = generator.describe(seeds)
-        runs.append(keep(evaluation(images, provenance), opts))
+            facts = generator.describe(seeds)
+            images = generator.images(
+                seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False, facts=facts
+            )
+            saving = contextlib.nullcontext()
+            if save_images is not None and distributed.get_rank() == 0:
+                saving = ImageRecord(save_images, facts).of(seeds)
+        with saving:
+            records = evaluation(images, facts)
+        runs.append(keep(records, opts))
     finish(runs)
     published = GENERATION_PRESETS.get(preset)
     if published is not None and published.metric in opts["metrics"]:

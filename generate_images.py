@@ -1,5 +1,6 @@
 """Generate images with a trained network."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,17 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def draw_grid(path: Path, files: list[Path]) -> None:
-    """Contact sheet of saved images, nearly square."""
+    """Contact sheet of saved images, nearly square, with the names of their classes where the files say them."""
     from torch_utils import pictures
+    from training.provenance import read_png_text
 
     images = [_read(file) for file in files]
     odd = next((file for file, image in zip(files, images, strict=True) if image.shape != images[0].shape), None)
     if odd is not None:
         raise UserError(f"--grid: {odd} differs in size from {files[0]}: generate both with one network")
-    pictures.save_image(path, pictures.image_grid(np.stack(images), columns=math.ceil(math.sqrt(len(images)))))
+    names = [str((read_png_text(file) or {}).get("class_name", "")) for file in files]
+    columns = math.ceil(math.sqrt(len(images)))
+    pictures.save_image(path, pictures.image_grid(np.stack(images), columns, names if any(names) else None))
 
 
 def _is_there(file: Path) -> bool:
@@ -147,6 +151,7 @@ def main(
     from torch_utils import distributed
     from torch_utils.pictures import check_picture
     from training.generation import fetch, image_path, load
+    from training.provenance import ImageRecord
 
     distributed.init()
     with distributed.fail_together():
@@ -162,15 +167,22 @@ def main(
         files = [image_path(outdir, seed, subdirs, generator.suffix) for seed in seeds]
         if grid is not None and grid.resolve() in {file.resolve() for file in files}:
             raise UserError(f"--grid={grid}: is also the image of a seed: choose another place")
-        todo = [seed for seed, file in zip(seeds, files, strict=True) if not (skip_existing and _is_there(file))]
-        images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size)
+        there = {seed: file for seed, file in zip(seeds, files, strict=True) if skip_existing and _is_there(file)}
+        todo = [seed for seed in seeds if seed not in there]
+        facts = generator.describe(seeds)
+        record = ImageRecord(outdir, facts)
+        unknown = record.check(there)
+        images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size, facts=facts)
         if distributed.get_rank() == 0:
             clear_leftovers(files)
-    there = f" ({len(seeds) - len(todo)} are there)" if skip_existing else ""
-    distributed.print0(f"Generating {len(todo)} images to {outdir}{there}")
-    for _batch in images:
-        pass
-    distributed.barrier()
+    if unknown:
+        distributed.print0(f"Note: {unknown} of the images that are there do not say what made them")
+    found = f" ({len(there)} are there)" if skip_existing else ""
+    distributed.print0(f"Generating {len(todo)} images to {outdir}{found}")
+    with record.of(todo) if distributed.get_rank() == 0 else contextlib.nullcontext():
+        for _batch in images:
+            pass
+        distributed.barrier()
     if grid is not None and distributed.get_rank() == 0:
         draw_grid(grid, files)
         print(f"Contact sheet: {grid}")

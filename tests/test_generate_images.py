@@ -1,5 +1,6 @@
 """generate_images.py: every option, every preset, and bad input."""
 
+import json
 import shlex
 import sys
 
@@ -59,7 +60,7 @@ def test_options_of_solvers(run, tmp_path, solver):
 def test_all_generation_options(run, tmp_path):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
     args = [
-        f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / 'out'}", "--subdirs", "--seeds=1,2,999-1001", "--class=3",
+        f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / 'out'}", "--subdirs", "--seeds=1,2,999-1001", "--class=3", "--class-policy=balanced",
         "--batch=2", "--sampler=euler", "--steps=4", "--sigma_min=0.01", "--sigma_max=40", "--rho=5", "--guidance=2", "--S_churn=5", "--S_min=0.1",
         "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--compile=1", "--device=cpu",
         f"--grid={tmp_path / 'grid.png'}", "--skip-existing", "--offline",
@@ -69,7 +70,7 @@ def test_all_generation_options(run, tmp_path):
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below, or with networks that it is for.
-    others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--encoder=x", "--trust-encoder=1"]
+    others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--encoder=x", "--trust-encoder=1", "--arch=x"]
     others += [option for options in OPTIONS_OF_SOLVERS.values() for option in options]
     assert_all_options(generate, [*args, *others, "--preset=x", "--print-config", "--list-presets"])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
@@ -117,6 +118,7 @@ def test_an_image_depends_on_its_seed_alone(snapshot_file, tmp_path):
     ]
     done = torchrun(2, *args, f"--grid={tmp_path / 'd.png'}", timeout=120)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "d" / "generation.json").read_text())["seeds"] == "0-6"
     a, b, c, d = (images_in(tmp_path / name) for name in "abcd")
     assert a.keys() == d.keys() == b.keys() | c.keys()
     for name, image in {**b, **c}.items():

@@ -15,7 +15,15 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     {"dnnlib"},
     {"torch_utils", "training.config", "training"},
-    {"training.schedules", "training.conditioning", "training.phema", "training.lr", "training.flops"},
+    {
+        "training.schedules",
+        "training.conditioning",
+        "training.classes",
+        "training.provenance",
+        "training.phema",
+        "training.lr",
+        "training.flops",
+    },
     {
         "training.schedules_uvit",
         "training.preconditioning",

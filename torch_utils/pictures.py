@@ -2,17 +2,20 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.PngImagePlugin
 import torch
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write, check_not_input
 
 MIN_TILE = 64  # smaller images are enlarged to at least this many pixels in grids, to be visible
+CAPTION_HEIGHT = 14  # of the default font
 GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
 
 
@@ -27,17 +30,20 @@ def check_picture(option: str, path: Path, inputs: Mapping[str, str | os.PathLik
         raise UserError(f"{option}={path}: is saved as PNG: choose a name that ends in .png")
 
 
-def save_image(path: str | Path, image: np.ndarray) -> None:
-    """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG."""
+def save_image(path: str | Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+    """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG, with text by keyword."""
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    chunks = PIL.PngImagePlugin.PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
     with atomic_write(path, sync=False) as f:
-        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png")
+        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png", pnginfo=chunks)
 
 
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+def image_grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None) -> np.ndarray:
     """One picture, uint8 [C, height, width], of images, uint8 [N, C, H, W], in rows.
 
-    Small ones are enlarged, with lines between them.
+    Small ones are enlarged, with lines between them. Captions stand below the images, cut where the room ends.
     """
     N, C, H, W = images.shape
     rows = math.ceil(N / columns)
@@ -46,10 +52,24 @@ def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
     tiles = np.zeros([rows * columns, C, H, W], dtype=np.uint8)
     tiles[:N] = images
     tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
+    if captions is not None:
+        lines = [_caption(text, tiles.shape[3], C) for text in [*captions, *[""] * (len(tiles) - N)]]
+        tiles = np.concatenate([tiles, np.stack(lines)], axis=2)
     tiles = np.pad(tiles, [(0, 0), (0, 0), (0, gap), (0, gap)], constant_values=GRID_GRAY)
-    tiles = tiles.reshape(rows, columns, C, *tiles.shape[2:]).transpose(2, 0, 3, 1, 4)
-    grid = tiles.reshape(C, rows * (H * scale + gap), columns * (W * scale + gap))
+    height, width = tiles.shape[2:]
+    grid = tiles.reshape(rows, columns, C, height, width).transpose(2, 0, 3, 1, 4)
+    grid = grid.reshape(C, rows * height, columns * width)
     return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def _caption(text: str, width: int, channels: int) -> np.ndarray:
+    """A line of text, white on black, uint8 [channels, CAPTION_HEIGHT, width]."""
+    line = PIL.Image.new("L", (width, CAPTION_HEIGHT))
+    PIL.ImageDraw.Draw(line).text((2, 1), text[:width], fill=255)
+    pixels = np.repeat(np.asarray(line)[None], channels, axis=0)
+    if channels in (2, 4):
+        pixels[-1] = 255  # opaque
+    return pixels
 
 
 def drawable(images: torch.Tensor) -> np.ndarray:

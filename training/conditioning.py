@@ -1,5 +1,6 @@
 """Conditions: what a network is given beside the noisy image, and what its data look like."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +45,14 @@ class Conditioning(Config):
         """What stands for no condition: zeros [n, ...], or None where there are no conditions."""
         return None if self.kind == "none" else torch.zeros([n, *self.shape], device=device)
 
-    def draw(self, rnd: Any, n: int, class_idx: int | None = None) -> torch.Tensor | None:
+    def draw(self, rnd: Any, n: int, class_idx: int | Sequence[int] | None = None) -> torch.Tensor | None:
         """Conditions of n generated images: uniformly drawn classes [n, size], the null condition where images follow
         texts, or None where there are no conditions.
 
         Args:
             rnd: random numbers of each image (`StackedRandomGenerator`).
-            class_idx: the class of all images; a class is drawn all the same, so that later draws do not depend on it.
+            class_idx: the class of all images, or of each; a class is drawn all the same, so that later draws do not
+                depend on it.
         """
         if self.kind == "none":
             return None
@@ -58,7 +60,7 @@ class Conditioning(Config):
             return self.null(n, rnd.generators[0].device)
         classes = rnd.randint(self.size, [n])
         if class_idx is not None:
-            classes = torch.full_like(classes, class_idx)
+            classes = torch.as_tensor(class_idx, dtype=classes.dtype, device=classes.device).expand_as(classes)
         return torch.nn.functional.one_hot(classes, self.size).float()
 
     def drop(self, cond: torch.Tensor | None, p: float, rnd: Any) -> torch.Tensor | None:

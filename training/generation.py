@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ from torch import nn
 from tqdm import tqdm
 
 from dnnlib.download import is_url
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write, file_sha256
-from dnnlib.util import EasyDict
+from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
+from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
-from training.config.generation import GenerationConfig, NetworksConfig
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
 from training.encoders import AutoencoderEncoder, Encoder, StandardRGBEncoder, same_latents
 from training.families import accelerated, architecture_of
 from training.generators import DiffusionGenerator, Generator
+from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network, open_snapshot
 
@@ -38,18 +40,6 @@ def image_resolution(spec: DataSpec, encoder: Encoder, device: torch.device | st
     """Height and width of the images that `encoder` makes of a network's latents."""
     with torch.inference_mode():
         return encoder.decode(torch.zeros([1, *spec.shape], device=device)).shape[-1]
-
-
-def check_class(spec: DataSpec, class_idx: int | None) -> None:
-    """Check that a network knows a class.
-
-    Raises:
-        UserError: it does not.
-    """
-    conditioning = spec.conditioning
-    if class_idx is not None and not 0 <= class_idx < conditioning.size:
-        known = f"the classes are 0 to {conditioning.size - 1}" if conditioning.size else "the network knows no classes"
-        raise UserError(f"--class={class_idx} is out of range: {known}")
 
 
 def check_guide(spec: DataSpec, guide: DataSpec) -> None:
@@ -80,6 +70,8 @@ class ImageBatches:
         seeds: one integer per image, over all processes.
         device: where the random numbers are drawn.
         outdir, subdirs: where images are saved (see `image_path`); None = nowhere.
+        facts: what makes the images, for the text of PNG files; None = they have none.
+        class_names: names of the classes, for the same.
         max_batch_size: images per batch and process.
         verbose: show a progress bar on terminals.
     """
@@ -95,6 +87,8 @@ class ImageBatches:
         max_batch_size: int = 32,
         encoder_batch_size: int = 32,
         verbose: bool = True,
+        facts: Mapping[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         # As few batches as possible, of nearly equal size, and a whole number of them per process.
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -105,6 +99,7 @@ class ImageBatches:
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.make_generator, self.encoder, self.seeds, self.device = make_generator, encoder, seeds, device
         self.outdir, self.subdirs, self.encoder_batch_size, self.verbose = outdir, subdirs, encoder_batch_size, verbose
+        self.facts, self.class_names = facts, class_names
 
     def __len__(self) -> int:
         return len(self.own)
@@ -128,16 +123,27 @@ class ImageBatches:
             r.images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
         if self.outdir is not None:
             suffix = self.encoder.output_suffix(generator.spec.channels)
-            for seed, image in zip(r.seeds, r.images.cpu().numpy(), strict=True):
-                _save(image_path(self.outdir, seed, self.subdirs, suffix), image)
+            labels: torch.Tensor | None = r.labels
+            of_classes = generator.spec.conditioning.kind == "classes"
+            classes = labels.argmax(dim=1).tolist() if labels is not None and of_classes else [None] * len(r.seeds)
+            for seed, class_idx, image in zip(r.seeds, classes, r.images.cpu().numpy(), strict=True):
+                path = image_path(self.outdir, seed, self.subdirs, suffix)
+                if suffix == ".png":
+                    pictures.save_image(path, image, self._text(seed, class_idx))
+                else:
+                    with atomic_write(path, sync=False) as f:
+                        np.save(f, image)
 
-
-def _save(path: Path, image: np.ndarray) -> None:
-    if path.suffix == ".png":
-        pictures.save_image(path, image)
-        return
-    with atomic_write(path, sync=False) as f:
-        np.save(f, image)
+    def _text(self, seed: int, class_idx: int | None) -> dict[str, str]:
+        """The text of the PNG file of a seed."""
+        if self.facts is None:
+            return {}
+        of_image: dict[str, Any] = {"seed": int(seed)}
+        if class_idx is not None:
+            of_image["class"] = class_idx
+            if self.class_names is not None and class_idx < len(self.class_names):
+                of_image["class_name"] = self.class_names[class_idx]
+        return png_text(self.facts, **of_image)
 
 
 def generate_images(
@@ -186,7 +192,7 @@ def generate_images(
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
     _check_arguments(sampler_fn, sampler_kwargs)
-    check_class(spec, class_idx)
+    classes = None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.size), "fixed")
     if gnet is not None and hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
     for network in (net, gnet):
@@ -203,7 +209,7 @@ def generate_images(
                 net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
             )
 
-        return DiffusionGenerator(spec, sample, class_idx)
+        return DiffusionGenerator(spec, sample, classes)
 
     encoder = encoder if encoder is not None else StandardRGBEncoder(*spec.pixel_range)
     return ImageBatches(
@@ -279,17 +285,27 @@ class LoadedGenerator:
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
-        return ImageBatches(self.generator, self.snapshot.encoder, seeds, self.device, **kwargs)
+        encoder, names = self.snapshot.encoder, self.class_names
+        return ImageBatches(self.generator, encoder, seeds, self.device, class_names=names, **kwargs)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """What the network's classes are called; None = it does not say."""
+        return self.snapshot.metadata.get("class_names")
 
     def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """What makes the images of these seeds, one after the other, as plain JSON values."""
+        """What makes the images of these seeds, as plain JSON values."""
         networks = self.config.networks
         facts: dict[str, Any] = {}
         sources = {"net": networks.net, "gnet": networks.gnet if self.guide is not None else None}
         for key, source in sources.items():
             if source is not None:
                 facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source, preset=networks.arch).path)}
-        return {**facts, "seeds": f"{seeds[0]}-{seeds[-1]}", **self.generator(None).describe()}
+        encoder = self.snapshot.encoder
+        if isinstance(encoder, AutoencoderEncoder) and not encoder.vae_sha256:
+            encoder = encoder.identified()
+        made_by = {"encoder": encoder.record, "code_version": code_version()}
+        return {**facts, "seeds": format_seeds(seeds), **self.generator(None).describe(), **made_by}
 
 
 def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
@@ -304,6 +320,24 @@ def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
         given = "--encoder" if networks.encoder is not None else "--trust-encoder"
         raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
     return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
+
+
+def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingConfig:
+    """The options with numbers in place of the names of classes.
+
+    Raises:
+        UserError: the network knows no such class.
+    """
+    text, names = sampling.class_idx, snapshot.metadata.get("class_names")
+    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.size, names)
+    if text is None or classes.classes is None:
+        return sampling
+    if names and text.isdigit() and text in names and (called := names[classes.classes[0]]) != text:
+        distributed.print0(
+            f"Note: --class={text} is the number, of the class called {one_line(called)}; for the class called {text} "
+            f"write --class='\"{text}\"'"
+        )
+    return dataclasses.replace(sampling, class_idx=",".join(map(str, classes.classes)))
 
 
 def load(config: GenerationConfig) -> LoadedGenerator:
@@ -331,7 +365,7 @@ def load(config: GenerationConfig) -> LoadedGenerator:
             f"--guidance={sampling.guidance.guidance:g} needs a guiding network: give --gnet (that of --net knows no "
             f"images without a condition)"
         )
-    check_class(snapshot.net.spec, sampling.class_idx)
+    config = dataclasses.replace(config, sampling=_numbered_classes(sampling, snapshot))
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     if guide is not None:
         check_guide(snapshot.net.spec, guide.net.spec)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from training.classes import ClassChoice
 from training.conditioning import DataSpec
 from training.config.generation import SamplingConfig
 from training.denoiser import Denoiser
@@ -50,7 +51,7 @@ class DiffusionGenerator:
     Args:
         spec: shape of the noise, and what conditions are.
         sample: (noise, cond, rnd) -> latents.
-        class_idx: class of all images; None = drawn from the seed.
+        classes: the rule by which images get classes.
         facts: what `sample` is, as plain JSON values.
     """
 
@@ -58,23 +59,24 @@ class DiffusionGenerator:
         self,
         spec: DataSpec,
         sample: Callable[[torch.Tensor, torch.Tensor | None, StackedRandomGenerator], torch.Tensor],
-        class_idx: int | None = None,
+        classes: ClassChoice | None = None,
         facts: dict[str, Any] | None = None,
     ):
-        self.spec, self.sample, self.class_idx, self.facts = spec, sample, class_idx, facts or {}
+        self.spec, self.sample, self.facts = spec, sample, facts or {}
+        self.classes = classes or ClassChoice()
 
     def noise(self, rnd: StackedRandomGenerator) -> torch.Tensor:
         return rnd.randn([len(rnd), *self.spec.shape])
 
     def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
-        return self.spec.conditioning.draw(rnd, len(rnd), self.class_idx)
+        return self.spec.conditioning.draw(rnd, len(rnd), self.classes.of_seeds(rnd.seeds))
 
     def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
         return self.sample(noise, cond, rnd)
 
     def describe(self) -> dict[str, Any]:
-        labels = "none" if self.spec.conditioning.kind == "none" else "drawn from the seed"
-        return {"labels": labels if self.class_idx is None else f"class {self.class_idx}", **self.facts}
+        labels = {"labels": "none"} if self.spec.conditioning.kind == "none" else self.classes.describe()
+        return {**labels, **self.facts}
 
 
 def diffusion_generator(
@@ -102,7 +104,7 @@ def diffusion_generator(
         return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
-    return DiffusionGenerator(spec, sample, sampling.class_idx, facts)
+    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.size), facts)
 
 
 class VAEGenerator:

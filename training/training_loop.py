@@ -338,6 +338,7 @@ class TrainingRun:
                 "ema_std": std,
                 "config": config.to_json(),
                 "dataset": config.dataset.to_json(),
+                "class_names": self.dataset.class_names,
             }
             path = self.outdir / snapshot_name(self.nimg, suffix)
             dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32

@@ -35,6 +35,7 @@ FULL = Description(
     encoder=Part("StandardRGBEncoder", {}),
     preconditioning=Part("Epsilon", {"beta_min": 0.1}),
     data=DataSpec(channels=3, resolution=8, conditioning=Conditioning(kind="vector", size=768)),
+    class_names=["cat", "dog"],
     nimg=5,
     ema_std=0.1,
     config={"lr": 0.01},

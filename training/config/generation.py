@@ -131,7 +131,18 @@ class NetworksConfig(Config):
 class SamplingConfig(Config):
     """How images are made of noise."""
 
-    class_idx: int | None = option(None, "Class of all images", flag="--class", default_text="drawn from the seed")
+    class_idx: str | None = option(
+        None,
+        "Class of the images by number or name; several, such as 207,360 or 0-9, take turns: seed modulo how many",
+        flag="--class",
+        metavar="LIST",
+    )
+    class_policy: str | None = option(
+        None,
+        "Classes where --class names none: random = drawn from the seed, balanced = seed modulo the number of classes",
+        choices=("random", "balanced"),
+        default_text="random",
+    )
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     vae: VAESampling = VAESampling()

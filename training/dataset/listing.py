@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import PIL.Image
 
 ARRAY_SUFFIX = ".npy"
-OUR_FILES = ("dataset.json", "report.json")  # beside the images of a dataset
+OUR_FILES = ("dataset.json", "report.json", "generation.json")  # beside images
 # Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
 HIDDEN = re.compile(rf"(?:^|/)(\.(?!\.?(?:/|$))[^/]*|{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|$)")

@@ -16,6 +16,7 @@ class StackedRandomGenerator:
     """
 
     def __init__(self, device: torch.device | str, seeds: Sequence[int]):
+        self.seeds = [int(seed) for seed in seeds]
         self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**32) for seed in seeds]
 
     def __len__(self) -> int:

@@ -38,6 +38,7 @@ class Description:
         format_version: of the file.
         preconditioning: what turns the network into a denoiser; None = the architecture has its own, or needs none.
         data: what the network works on; None = no images.
+        class_names: what the classes are called.
         nimg: images that it was trained on.
         ema_std: relative width of its EMA profile.
         config: training configuration.
@@ -55,6 +56,7 @@ class Description:
     format_version: int = FORMAT_VERSION
     preconditioning: Part | None = None
     data: DataSpec | None = None
+    class_names: list[str] | None = None
     nimg: int | None = None
     ema_std: float | None = None
     config: dict[str, Any] | None = None
@@ -92,6 +94,8 @@ class Description:
             if value is not None and type(value) is not _JSON_TYPES[key]:
                 kind = _JSON_TYPES[key].__name__
                 raise UserError(f"{source}: its description is damaged: {key} is not of type {kind}")
+            if type(value) is list and not all(type(item) is str for item in value):
+                raise UserError(f"{source}: its description is damaged: {key} is not a list of names")
         values: dict[str, Any] = {key: value for key, value in block.items() if value is not None}
         try:
             for key in ("architecture", "encoder", "preconditioning"):
@@ -163,7 +167,7 @@ _JSON_TYPES: dict[str, type] = {
     **dict.fromkeys(["format_version", "nimg"], int),
     "use_fp16": bool,
     "ema_std": float,
-    "reconstructed_from": list,
+    **dict.fromkeys(["reconstructed_from", "class_names"], list),
 }
 _FORMAT_1 = _JSON_TYPES.keys() - {"preconditioning", "data", "notes"}
 

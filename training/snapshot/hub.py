@@ -19,6 +19,7 @@ from training.snapshot.native import NativeFile, write_native
 from training.snapshot.published_edm2 import PUBLISHED_LICENSE
 
 FOLDER_FILES = ("config.json", "model.safetensors")
+SHOWN_CLASSES = 20  # names on the model card
 OWN_FILES = {*FOLDER_FILES, "README.md", ".gitattributes"}
 
 
@@ -79,6 +80,14 @@ def export_folder(file: SnapshotFile, outdir: Path, license_id: str | None, dtyp
             f.write(text)
 
 
+def _classes(size: int, names: list[str] | None) -> str:
+    """The classes in a cell of a table: how many, and what the first ones are called."""
+    if size == 0:
+        return "none (unconditional)"
+    shown = ", ".join(one_line(name).replace("|", "\\|")[:40] for name in (names or [])[:SHOWN_CLASSES])
+    return f"{size}: {shown}{', ...' if len(names or []) > SHOWN_CLASSES else ''}" if names else str(size)
+
+
 def model_card(net: Any, encoder: Encoder, description: Description) -> str:
     """What the hub shows, in Markdown."""
     rows = [("Architecture", description.architecture.name)]
@@ -86,7 +95,7 @@ def model_card(net: Any, encoder: Encoder, description: Description) -> str:
     architecture, data = architecture_of(net), net.spec
     size = f"{data.resolution} x {data.resolution} x {data.channels}"
     rows.append(("Makes", f"{size} latents of {encoder.vae_name}" if encoder.vae_name else f"{size} images"))
-    rows.append(("Classes", str(data.conditioning.size or "none (unconditional)")))
+    rows.append(("Classes", _classes(data.conditioning.size, description.class_names)))
     if description.nimg is not None:
         rows.append(("Trained on", f"{description.nimg:,} images"))
     if description.ema_std is not None:

@@ -1,0 +1,172 @@
+"""What made generated images: generation.json beside them, and the same in each PNG file."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from dnnlib.cli import parse_int_list
+from dnnlib.download import is_url
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import atomic_write
+
+RECORD_NAME = "generation.json"
+TEXT_KEY = "openedm2"  # of PNG files
+# What may differ between images that are made in the same way.
+INCIDENTAL = ("seeds", "seed", "class", "class_name", "net", "gnet", "code_version", "earlier")
+
+
+def format_seeds(seeds: Iterable[int]) -> str:
+    """Seeds such as '0-99,200', as `parse_int_list` reads them; '' = none."""
+    parts: list[list[int]] = []
+    for seed in sorted(set(seeds)):
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def png_text(facts: Mapping[str, Any], **of_image: Any) -> dict[str, str]:
+    """The text of a PNG file. Names of local files lose their folders, which are nobody else's business.
+
+    Args:
+        facts: what made the images, as plain JSON values.
+        of_image: what is known of this one.
+    """
+    public = {key: value for key, value in facts.items() if key != "seeds"}
+    for key in ("net", "gnet"):
+        if key in public and not is_url(public[key]):
+            public[key] = os.path.basename(os.path.normpath(public[key]))
+    kwargs = public.get("encoder", {}).get("kwargs", {})
+    if os.path.isabs(kwargs.get("vae_name", "")):
+        kwargs = {**kwargs, "vae_name": os.path.basename(kwargs["vae_name"])}
+        public["encoder"] = {**public["encoder"], "kwargs": kwargs}
+    return {TEXT_KEY: json.dumps({**public, **of_image})}
+
+
+def read_png_text(path: Path) -> dict[str, Any] | None:
+    """What a PNG file says of what made it; None = nothing that is understood."""
+    try:
+        with PIL.Image.open(path) as image:
+            facts = json.loads(image.info[TEXT_KEY])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SyntaxError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The first fact in which two makers of images differ, for a message; '' = they make the same."""
+    ours, theirs = _essence(ours), _essence(theirs)
+    for key in dict.fromkeys([*ours, *theirs]):
+        if ours.get(key) != theirs.get(key):
+            return f"{key} {_short(theirs.get(key))} instead of {_short(ours.get(key))}"
+    return ""
+
+
+def _essence(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts on which images depend, where each kind has one form."""
+    essence = json.loads(json.dumps({key: value for key, value in facts.items() if key not in INCIDENTAL}))
+    sampler = essence.pop("sampler", {})
+    encoder = essence.pop("encoder", {})
+    kwargs = encoder.pop("kwargs", {}) if isinstance(encoder, dict) else {}
+    if "vae_sha256" in kwargs:
+        del kwargs["vae_name"]  # wherever it is
+    return {**essence, **_prefixed("sampler", sampler), **_prefixed("encoder", {**encoder, **kwargs})}
+
+
+def _prefixed(name: str, values: Any) -> dict[str, Any]:
+    return {f"{name} {key}": value for key, value in values.items()} if isinstance(values, dict) else {name: values}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return one_line(text if len(text) <= 24 else f"{text[:12]}...")
+
+
+class ImageRecord:
+    """The record of what made the images of a folder.
+
+    `generation.json` holds the facts of the newest images with their seeds, and under `earlier` those of others that
+    are still there.
+
+    Args:
+        outdir: the folder.
+        facts: what makes images now, as plain JSON values.
+
+    Raises:
+        UserError: there is a record that cannot be read.
+    """
+
+    def __init__(self, outdir: Path, facts: Mapping[str, Any]):
+        self.path = outdir / RECORD_NAME
+        self.facts = {key: value for key, value in facts.items() if key != "seeds"}
+        self.seeds: set[int] = set()
+        self.others: list[tuple[dict[str, Any], set[int]]] = []
+        for entry, seeds in self._read():
+            if difference(self.facts, entry):
+                self.others.append((entry, seeds))
+            else:
+                self.seeds |= seeds
+
+    def _read(self) -> list[tuple[dict[str, Any], set[int]]]:
+        if not self.path.exists():
+            return []
+        try:
+            newest = json.loads(self.path.read_text())
+            entries = [newest, *newest.pop("earlier", [])]
+            return [(entry, set(parse_int_list(text)) if (text := entry.pop("seeds")) else set()) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+            raise UserError(
+                f"{self.path}: not a record of generated images ({one_line(repr(err))[:100]}): delete it, or choose "
+                "another --outdir"
+            ) from None
+
+    def check(self, files: Mapping[int, Path]) -> int:
+        """How many of these images, by seed, do not say what made them.
+
+        Raises:
+            UserError: one was made by something else.
+        """
+        unknown = 0
+        for seed, file in files.items():
+            if seed in self.seeds:
+                continue
+            theirs = next((entry for entry, seeds in self.others if seed in seeds), None) or read_png_text(file)
+            if theirs is None:
+                unknown += 1
+            elif found := difference(self.facts, theirs):
+                raise UserError(
+                    f"--skip-existing: {file} was made by something else ({found}): choose another --outdir, or make "
+                    "all images again without --skip-existing"
+                )
+        return unknown
+
+    @contextmanager
+    def of(self, seeds: Sequence[int]) -> Iterator[None]:
+        """Inside, the images of these seeds are made: the record is there before it, and complete after it.
+
+        While they are made, it does not say that images whose place they take were made by something else.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        made = set(seeds)
+        self.others = [(entry, rest) for entry, seeds in self.others if (rest := seeds - made)]
+        self._write()
+        yield
+        self.seeds |= made
+        self._write()
+
+    def _write(self) -> None:
+        contents: dict[str, Any] = {**self.facts, "seeds": format_seeds(self.seeds)}
+        if self.others:
+            contents["earlier"] = [{**entry, "seeds": format_seeds(seeds)} for entry, seeds in self.others]
+        text = json.dumps(contents, indent=2) + "\n"
+        if not (self.path.is_file() and self.path.read_text() == text):
+            with atomic_write(self.path, "w") as f:
+                f.write(text)
