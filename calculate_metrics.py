@@ -16,6 +16,7 @@ import click
 
 from dnnlib.cli import CommandGroup, device_option, imported_when_used, offline_option, parsed_by, with_options
 from dnnlib.errors import UserError
+from dnnlib.files import check_not_input
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
@@ -287,6 +288,7 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
 
     distributed.init()
     with distributed.fail_together():
+        check_not_input("--dest", dest, {"--data": data if Path(data).is_file() else None})
         check_destination(dest, with_features=any(METRICS[metric].array == "features" for metric in metrics))
         dest.parent.mkdir(parents=True, exist_ok=True)
         detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])

@@ -11,6 +11,7 @@ import PIL.Image
 
 from dnnlib.cli import CommandLine, imported_when_used, offline_option, parse_int_list, parsed_by, with_options
 from dnnlib.errors import UserError
+from dnnlib.files import clear_leftovers
 from training.config.edm2 import GENERATION_PRESETS, generation_table
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
@@ -148,10 +149,14 @@ def main(
         return
 
     from torch_utils import distributed
+    from torch_utils.pictures import check_picture
     from training.generation import fetch, image_path, load
     from training.provenance import ImageRecord
 
     distributed.init()
+    with distributed.fail_together():
+        if grid is not None:
+            check_picture("--grid", grid, {"--net": config.networks.net, "--gnet": config.networks.gnet})
     fetch(config.networks)
     with distributed.fail_together():
         generator = load(config)
@@ -160,12 +165,16 @@ def main(
         if grid is not None and len(seeds) > MAX_GRID:
             raise UserError(f"--grid shows at most {MAX_GRID} images, not {len(seeds)}")
         files = [image_path(outdir, seed, subdirs, generator.suffix) for seed in seeds]
+        if grid is not None and grid.resolve() in {file.resolve() for file in files}:
+            raise UserError(f"--grid={grid}: is also the image of a seed: choose another place")
         there = {seed: file for seed, file in zip(seeds, files, strict=True) if skip_existing and _is_there(file)}
         todo = [seed for seed in seeds if seed not in there]
         facts = generator.describe(seeds)
         record = ImageRecord(outdir, facts)
         unknown = record.check(there)
         images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size, facts=facts)
+        if distributed.get_rank() == 0:
+            clear_leftovers(files)
     if unknown:
         distributed.print0(f"Note: {unknown} of the images that are there do not say what made them")
     found = f" ({len(there)} are there)" if skip_existing else ""

@@ -16,12 +16,19 @@ dtype_option = click.option(
     "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(PRECISIONS)
 )
 
+arch_option = click.option(
+    "--arch",
+    help="Training preset that names the architecture of published files that do not say it",
+    metavar="PRESET",
+)
+
 
 @click.group(cls=CommandGroup)
 def main() -> None:
     """Convert, inspect, export and fetch network snapshots.
 
-    SNAPSHOT is a file (.safetensors, .pkl), a Hugging Face folder, or a URL (http, https, file, hf://owner/repo[/file]).
+    SNAPSHOT is a file (.safetensors, .pkl; .pth of score_sde), a Hugging Face folder, or a URL (http, https, file,
+    hf://owner/repo[/file]).
     """
 
 
@@ -33,14 +40,15 @@ def main() -> None:
     "--format",
     "suffix",
     help="Format of the files of a directory",
-    type=click.Choice(["safetensors", "pkl"]),
+    type=click.Choice(["safetensors", "pkl", "pth"]),
     default="safetensors",
     show_default=True,
 )
 @click.option("--skip", help="Skip results that are there", is_flag=True)
+@arch_option
 @offline_option
-def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool) -> None:
-    """Convert native snapshots (.safetensors) to pickles that the published tools read (.pkl), or back.
+def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool, arch: str | None) -> None:
+    """Convert native snapshots (.safetensors) to files that the published tools read (.pkl, .pth), or back.
 
     Of a single snapshot, the suffix of DEST chooses the format. If SNAPSHOT is a directory, all snapshots in it are
     converted, and DEST is a directory.
@@ -49,6 +57,7 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool)
     Examples:
       python snapshot_tool.py convert edm2-img512-s-2147483-0.130.pkl edm2-s.safetensors
       python snapshot_tool.py convert raw-snapshots/ native/
+      python snapshot_tool.py convert checkpoint_24.pth ve.safetensors --arch=ve/cifar10_ncsnpp_continuous
     """
     from training.preconditioning import PRECISIONS
     from training.snapshot.conversion import convert_snapshot, plan_conversion
@@ -59,19 +68,20 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool)
     disable = None if len(targets) > 1 else True  # None: only on a terminal
     for path, target in tqdm(targets.items(), unit="file", disable=disable, dynamic_ncols=True):
         if not (skip and target.is_file()):
-            convert_snapshot(path, target, PRECISIONS.get(dtype or ""))
+            convert_snapshot(path, target, PRECISIONS.get(dtype or ""), arch)
             tqdm.write(str(target))
 
 
 @main.command()
 @click.argument("source", metavar="SNAPSHOT")
 @click.option("--json", "as_json", help="Print JSON", is_flag=True)
+@arch_option
 @offline_option
-def inspect(source: str, as_json: bool) -> None:
+def inspect(source: str, as_json: bool, arch: str | None) -> None:
     """Print what a snapshot holds: architecture, sizes, EMA profile, provenance. Reference statistics work, too."""
     from training.snapshot.inspection import facts_of
 
-    facts = facts_of(source)
+    facts = facts_of(source, arch)
     if as_json:
         print(json.dumps(facts))
         return
@@ -90,8 +100,9 @@ def inspect(source: str, as_json: bool) -> None:
     metavar="ID",
 )
 @dtype_option
+@arch_option
 @offline_option
-def export(source: str, dest: Path, license_id: str | None, dtype: str | None) -> None:
+def export(source: str, dest: Path, license_id: str | None, dtype: str | None, arch: str | None) -> None:
     """Write a folder for the Hugging Face hub: config.json, model.safetensors and a model card.
 
     What loads a snapshot loads the folder, too, and hf://owner/repo when it has been uploaded.
@@ -100,7 +111,7 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None) -
     from training.snapshot import open_snapshot
     from training.snapshot.hub import export_folder
 
-    export_folder(open_snapshot(source), dest, license_id, PRECISIONS.get(dtype or ""))
+    export_folder(open_snapshot(source, preset=arch), dest, license_id, PRECISIONS.get(dtype or ""))
     print(dest)
 
 

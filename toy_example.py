@@ -26,7 +26,7 @@ from dnnlib.cli import (
     with_options,
 )
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, check_not_input
 from dnnlib.util import code_version
 from training.config.toy import CFG_GUIDANCE, GUIDANCE, MAX_GUIDANCE, ToyConfig, parse_class, parse_weights
 
@@ -299,6 +299,8 @@ def evaluate(
     from torch_utils.device import select_device
     from training.toy.evaluation import HEADING, compare
 
+    if json_path is not None:
+        check_not_input("--json", json_path, {f"--{key.replace('_', '-')}": name for key, name in names.items()})
     target = select_device(device)
     models = chosen_models(**names, device=target)
     rows = []

@@ -5,21 +5,25 @@ import os
 import re
 import sys
 import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dnnlib.errors import RunError, UserError, one_line, printable_url
+from dnnlib.errors import DamagedFileError, RunError, UserError, one_line, printable_url
 from dnnlib.files import file_sha256, locked
 
 CACHE_VARIABLE = "DNNLIB_CACHE_DIR"  # where downloads are kept, ~/.cache/dnnlib by default
 OFFLINE_VARIABLE = "OPENEDM2_OFFLINE"  # 1 = use nothing but what is kept
+NUM_ATTEMPTS = 5  # without getting any further
+Result = TypeVar("Result")
 KNOWN_SHA256: dict[str, str] = {}  # by URL; none has been published yet for the files used here
 
 
 def open_url(
     url: str | os.PathLike,
     cache_dir: str | os.PathLike | None = None,
-    num_attempts: int = 5,
+    num_attempts: int = NUM_ATTEMPTS,
     verbose: bool = True,
     return_filename: bool = False,
 ) -> Any:
@@ -43,6 +47,36 @@ def open_url(
     """
     path = _local_path(os.fspath(url), cache_dir, num_attempts, verbose)
     return str(path) if return_filename else open(path, "rb")
+
+
+def with_good_copy(url: str | os.PathLike, read: Callable[[], Result]) -> Result:
+    """The result of `read`, which reads the file at a URL through `open_url`.
+
+    Where it finds the kept copy damaged, that is fetched again, once. Anything but a URL of a web server is just read.
+
+    Raises:
+        DamagedFileError: the file is damaged, also when it comes again.
+    """
+    url = os.fspath(url)
+    address = url.partition("#")[0]
+    if not re.match("https?://", address, re.IGNORECASE) or offline():
+        return read()
+    before = _version_of(_kept_copy(address))
+    try:
+        return read()
+    except DamagedFileError as err:
+        found = err
+    copy = _kept_copy(address)
+    mark = _beside(copy, "damaged")  # says which copy has come twice
+    if not (mark.is_file() and mark.read_text() == file_sha256(copy)):
+        print(f"{found}; fetching it again", file=sys.stderr)
+        _fetch_again(address, copy, before)
+        try:
+            return read()
+        except DamagedFileError as err:
+            found = err
+        mark.write_text(file_sha256(copy))
+    raise DamagedFileError(f"{found}; it has come so twice: delete {copy} to fetch it once more")
 
 
 def is_url(text: str) -> bool:
@@ -71,7 +105,7 @@ def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int
         checksum = checksum or KNOWN_SHA256.get(address, "")
         path = _cached(address, checksum, cache_dir, num_attempts, verbose)
     if checksum and (actual := file_sha256(path)) != checksum:
-        raise UserError(
+        raise DamagedFileError(
             f"{printable_url(url)}: wrong checksum, {path} has SHA-256 {actual}; delete it to fetch it again"
         )
     return path
@@ -79,27 +113,57 @@ def _local_path(url: str, cache_dir: str | os.PathLike | None, num_attempts: int
 
 def _cached(address: str, checksum: str, cache_dir: str | os.PathLike | None, num_attempts: int, verbose: bool) -> Path:
     """The copy of a file of a web server, fetched if there is none."""
-    target = _cache_folder(cache_dir) / _cache_name(address)
-    folder = target.parent
-    kept = [path for path in sorted(folder.glob(f"{target.name.partition('_')[0]}_*")) if path.is_file()]
-    if kept:
-        return kept[0]
+    target = _kept_copy(address, cache_dir)
+    if target.is_file():
+        return target
     if offline():
         raise UserError(
             f"{printable_url(address)} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): save it as {target}"
         )
+    with _alone(target):
+        if not target.is_file():  # else another process has fetched it meanwhile
+            _download(address, target, checksum, num_attempts, verbose)
+    return target
+
+
+def _kept_copy(address: str, cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where the copy of a file of a web server is, or would be."""
+    target = _cache_folder(cache_dir) / _cache_name(address)
+    kept = sorted(target.parent.glob(f"{target.name.partition('_')[0]}_*"))
+    return next((path for path in kept if path.is_file()), target)
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Inside, no other process fetches the same file."""
 
     def busy() -> None:
         print(f"Waiting for another process that fetches {target.name}", file=sys.stderr)
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with locked(_beside(target, "lock"), busy):
-            if not target.is_file():  # else another process has fetched it meanwhile
-                _download(address, target, checksum, num_attempts, verbose)
+            yield
     except OSError as err:
-        raise UserError(f"{folder}: cannot keep downloads here ({err.strerror or err}): set {CACHE_VARIABLE}") from None
-    return target
+        raise UserError(
+            f"{target.parent}: cannot keep downloads here ({err.strerror or err}): set {CACHE_VARIABLE}"
+        ) from None
+
+
+def _fetch_again(address: str, copy: Path, before: tuple[int, int] | None) -> None:
+    """Replace a kept copy, unless another process has done so since it was the version `before`."""
+    with _alone(copy):
+        if before in (None, _version_of(copy)):
+            _beside(copy, "partial").unlink(missing_ok=True)
+            _download(address, copy, "", NUM_ATTEMPTS, verbose=True)
+
+
+def _version_of(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None if there is none."""
+    with suppress(OSError):
+        facts = path.stat()
+        return facts.st_ino, facts.st_mtime_ns
+    return None
 
 
 def _cache_folder(cache_dir: str | os.PathLike | None) -> Path:

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """A mistake in the user's input. The message says what is wrong, where, and what to do, in one line."""
 
 
+class DamagedFileError(UserError):
+    """A file does not hold what its writer wrote, so that another copy of it may help."""
+
+
 class RunError(RuntimeError):
     """A failure at run time that no traceback would explain better than its message, which is one line."""
 

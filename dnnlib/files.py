@@ -3,12 +3,15 @@
 import errno
 import hashlib
 import os
+import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from dnnlib.errors import UserError
 
 if TYPE_CHECKING:
     import filelock
@@ -21,22 +24,26 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -> Iterator[IO]:
     """Open a file for writing that appears under its name only when it is complete.
 
-    Several processes may write the same file at once, on one machine or on many: the last one to finish wins.
+    Several processes may write the same file at once, on one machine or on many: the last one to finish wins. What
+    killed processes left half-written of the same file is deleted.
 
     Args:
         mode: "wb" or "w".
-        sync: wait until the disk has it, so that even a power failure leaves no half file. Slow for many small ones.
+        sync: wait until the disk has it, so that even a power failure leaves no half file. Slow for many small ones,
+            whose leftovers stay, too, until `clear_leftovers` is called for all of them.
 
     Raises:
         OSError: it could not be written, `filename` being the path asked for; nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if sync:
+        clear_leftovers([path])
     # Random: containers and hosts that share a file system can have the same process id.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with naming_errors(path):
-            with open(partial, mode.replace("w", "x")) as f:
+            with _locked_file(partial, mode.replace("w", "x")) as f:
                 yield f
                 f.flush()
                 if sync:
@@ -45,6 +52,43 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", sync: bool = True) -
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked_file(partial: Path, mode: str) -> Iterator[IO]:
+    """A new file, which `clear_leftovers` leaves alone as long as it is open."""
+    while True:
+        with open(partial, mode) as f:
+            _lock(f)
+            if partial.exists():  # and was not taken for a leftover before it was locked
+                yield f
+                return
+
+
+def _lock(f: IO) -> bool:
+    """Lock an open file until it is closed; False if another process has, or the system has no such locks."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (ImportError, OSError):
+        return False
+
+
+def clear_leftovers(paths: Iterable[Path]) -> None:
+    """Delete what killed processes left half-written of these files; what is being written stays."""
+    names_in: dict[Path, set[str]] = {}
+    for path in paths:
+        names_in.setdefault(path.parent, set()).add(path.name)
+    for folder, names in names_in.items():
+        for partial in leftovers(folder):
+            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", partial.name)
+            if match is None or match[1] not in names:
+                continue
+            with suppress(OSError), open(partial, "rb+") as f:
+                if _lock(f):
+                    partial.unlink()
 
 
 def leftovers(folder: Path, prefix: str = "") -> list[Path]:
@@ -63,6 +107,25 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     """
     with naming_errors(path), open(path, "a") as f:
         f.write(line + "\n")
+
+
+def check_not_input(option: str, path: Path, inputs: Mapping[str, str | os.PathLike | None]) -> None:
+    """Refuse to write over what is read, or into a folder that is read.
+
+    Args:
+        option: that asks to write `path`, for the message.
+        inputs: what other options, by their names, ask to read.
+
+    Raises:
+        UserError: `path` is one of them, or inside.
+    """
+    for name, source in inputs.items():
+        if not source or not os.path.exists(source):
+            continue
+        inside = os.path.isdir(source) and path.resolve().is_relative_to(Path(source).resolve())
+        if inside or (path.exists() and path.samefile(source)):
+            where = "inside" if inside else "the same as"
+            raise UserError(f"{option}={path}: is {where} {name}={os.fspath(source)}: choose another place")
 
 
 @contextmanager

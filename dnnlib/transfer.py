@@ -1,18 +1,24 @@
 """One file from a web server, however often the connection breaks."""
 
 import re
+import shutil
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import requests
 from tqdm import tqdm
 from urllib3 import BaseHTTPResponse, Retry
-from urllib3.exceptions import InvalidHeader, MaxRetryError
+from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
 
 from dnnlib.errors import RunError, UserError, one_line, printable_url
 
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds: the first retry is immediate, the n-th waits BACK_OFF * 2^(n-1)
+MAX_BYTES = 1 << 36  # of a file; those that networks and metrics need have up to a few GB
+MAX_SECONDS = 24 * 3600  # of a transfer, over all attempts
+SLOW = (1 << 10, 60)  # an attempt that brings fewer bytes per second, over so many seconds, ends
 TRANSIENT = {408, 425, 429}  # statuses that may change, besides those of 500 and more
 
 
@@ -45,23 +51,29 @@ def fetch(url: str, partial: Path, version_file: Path, num_attempts: int, verbos
         verbose: show a progress bar on terminals.
 
     Raises:
-        UserError: the address is wrong.
-        RunError: `num_attempts` attempts brought nothing more. What came before is kept.
+        UserError: the address is wrong, or the file is too large.
+        RunError: `num_attempts` attempts brought nothing more, or it takes too long. What came before is kept.
     """
     all_attempts = Retries(total=num_attempts - 1, backoff_factor=BACK_OFF, backoff_max=MAX_BACK_OFF)
-    left, furthest = all_attempts, 0
+    left, furthest, deadline = all_attempts, 0, time.monotonic() + MAX_SECONDS
     while True:
         try:
-            return _fetch_rest(url, partial, version_file, verbose)
+            return _fetch_rest(url, partial, version_file, deadline, verbose)
         except UserError:
             raise
         except (ValueError, requests.exceptions.TooManyRedirects) as err:  # of this address, or one redirected to
             raise UserError(f"{printable_url(url)}: {one_line(err)}: check the address") from None
-        except (InterruptedTransferError, requests.RequestException) as err:
+        except (InterruptedTransferError, requests.RequestException, HTTPError) as err:
             failure = err
         size = _size(partial)
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{printable_url(url)}: not fetched within {MAX_SECONDS / 3600:.1f} hours; {size} bytes are kept: "
+                "repeat the command to continue"
+            )
         try:
-            left = (all_attempts if size > furthest else left).increment("GET", url, error=failure)
+            got_further = size > furthest and size - furthest >= SLOW[0] * SLOW[1]
+            left = (all_attempts if got_further else left).increment("GET", url, error=failure)
         except MaxRetryError:
             cause = getattr(failure.args[0], "reason", failure) if failure.args else failure  # without layers around it
             reason = one_line(cause)[:150] or type(failure).__name__
@@ -76,8 +88,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _fetch_rest(url: str, partial: Path, version_file: Path, verbose: bool) -> None:
-    """Request what is missing of `partial`, which grows as far as the connection lasts."""
+def _fetch_rest(url: str, partial: Path, version_file: Path, deadline: float, verbose: bool) -> None:
+    """Request what is missing of `partial`, which grows as far as the connection lasts, but not beyond the deadline."""
     # The version of the file that the server named, and its length. Without them, or with others, what is missing would
     # not fit what is there.
     version, total = _read_version(version_file)
@@ -99,7 +111,11 @@ def _fetch_rest(url: str, partial: Path, version_file: Path, verbose: bool) -> N
             raise UserError(f"{printable_url(url)}: the server says {status}: check the address")
         if code == 200:
             have, total = 0, _begin(url, answer, partial, version_file)
-        size = _receive(response, partial, have, total, verbose)
+        limit = _limit(url, partial, have, total)
+        size = _receive(response, partial, have, total, limit, deadline, verbose)
+    if size > limit:
+        partial.unlink()
+        raise UserError(f"{printable_url(url)}: more than {limit / 1e9:.0f} GB, and no end of it: check the address")
     if size == 0 or (total is not None and size != total):
         raise InterruptedTransferError(f"the connection ended after {size} of {total or 'unknown'} bytes")
 
@@ -109,14 +125,42 @@ def _begin(url: str, answer: Mapping[str, str], partial: Path, version_file: Pat
     if answer.get("Content-Type", "").startswith("text/html") and not partial.stem.endswith((".html", ".htm")):
         raise UserError(f"{printable_url(url)}: the server sends a web page instead of the file: check the address")
     length = answer.get("Content-Length", "")
-    known = "Content-Encoding" not in answer and re.fullmatch(r"[0-9]{1,18}", length)  # else not the file's
+    known = re.fullmatch(r"[0-9]{1,18}", length)
+    encoding = answer.get("Content-Encoding", "identity")
+    if encoding != "identity":  # unpacked, it could be of any size
+        print(
+            f"Note: {printable_url(url)} comes packed ({one_line(encoding)}) and is kept as it comes", file=sys.stderr
+        )
     partial.unlink(missing_ok=True)
     version_file.write_text(f"{int(length)} {_version(answer)}" if known else "")
     return int(length) if known else None
 
 
-def _receive(response: requests.Response, partial: Path, have: int, total: int | None, verbose: bool) -> int:
-    """Append the body of an answer to `partial`; its size then."""
+def _limit(url: str, partial: Path, have: int, total: int | None) -> int:
+    """The size at which a transfer is given up.
+
+    Raises:
+        UserError: the file is known to be larger than that.
+    """
+    limit = min(MAX_BYTES, have + shutil.disk_usage(partial.parent).free)
+    if total is not None and total > limit:
+        raise UserError(
+            f"{printable_url(url)}: has {total / 1e9:.1f} GB, and there is room for {limit / 1e9:.1f} GB in "
+            f"{partial.parent}: make room, or check the address"
+        )
+    return limit
+
+
+def _receive(
+    response: requests.Response,
+    partial: Path,
+    have: int,
+    total: int | None,
+    limit: int,
+    deadline: float,
+    verbose: bool,
+) -> int:
+    """Append the body of an answer to `partial`, as it is sent, until it is larger than `limit`; its size then."""
     with (
         open(partial, "ab") as f,
         tqdm(
@@ -129,9 +173,18 @@ def _receive(response: requests.Response, partial: Path, have: int, total: int |
             dynamic_ncols=True,
         ) as progress,
     ):
-        for data in response.iter_content(1 << 16):  # the part during which a connection breaks is lost
+        floor, seconds = SLOW
+        checked, size = time.monotonic(), have
+        while f.tell() <= limit and (data := response.raw.read1(1 << 16, decode_content=False)):
             f.write(data)
             progress.update(len(data))
+            now = time.monotonic()
+            if now > deadline:
+                raise InterruptedTransferError("it takes too long")
+            if now - checked >= seconds:
+                if f.tell() - size < floor * (now - checked):
+                    raise InterruptedTransferError(f"less than {floor} bytes per second")
+                checked, size = now, f.tell()
         return f.tell()
 
 

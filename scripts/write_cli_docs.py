@@ -10,8 +10,10 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "train_edm2": "train_edm2.py",
     "train_score_sde": "train_score_sde.py",
+    "train_uvit": "train_uvit.py",
     "train_nvae": "train_nvae.py",
     "generate_images": "generate_images.py",
+    "calculate_likelihood": "calculate_likelihood.py",
     "calculate_metrics": "calculate_metrics.py",
     "reconstruct_phema": "reconstruct_phema.py",
     "count_flops": "count_flops.py",

@@ -21,9 +21,11 @@ from servers import server  # noqa: F401 - a fixture
 
 import calculate_metrics
 import train_edm2
+from training.conditioning import Conditioning, DataSpec
 from training.encoders import StandardRGBEncoder
 from training.networks.edm2 import Precond
 from training.networks.toy import ToyModel
+from training.networks.uvit_denoiser import UViTDenoiser
 from training.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
@@ -349,3 +351,11 @@ def pixels(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pixels") / "pixels.zip"
     labels = {f"00000/img{i:08d}.png": i % 3 for i in range(10)}
     return make_dataset(path, random_images(10, size=16), labels)
+
+
+def tiny_uvit(conditioning: Conditioning | None = None, **arguments) -> UViTDenoiser:
+    """A small U-ViT of 8x8 grey images with ten classes, or other conditions."""
+    torch.manual_seed(0)
+    data = DataSpec(channels=1, resolution=8, conditioning=conditioning or Conditioning.of_labels(10))
+    small = dict(embed_dim=16, depth=3, num_heads=2)
+    return UViTDenoiser(data, **{**small, **arguments}).eval().requires_grad_(False)

@@ -1,5 +1,6 @@
 """A local web server that behaves as badly as real ones."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -91,13 +92,32 @@ def partial(data: bytes = DATA, start: int = 0, end: int | None = None, total: o
     return behave
 
 
+PACKED = gzip.compress(random.Random(0).randbytes(1 << 20))
+
+
 def packed(stop_after: int | None = None) -> Callable:
-    data = gzip.compress(random.Random(0).randbytes(1 << 20))
+    data = PACKED
 
     def behave(handler: Handler) -> None:
         headers(handler, 200, {"Content-Encoding": "gzip", "Content-Length": len(data), "ETag": '"v1"'})
         handler.wfile.write(data[:stop_after])
         handler.close_connection = stop_after is not None
+
+    return behave
+
+
+def endless(data: bytes = DATA, pause: float = 0, length: int | None = None) -> Callable:
+    """The same piece again and again; in chunks, or as a file of some length."""
+
+    def behave(handler: Handler) -> None:
+        fields = {"Transfer-Encoding": "chunked"} if length is None else {"Content-Length": length, "ETag": '"v1"'}
+        headers(handler, 200, fields)
+        with contextlib.suppress(OSError):  # the other end hangs up
+            while True:
+                handler.wfile.write(data if length is not None else f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                handler.wfile.flush()
+                time.sleep(pause)
+        handler.close_connection = True
 
     return behave
 

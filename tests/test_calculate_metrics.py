@@ -68,6 +68,14 @@ def test_what_was_found(tmp_path):
     assert "adm.npz: 3 images, pixels of 8x8; labels: none" in result.output
 
 
+def test_reference_over_its_images(tmp_path):
+    np.savez(tmp_path / "adm.npz", np.zeros([3, 8, 8, 3], np.uint8))
+    before = (tmp_path / "adm.npz").read_bytes()
+    result = tool("ref", f"--data={tmp_path / 'adm.npz'}", f"--dest={tmp_path / 'adm.npz'}", ok=False)
+    fails_with(result, "--dest=", "is the same as --data=")
+    assert (tmp_path / "adm.npz").read_bytes() == before
+
+
 def test_repeated_calc(digits_ref):
     options = [f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
     result = tool("calc", *options, "--num=900", "--repeat=3")

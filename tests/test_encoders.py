@@ -56,7 +56,7 @@ def test_latents_out_of_bounds(tmp_path):
     latents = np.random.default_rng(0).normal(size=[3, 3, 4, 4]).astype(np.float32)
     latents[1, 2, 0, 0] = 1.5e38
     path = make_dataset(tmp_path / "l.zip", {f"{i}.npy": npy(x) for i, x in enumerate(latents)})
-    with pytest.raises(UserError, match="l.zip: cannot read 1.npy: the latents hold NaN, infinity or numbers"):
+    with pytest.raises(UserError, match="l.zip: cannot read 1.npy: the latents hold NaN or infinity, or numbers"):
         encoder_for(ImageFolderDataset(path))
 
 

@@ -65,10 +65,12 @@ def test_all_generation_options(run, tmp_path):
         "--S_max=10", "--S_noise=1.01", "--guidance-interval=0.1,5", "--precision=bf16", "--compile=1", "--device=cpu",
         f"--grid={tmp_path / 'grid.png'}", "--skip-existing", "--offline",
     ]  # fmt: skip
+    (left := tmp_path / "out" / "000000" / ".000001.png.0123456789abcdef.tmp").parent.mkdir(parents=True)
+    left.write_bytes(b"of a killed process")
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below, or with networks that it is for.
-    others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--encoder=x", "--trust-encoder=1"]
+    others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--arch=x", "--encoder=x", "--trust-encoder=1"]
     others += [option for options in OPTIONS_OF_SOLVERS.values() for option in options]
     assert_all_options(generate, [*args, *others, "--preset=x", "--print-config", "--list-presets"])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
@@ -221,6 +223,20 @@ def test_guide_for_other_latents(snapshot_file, tmp_path):
         "--guidance=2",
     ]
     fails_with(run_cli(generate, *args), "works on other latents")
+
+
+def test_grid_overwrites_nothing(snapshot_file, tmp_path):
+    before = snapshot_file.read_bytes()
+    args = [f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}", "--seeds=0", "--steps=1"]
+    (tmp_path / "link.png").symlink_to(snapshot_file)
+    for name, fragment in {
+        snapshot_file.name: f"is the same as --net={snapshot_file}",
+        "link.png": f"is the same as --net={snapshot_file}",
+        "grid.jpg": "is saved as PNG: choose a name that ends in .png",
+        "out/000000.png": "is also the image of a seed",
+    }.items():
+        fails_with(run_cli(generate, *args, f"--grid={tmp_path / name}"), f"--grid={tmp_path / name}: {fragment}")
+    assert snapshot_file.read_bytes() == before and not (tmp_path / "out").exists()
 
 
 def test_grid_of_images_of_two_networks(snapshot_file, tmp_path):

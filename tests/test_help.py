@@ -14,6 +14,7 @@ from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_edm2 import main as train
 from train_score_sde import main as train_score_sde
+from train_uvit import main as train_uvit
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 COMMANDS = {
     "train_edm2": train,
     "train_score_sde": train_score_sde,
+    "train_uvit": train_uvit,
     "generate_images": generate,
     "reconstruct_phema": reconstruct,
     "count_flops": count_flops,

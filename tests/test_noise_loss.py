@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from dnnlib.errors import UserError
+from training.conditioning import Conditioning, DataSpec
 from training.denoiser import Preconditioned
-from training.losses import NoiseLoss
-from training.preconditioning import DataPrediction, Epsilon
+from training.losses import NoiseLoss, WithoutSomeConditions
+from training.preconditioning import DataPrediction, EDMOfSchedule, Epsilon
 from training.samplers.noise import StackedRandomGenerator
 from training.schedules import VP
 from training.schedules_uvit import CosineVP, InterpolatedVP
@@ -69,3 +70,39 @@ def test_draws_of_an_image_are_its_own():
 def test_unknown_prediction():
     with pytest.raises(UserError, match="noise or data"):
         NoiseLoss(VP(), "score")
+
+
+def test_log_normal_noise_levels():
+    loss = NoiseLoss(VP(), lognormal=(-0.4, 1.2))
+    ln_sigma = VP().sigma(loss.times(torch.linspace(0, 1, 100_001)[:-1])).log()
+    assert ln_sigma.isfinite().all()
+    assert ln_sigma.mean().item() == pytest.approx(-0.4, abs=1e-3)
+    assert ln_sigma.std().item() == pytest.approx(1.2, rel=1e-2)
+
+
+def test_error_of_what_edm_predicts():
+    """An estimate of 0 is the mean: its error is that of D, c_skip x, over c_out^2."""
+    preconditioning = EDMOfSchedule(VP(), 0.5)
+    net = Preconditioned(Recorder(), preconditioning, None)
+    images, noise = torch.randn(2, 6, 1, 4, 4).unbind()
+    t = torch.linspace(0.1, 0.9, 6)
+    loss = NoiseLoss(VP())(net, images, t=t, noise=noise)
+    sigma = VP().sigma(t).reshape(-1, 1, 1, 1)
+    D = net(images + sigma * noise, sigma)
+    wanted = ((D - images) / preconditioning(sigma).c_out).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, wanted.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_dropped_conditions():
+    conditioning = Conditioning(kind="classes", size=5)
+    net = Preconditioned(Recorder(), Epsilon(VP()), DataSpec(channels=1, resolution=2, conditioning=conditioning))
+    images, labels, n = torch.zeros(400, 1, 2, 2), torch.eye(5).repeat(80, 1), 400
+    loss = WithoutSomeConditions(NoiseLoss(VP()), 0.3)
+    loss(net, images, labels, rnd=StackedRandomGenerator("cpu", range(n)), nimg=0)
+    dropped = (net.net.cond == 0).all(1)
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.07)
+    assert torch.equal(net.net.cond[~dropped], labels[~dropped])
+    assert loss.regularizer(net, 0) is None and loss.state_dict() == {}
+    net.spec = DataSpec(channels=1, resolution=2)
+    loss(net, images, torch.zeros(n, 0), rnd=StackedRandomGenerator("cpu", range(n)), nimg=0)
+    assert net.net.cond is None

@@ -29,6 +29,7 @@ def test_all_reconstruction_options(run, tmp_path):
         f"--indir={run}", "--inprefix=network-snapshot", "--instd=0.05,0.1", f"--outdir={tmp_path}", "--outprefix=posthoc",
         "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2", "--format=safetensors",
     ]  # fmt: skip
+    (tmp_path / ".posthoc-0000002-0.150.safetensors.0123456789abcdef.tmp").write_bytes(b"of a killed process")
     result = run_cli(reconstruct, *args)
     assert result.exit_code == 0, result.output
     assert_all_options(reconstruct, args)

@@ -1,12 +1,14 @@
 """snapshot_tool.py: convert, inspect, export."""
 
 import json
+import os
 import shutil
 import sys
 
 import numpy as np
 import torch
 from conftest import (
+    DIGITS,
     ROOT,
     change_tensor,
     fails_with,
@@ -85,7 +87,7 @@ def test_spoiled_weights_go_no_further(run, tmp_path):
     assert not (tmp_path / "out.pkl").exists() and not list(tmp_path.glob("phema*"))
 
 
-def test_inspect(run, tmp_path):
+def test_inspect(run, tmp_path, digits_ref):
     path = run / "network-snapshot-0000003-0.100.safetensors"
     text = run_cli(snapshot_tool, "inspect", path).output
     for fragment in (
@@ -98,6 +100,12 @@ def test_inspect(run, tmp_path):
     facts = json.loads(run_cli(snapshot_tool, "inspect", path, "--json").output)
     assert facts["bytes"] == path.stat().st_size
     assert facts["parameters"] == sum(p.numel() for p in load_network(path).net.parameters())
+    facts = json.loads(run_cli(snapshot_tool, "inspect", digits_ref, "--json").output)
+    assert facts["fd_pixels"] == "mean and covariance of 192 features, 192 features of 1797 images"
+    assert (facts["num_images"], facts["resolution"], facts["facts"]["data"]) == (1797, 8, str(DIGITS))
+    digits_ref = shutil.copy(digits_ref, tmp_path / "cut.safetensors")
+    os.truncate(digits_ref, 50_000)
+    fails_with(run_cli(snapshot_tool, "inspect", digits_ref), "cut.safetensors: damaged or truncated")
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
     facts = json.loads(run_cli(snapshot_tool, "inspect", tmp_path / "ref.npz", "--json").output)
     assert facts["fid"] == "mean and covariance of 3 features"

@@ -265,6 +265,14 @@ def test_damaged_options_file(tmp_path):
     )
 
 
+def test_outdir_among_the_images(tmp_path):
+    """Its pictures would be images of the next run."""
+    data = make_dataset(tmp_path / "data", random_images(4))
+    for outdir in (data, data / "runs" / "1"):
+        result = run_cli(train, f"--outdir={outdir}", f"--data={data}", "--cond=0", *TINY, "--dry-run")
+        fails_with(result, f"--outdir={outdir}: is inside --data={data}: choose another place")
+
+
 def test_outdir_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     fails_with(run_cli(train, f"--outdir={tmp_path / 'file'}", f"--data={DIGITS}", *TINY), "--outdir", "is a file")

@@ -70,7 +70,7 @@ def test_all_training_options(tmp_path):
     options = [f"--data={DIGITS}", f"--dest={ref}", "--metrics=fd_pixels", "--workers=0"]
     assert run_cli(metrics_tool, "ref", *options).exit_code == 0
     args = [
-        f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits-nvae", "--xflip=1", "--cache=1", "--workers=1",
+        f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits-nvae", "--xflip=1", "--cache=1", "--verify=0", "--workers=1",
         "--decoder=normal", "--levels=32", "--pad=4", "--published-decoder=1", "--arch_instance=res_bnswish",
         "--num_latent_scales=2", "--num_groups_per_scale=2", "--num_latent_per_group=3", "--ada_groups=0",
         "--min_groups_per_scale=2", "--num_channels_enc=4", "--num_channels_dec=8", "--num_preprocess_blocks=2",

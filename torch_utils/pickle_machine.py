@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from torch_utils.pickle_records import Record, RefusedError
 
 # Limits against hostile files. The largest published network takes about a hundredth of the steps.
@@ -35,9 +35,9 @@ def naming_source(source: str) -> Iterator[None]:
     except RefusedError as err:
         raise UserError(f"{source}: {err}; nothing in the file was run") from None
     except EOFError:
-        raise UserError(f"{source}: the file is truncated: copy it again") from None
+        raise DamagedFileError(f"{source}: the file is truncated: copy it again") from None
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as err:
-        raise UserError(f"{source}: damaged ({one_line(err)}): copy it again") from None
+        raise DamagedFileError(f"{source}: damaged ({one_line(err)}): copy it again") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch._utils import _rebuild_tensor_v2
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, one_line
 
 CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")  # of torch.nn
 NUMBER_KINDS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")  # NumPy's, and their bytes
@@ -138,7 +138,8 @@ class StoredTensor:
             storage = torch.load(io.BytesIO(self.storage), map_location="cpu", weights_only=True)
             return _rebuild_tensor_v2(storage, self.offset, self.size, self.stride, False, OrderedDict())
         except Exception as err:  # torch has many ways to say that a file is damaged
-            raise UserError(f"{self.source}: a tensor cannot be read ({one_line(err)}): copy the file again") from None
+            reason = one_line(err)
+            raise DamagedFileError(f"{self.source}: a tensor cannot be read ({reason}): copy the file again") from None
 
 
 @dataclass(frozen=True, eq=False)

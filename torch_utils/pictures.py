@@ -1,6 +1,7 @@
 """Images as PNG files and grids."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,11 +11,23 @@ import PIL.ImageDraw
 import PIL.PngImagePlugin
 import torch
 
-from dnnlib.files import atomic_write
+from dnnlib.errors import UserError
+from dnnlib.files import atomic_write, check_not_input
 
 MIN_TILE = 64  # smaller images are enlarged to at least this many pixels in grids, to be visible
 CAPTION_HEIGHT = 14  # of the default font
 GRID_GAP, GRID_GRAY = 8, 96  # width and brightness of the lines between enlarged images
+
+
+def check_picture(option: str, path: Path, inputs: Mapping[str, str | os.PathLike | None]) -> None:
+    """Refuse a name for a PNG file that says another type, or is that of an input, see `check_not_input`.
+
+    Raises:
+        UserError: it does.
+    """
+    check_not_input(option, path, inputs)
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{option}={path}: is saved as PNG: choose a name that ends in .png")
 
 
 def save_image(path: str | Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:

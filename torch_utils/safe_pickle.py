@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import DamagedFileError, UserError
 from torch_utils.pickle_machine import MAX_NAME, Budget, Machine, Name, checked_key, naming_source
 from torch_utils.pickle_records import (
     CONTAINERS,
@@ -57,7 +57,7 @@ def load(path: str | os.PathLike) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
-        raise UserError(f"{path}: the file is empty: copy it again")
+        raise DamagedFileError(f"{path}: the file is empty: copy it again")
     with open(path, "rb") as f:
         data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
     return loads(data, path)

@@ -17,18 +17,23 @@ from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
+from training.config.likelihood import LikelihoodConfig
 from training.config.nvae import TRAINING_PRESETS as NVAE_PRESETS
 from training.config.nvae import NVAENetwork, NVAETraining
 from training.config.score_sde import ScoreNetwork, ScoreTraining
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.toy import ToyNetwork
 from training.config.training import Preset, TrainConfig
+from training.config.uvit import UViTNetwork, UViTTraining
+from training.config.uvit_presets import UVIT_PRESETS
 from training.denoiser import Denoiser
 from training.flops import Inputs
 from training.generators import Generator, VAEGenerator, diffusion_generator
-from training.losses import EDM2Loss, Objective, ScoreLoss
+from training.likelihood import Likelihood
+from training.likelihood_vae import VAELikelihood
+from training.losses import EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
 from training.losses_vae import PixelObjective
-from training.lr import learning_rate_schedule, warmup_linear
+from training.lr import learning_rate_schedule, warmup_cosine, warmup_linear
 from training.networks import nvae_layers
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
@@ -36,6 +41,7 @@ from training.networks.edm2_layers import effective_weights
 from training.networks.nvae import NVAE
 from training.networks.score_sde import ScoreSDE, schedule_for
 from training.networks.toy import ToyModel
+from training.networks.uvit_denoiser import UViTDenoiser, uvit_schedule
 from training.optimizers import EMA, AdamaxOptimizer, AdamOptimizer, Optimizer
 from training.phema import LatestWeights, PowerFunctionEMA, ProfilesAndRampedEMA
 
@@ -80,6 +86,7 @@ class Architecture:
             follow its later changes.
         makes_images: whether it can be asked for images.
         generate: (net, sampling) -> what makes images where the network is no denoiser.
+        likelihood: (net, configuration) -> what computes likelihoods; None = nothing here.
         take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
     """
 
@@ -99,6 +106,7 @@ class Architecture:
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
     generate: Callable[[Any, SamplingConfig], Generator] | None = None
+    likelihood: Callable[[Any, LikelihoodConfig], Likelihood] | None = None
     take_data: Callable[[dict[str, Any]], DataSpec] | None = None
 
     @property
@@ -196,10 +204,45 @@ def _score_optimizer(net: nn.Module, config: ScoreTraining) -> AdamOptimizer:
     )
 
 
-def _score_ema(net: nn.Module, config: ScoreTraining) -> EMA:
+def _profiles_and_ema(net: nn.Module, config: ScoreTraining | UViTTraining, *, ramp_up: bool) -> EMA:
     if config.ema.ema_rate == 0:
         return PowerFunctionEMA(net, config.ema.ema_std)
-    return ProfilesAndRampedEMA(net, config.ema.ema_std, config.ema.ema_rate)
+    return ProfilesAndRampedEMA(net, config.ema.ema_std, config.ema.ema_rate, ramp_up)
+
+
+def _uvit_network(arguments: dict[str, Any], data: DataSpec) -> UViTDenoiser:
+    return UViTDenoiser(data, **arguments)
+
+
+def _uvit_objective(_net: nn.Module, config: UViTTraining) -> WithoutSomeConditions:
+    chosen, prediction = config.objective, config.network.prediction
+    loss = NoiseLoss(
+        uvit_schedule(config.network),
+        "data" if prediction == "data" else "noise",
+        (chosen.P_mean, chosen.P_std) if chosen.noise_levels == "lognormal" else None,
+    )
+    return WithoutSomeConditions(loss, chosen.cond_dropout)
+
+
+def _uvit_optimizer(net: nn.Module, config: UViTTraining) -> AdamOptimizer:
+    chosen = config.optimizer
+
+    def learning_rate(nimg: int) -> float:
+        if chosen.decay_to == 0:
+            return warmup_linear(nimg, chosen.lr, chosen.warmup)
+        return warmup_cosine(nimg, chosen.decay_to, chosen.lr, warmup_nimg=chosen.warmup)
+
+    return AdamOptimizer(
+        net,
+        learning_rate,
+        betas=(chosen.beta1, chosen.beta2),
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        decoupled=True,
+        undecayed=("net.pos_embed", "net.label_emb.weight") if chosen.decay_exclude_embeddings else (),
+        max_norm=chosen.grad_clip,
+        loss_scaling=config.run.ls,
+    )
 
 
 def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
@@ -225,6 +268,10 @@ def _nvae_objective(net: Any, config: NVAETraining) -> PixelObjective:
 
 def _nvae_ema(net: nn.Module, config: NVAETraining) -> EMA:
     return PowerFunctionEMA(net, config.ema.ema_std) if config.ema.ema_std else LatestWeights(net)
+
+
+def _nvae_likelihood(net: Any, config: LikelihoodConfig) -> VAELikelihood:
+    return VAELikelihood(net, config.vae.samples, config.vae.max_batch)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -256,7 +303,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         presets=SCORE_PRESETS,
         objective=_score_objective,
         optimizer=_score_optimizer,
-        ema=_score_ema,
+        ema=partial(_profiles_and_ema, ramp_up=True),
+        core=lambda net: net.net,
+    ),
+    "uvit.UViTDenoiser": Architecture(
+        family="U-ViT",
+        paper="Bao et al., *All are Worth Words: A ViT Backbone for Diffusion Models* (CVPR 2023, "
+        "[arXiv 2209.12152](https://arxiv.org/abs/2209.12152))",
+        network_class=UViTDenoiser,
+        network=UViTNetwork,
+        make=_uvit_network,
+        training=UViTTraining,
+        presets=UVIT_PRESETS,
+        objective=_uvit_objective,
+        optimizer=_uvit_optimizer,
+        ema=partial(_profiles_and_ema, ramp_up=False),
         core=lambda net: net.net,
     ),
     "nvae.NVAE": Architecture(
@@ -274,6 +335,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ema=_nvae_ema,
         step=nvae_layers.effective_weights,
         generate=VAEGenerator,
+        likelihood=_nvae_likelihood,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",
@@ -290,7 +352,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def preset_network(preset: Preset) -> Any:
     """A freshly initialised network of a training preset, for the data that the preset is meant for."""
-    conditioning = Conditioning.of_labels(preset.classes)
+    text = preset.context[0] > 0
+    conditioning = Conditioning.of_text(*preset.context) if text else Conditioning.of_labels(preset.classes)
     data = DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
     return trained_by(preset.config).build(preset.config.network, data)
 

@@ -192,7 +192,9 @@ def generate_images(
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
     _check_arguments(sampler_fn, sampler_kwargs)
-    classes = None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.size), "fixed")
+    classes = (
+        None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.num_classes), "fixed")
+    )
     if gnet is not None and hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
     for network in (net, gnet):
@@ -236,16 +238,20 @@ def fetch(networks: NetworksConfig) -> None:
         if distributed.get_local_rank() == 0:
             for network in (networks.net, networks.gnet):
                 if network is not None and is_url(network):
-                    open_snapshot(network)
+                    open_snapshot(network, preset=networks.arch)
 
 
-def load_image_network(path_or_url: str | Path, device: torch.device | str = "cpu") -> Snapshot:
+def load_image_network(
+    path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
+) -> Snapshot:
     """As `load_network`, for a network that makes images.
 
     Raises:
         UserError: also if it makes none.
     """
-    snapshot = load_network(path_or_url, device)
+    snapshot = load_network(path_or_url, device, preset=arch)
+    if snapshot.note:
+        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
     if not architecture_of(snapshot.net).makes_images:
         raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
     return snapshot
@@ -296,7 +302,7 @@ class LoadedGenerator:
         sources = {"net": networks.net, "gnet": networks.gnet if self.guide is not None else None}
         for key, source in sources.items():
             if source is not None:
-                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source).path)}
+                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source, preset=networks.arch).path)}
         encoder = self.snapshot.encoder
         if isinstance(encoder, AutoencoderEncoder) and not encoder.vae_sha256:
             encoder = encoder.identified()
@@ -325,7 +331,7 @@ def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingC
         UserError: the network knows no such class.
     """
     text, names = sampling.class_idx, snapshot.metadata.get("class_names")
-    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.size, names)
+    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.num_classes, names)
     if text is None or classes.classes is None:
         return sampling
     if names and text.isdigit() and text in names and (called := names[classes.classes[0]]) != text:
@@ -348,14 +354,19 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     if sampling.compiled and device.type != "cpu":
         check_compiler(device)
     assert networks.net is not None
-    snapshot = load_image_network(networks.net, device)
+    snapshot = load_image_network(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
     guided = sampling.guidance.guidance != 1
-    guide = load_image_network(networks.gnet, device) if guided and networks.gnet is not None else None
+    guide = load_image_network(networks.gnet, device, networks.arch) if guided and networks.gnet is not None else None
     if not guided and (networks.gnet is not None or sampling.guidance.guidance_interval is not None):
         given = "--gnet" if networks.gnet is not None else "--guidance-interval"
         distributed.print0(f"Note: {given} has no effect without --guidance")
+    if guided and networks.gnet is None and not snapshot.net.spec.conditioning.optional:
+        raise UserError(
+            f"--guidance={sampling.guidance.guidance:g} needs a guiding network: give --gnet (that of --net knows no "
+            f"images without a condition)"
+        )
     config = dataclasses.replace(config, sampling=_numbered_classes(sampling, snapshot))
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     if guide is not None:

@@ -11,7 +11,7 @@ from training.classes import ClassChoice
 from training.conditioning import DataSpec
 from training.config.generation import SamplingConfig
 from training.denoiser import Denoiser
-from training.guidance import GuidedDenoiser
+from training.guidance import GuidedDenoiser, Unconditional
 from training.networks.nvae import NVAE
 from training.networks.nvae_layers import effective_weights
 from training.networks.nvae_readjust import readjust_batch_norms_
@@ -75,7 +75,7 @@ class DiffusionGenerator:
         return self.sample(noise, cond, rnd)
 
     def describe(self) -> dict[str, Any]:
-        labels = {"labels": "none"} if self.spec.conditioning.kind == "none" else self.classes.describe()
+        labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
         return {**labels, **self.facts}
 
 
@@ -90,20 +90,21 @@ def diffusion_generator(
 
     Args:
         spec: what the denoiser's images and conditions look like.
-        guide: guiding denoiser; used where the weight of guidance is not 1.
+        guide: guiding denoiser, used where the weight of guidance is not 1; None = the denoiser itself, without a
+            condition.
         precision: what the denoiser computes in, for `describe`.
     """
     guidance, net = sampling.guidance, denoiser
     if guidance.guidance != 1:
-        assert guide is not None
-        denoiser = GuidedDenoiser(denoiser, guide, guidance.guidance, guidance.interval)
+        guide = Unconditional(net) if guide is None else guide
+        denoiser = GuidedDenoiser(net, guide, guidance.guidance, guidance.interval)
     sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, net))
 
     def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
         return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
-    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.size), facts)
+    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
 
 
 class VAEGenerator:

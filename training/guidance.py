@@ -8,6 +8,20 @@ from dnnlib.errors import UserError
 from training.denoiser import Denoiser
 
 
+class Unconditional:
+    """A denoiser that forgets what it is asked for: the guide of classifier-free guidance by one network.
+
+    Args:
+        net: a denoiser that knows images without a condition, too.
+    """
+
+    def __init__(self, net: Denoiser):
+        self.net = net
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.net(x, sigma, None)
+
+
 class GuidedDenoiser:
     """D = lerp(D_guide, D_main, w): classifier-free guidance and autoguidance alike.
 

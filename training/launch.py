@@ -15,6 +15,7 @@ import click
 
 from dnnlib.cli import CommandLine, with_options
 from dnnlib.errors import UserError
+from dnnlib.files import check_not_input
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
 from training.config.training import INTERVALS, Preset, TrainConfig
@@ -70,6 +71,7 @@ def training_command(
 
         distributed.init()
         with distributed.fail_together():
+            check_not_input("--outdir", outdir, {"--data": opts["data"]})
             config, dataset = make_config(config_class, presets, {**opts, "preset": opts["preset"] or default_preset})
         for note in config.notes():
             distributed.print0(f"Note: {note}")

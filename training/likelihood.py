@@ -11,7 +11,7 @@ Both come from one call of the denoiser and one product e^T dD/dx for each evalu
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +21,28 @@ from training.samplers.adaptive import Flow, integrate
 from training.schedules import EPS, Schedule, wide
 
 TRACES = ("rademacher", "gaussian", "exact")
+
+
+class Likelihood(Protocol):
+    """Likelihoods of images under a network, each from random numbers of its own."""
+
+    def __call__(self, images: torch.Tensor, rnd: Any = None, cond: Any = None) -> torch.Tensor:
+        """Bits per dimension of each image, float64 [N].
+
+        Args:
+            images: uint8 [N, C, H, W].
+            rnd: random numbers of each image (`StackedRandomGenerator`); None = torch's own generator.
+            cond: conditions [N, ...], or None.
+        """
+        ...
+
+    def figures(self, images: torch.Tensor, rnd: Any = None, cond: Any = None) -> dict[str, torch.Tensor]:
+        """All figures of each image [N] by name, float64; `bits_per_dim` is among them."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What computes them, as plain JSON values."""
+        ...
 
 
 @dataclass(frozen=True)

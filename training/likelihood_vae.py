@@ -83,7 +83,7 @@ def importance_bounds(
 
 
 class VAELikelihood:
-    """Bits per dimension of images: the importance-weighted bound.
+    """Bounds on the likelihood of images: a `Likelihood`.
 
     Args:
         net: in eval mode.
@@ -111,7 +111,34 @@ class VAELikelihood:
         x = image_values(self.net.decoder, images, self.net.loss_crop, randn_like)
         return importance_bounds(self.net, x, self.num_samples, randn_like, self.max_batch)
 
-    def __call__(self, images: torch.Tensor, rnd: Any = None) -> torch.Tensor:
-        """Bits per dimension of each image [N], float64; arguments as for `bounds`."""
+    def __call__(self, images: torch.Tensor, rnd: Any = None, cond: None = None) -> torch.Tensor:
+        """Bits per dimension of each image [N], float64: the importance-weighted bound. Arguments as for `bounds`."""
         bounds = self.bounds(images, rnd)
         return bounds.bits_per_dim(bounds.neg_log_p)
+
+    def figures(self, images: torch.Tensor, rnd: Any = None, cond: None = None) -> dict[str, torch.Tensor]:
+        """Figures of each image [N] by name, float64. Arguments as for `bounds`.
+
+        bits_per_dim: the importance-weighted bound, and nelbo_bits_per_dim: the negative evidence lower bound; in nats:
+        iw_bound, nelbo, recon (-log p(x | z)), kl_00, kl_01, ... (of the groups, the top one first).
+        """
+        b = self.bounds(images, rnd)
+        return {
+            "bits_per_dim": b.bits_per_dim(b.neg_log_p),
+            "nelbo_bits_per_dim": b.bits_per_dim(b.nelbo),
+            "iw_bound": b.neg_log_p,
+            "nelbo": b.nelbo,
+            "recon": b.recon,
+            **{f"kl_{i:02d}": kl for i, kl in enumerate(b.kl.unbind(dim=1))},
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What computes the bounds, as plain JSON values."""
+        decoder = self.net.decoder
+        return {
+            "likelihood": "bounds of a VAE",
+            "samples": self.num_samples,
+            "levels": decoder.levels,
+            "dims": self.net.dims,
+            "precision": self.net.precision,
+        }

@@ -7,7 +7,7 @@ import torch
 
 from dnnlib.errors import UserError
 from training.config.edm2 import EDM2Network, EDM2Objective
-from training.preconditioning import DataPrediction
+from training.preconditioning import DataPrediction, EDMOfSchedule
 from training.schedules import EPS, DiscreteVE, DiscreteVP, Schedule, wide
 from training.schedules_uvit import InterpolatedVP
 
@@ -117,24 +117,32 @@ class NoiseLoss(Stateless):
     """The objective of U-ViT (Bao et al. 2023, Section 2): squared error of the noise, or of the clean image.
 
     Times are uniform, in continuous time from 0 to 1, over the steps of an `InterpolatedVP`. Networks estimate one of
-    the two by their preconditioning, `Epsilon` or `DataPrediction`; the error of the other follows from it.
+    the two by their preconditioning, `Epsilon` or `DataPrediction`; the error of the other follows from it. Of networks
+    with EDM's preconditioning, the error of what they themselves give counts, which weighs that of the clean image by
+    1 / c_out^2.
 
     Args:
         schedule: of the noise.
         prediction: 'noise' or 'data', whose error counts.
+        lognormal: mean and standard deviation of a normal ln(sigma), as in EDM, in place of uniform times.
 
     Raises:
         UserError: another prediction.
     """
 
-    def __init__(self, schedule: Schedule, prediction: str = "noise"):
+    def __init__(self, schedule: Schedule, prediction: str = "noise", lognormal: tuple[float, float] | None = None):
         if prediction not in ("noise", "data"):
             raise UserError(f"prediction must be noise or data, not {prediction!r}")
         self.schedule = schedule
         self.prediction = prediction
+        self.lognormal = lognormal
 
     def times(self, uniform: torch.Tensor) -> torch.Tensor:
         """Times of training from draws in [0, 1), elementwise, float64."""
+        if self.lognormal is not None:
+            mean, std = self.lognormal
+            # Draws are multiples of 2^-24; the offset keeps 0 from becoming infinity.
+            return self.schedule.time((mean + std * torch.special.ndtri(wide(uniform) + 2**-26)).exp())
         return self.schedule.training_times(uniform) if isinstance(self.schedule, InterpolatedVP) else wide(uniform)
 
     def __call__(
@@ -166,12 +174,37 @@ class NoiseLoss(Stateless):
         if noise is None:
             noise = randn(images.shape, device=images.device)
         sigma = self.schedule.sigma(t)
-        F_x, _ = net.raw(images + sigma.reshape(-1, 1, 1, 1).to(images) * noise, sigma, labels)
+        column = sigma.reshape(-1, 1, 1, 1).to(images)
+        F_x, _ = net.raw(images + column * noise, sigma, labels)
+        if isinstance(net.preconditioning, EDMOfSchedule):
+            return (F_x - net.preconditioning.target(images, noise, column)).square().flatten(1).mean(1)
         estimated = "data" if isinstance(net.preconditioning, DataPrediction) else "noise"
         error = (F_x - (images if estimated == "data" else noise)).square().flatten(1).mean(1)
         # x = x_0 + sigma n is known, so the errors of x_0 and n differ by the factor sigma.
         powers = {"noise": 0, "data": 2}
         return error * (sigma ** (powers[self.prediction] - powers[estimated])).to(error)
+
+
+class WithoutSomeConditions:
+    """An objective for which images lose their condition at random, so that one network learns to go without, too.
+
+    Args:
+        objective: what is made small.
+        p: probability that an image loses its condition, see `Conditioning.drop`.
+    """
+
+    def __init__(self, objective: Objective, p: float):
+        self.objective, self.p = objective, p
+        self.regularizer, self.report = objective.regularizer, objective.report
+        self.state_dict, self.load_state_dict = objective.state_dict, objective.load_state_dict
+
+    def __call__(
+        self, net: Any, images: torch.Tensor, labels: torch.Tensor | None, /, *, rnd: Any, nimg: int
+    ) -> torch.Tensor:
+        """As of the objective; whether a condition is dropped is drawn first."""
+        conditioning = net.spec.conditioning
+        labels = None if conditioning.kind == "none" else conditioning.drop(labels, self.p, rnd)
+        return self.objective(net, images, labels, rnd=rnd, nimg=nimg)
 
 
 class ScoreLoss(Stateless):

@@ -1,6 +1,6 @@
 """From gradients to weights: optimiser, learning rate, and what is done to gradients that are not finite."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -82,6 +82,7 @@ class AdamOptimizer:
         learning_rate: as a function of the images seen before a step.
         betas, eps, weight_decay: Adam's constants.
         decoupled: apply the decay to the weights themselves (AdamW).
+        undecayed: names of parameters that the decay leaves out.
         max_norm: to which the norm of all gradients together is cut; 0 = not.
         loss_scaling: what the loss is multiplied by before its gradients are computed.
 
@@ -97,6 +98,7 @@ class AdamOptimizer:
         eps: float,
         weight_decay: float = 0.0,
         decoupled: bool = False,
+        undecayed: Collection[str] = (),
         max_norm: float = 0.0,
         loss_scaling: float = 1.0,
     ):
@@ -105,8 +107,12 @@ class AdamOptimizer:
         device = self.gradients.device
         self.fused = device.type != "mps"
         make = torch.optim.AdamW if decoupled else torch.optim.Adam
-        views = channels_last_views(net.parameters())
-        self.adam = make(views, learning_rate(0), betas, eps, weight_decay, fused=self.fused)
+        decayed = [p for name, p in net.named_parameters() if name not in undecayed]
+        others = [p for name, p in net.named_parameters() if name in undecayed]
+        groups: list[dict[str, Any]] = [{"params": channels_last_views(decayed)}]
+        if others:
+            groups.append({"params": channels_last_views(others), "weight_decay": 0.0})
+        self.adam = make(groups, learning_rate(0), betas, eps, weight_decay, fused=self.fused)
         self.nonfinite = torch.zeros([], dtype=torch.int64, device=device)
 
     def learning_rate(self, nimg: int) -> float:

@@ -239,12 +239,12 @@ class ProfilesAndRampedEMA:
     Args:
         net: the network to follow.
         stds: widths of the power-function averages.
-        rate: decay per step of the exponential one, see `RampedEMA`.
+        rate, ramp_up: decay per step of the exponential one, see `RampedEMA`.
     """
 
-    def __init__(self, net: torch.nn.Module, stds: Sequence[float], rate: float):
+    def __init__(self, net: torch.nn.Module, stds: Sequence[float], rate: float, ramp_up: bool = True):
         self.profiles = PowerFunctionEMA(net, stds)
-        self.ramped = RampedEMA(net, rate)
+        self.ramped = RampedEMA(net, rate, ramp_up)
         self.stds: list[float | None] = [*self.profiles.stds, None]
 
     def update(self, cur_nimg: int, batch_size: int) -> None:

@@ -91,6 +91,32 @@ class DataPrediction:
         )
 
 
+class EDMOfSchedule:
+    """Preconditioning of EDM, with the label of a schedule's time in place of ln(sigma) / 4.
+
+    Args:
+        schedule: of the noise; it says the labels and the range of sigma.
+        sigma_data: standard deviation of the data.
+    """
+
+    def __init__(self, schedule: Schedule, sigma_data: float):
+        self.schedule = schedule
+        self.sigma_data = sigma_data
+        self.sigma_min = schedule.sigma_min
+        self.sigma_max = schedule.sigma_max
+
+    def __call__(self, sigma: torch.Tensor) -> Coefficients:
+        """Coefficients, shaped like `sigma` and in the type of the schedule (float64)."""
+        t = self.schedule.time(sigma)
+        return edm_coefficients(sigma.to(t), self.sigma_data)._replace(c_noise=self.schedule.label(t))
+
+    def target(self, images: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """What F has to be for D to be the clean images: (y - c_skip x) / c_out of x = y + sigma n, in closed form."""
+        return (sigma / self.sigma_data * images - self.sigma_data * noise) / (
+            sigma.square() + self.sigma_data**2
+        ).sqrt()
+
+
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What a network of a precision ('fp32', 'bf16' or 'fp16') computes in on a device.
 

@@ -136,7 +136,8 @@ class InterpolatedVP(VariancePreserving):
     @functools.cached_property
     def knots(self) -> torch.Tensor:
         """ln s of each step, float64 [N] on the CPU."""
-        roots = torch.linspace(self.beta_min**0.5, self.beta_max**0.5, self.num_scales, dtype=torch.float64)
+        ends = self.beta_min**0.5, self.beta_max**0.5
+        roots = torch.linspace(*ends, self.num_scales, dtype=torch.float64, device="cpu")
         return (-roots.square()).log1p().cumsum(0) / 2
 
     @property

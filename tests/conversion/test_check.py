@@ -50,8 +50,12 @@ def test_check_grid_over_the_dataset(tmp_path):
     before = path.read_bytes()
     (tmp_path / "link.png").symlink_to(path)
     for name in ("d.zip", "link.png"):
-        fails_with(run_cli(dataset_tool, "check", path, f"--grid={tmp_path / name}"), "this is the dataset itself")
+        fails_with(run_cli(dataset_tool, "check", path, f"--grid={tmp_path / name}"), "is the same as DATA=")
     assert path.read_bytes() == before
+    folder = make_dataset(tmp_path / "d", random_images(1))
+    fails_with(run_cli(dataset_tool, "check", folder, f"--grid={folder / 'grid.png'}"), "is inside DATA=")
+    fails_with(run_cli(dataset_tool, "check", folder, f"--grid={tmp_path / 'grid.zip'}"), "a name that ends in .png")
+    assert len(list(folder.rglob("*.*"))) == 1
 
 
 def test_check_finds_what_is_wrong(tmp_path):

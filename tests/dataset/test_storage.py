@@ -114,7 +114,7 @@ def test_impossible_latents_are_found_each_time(number, tmp_path):
         path = make_dataset(tmp_path / "l.zip", {**latents(), "2.npy": npy(array)}, compression=compression)
         dataset = ImageFolderDataset(path)
         for _ in range(2):
-            with pytest.raises(UserError, match="2.npy: the latents hold NaN, infinity or numbers beyond 1e"):
+            with pytest.raises(UserError, match="2.npy: the latents hold NaN or infinity, or numbers beyond 1e"):
                 dataset[2]
 
 

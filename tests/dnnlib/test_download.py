@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, fails_with, run_cli, torchrun
-from servers import DATA, headers, hub_file, packed, partial, serve, status
+from servers import DATA, PACKED, endless, headers, hub_file, packed, partial, serve, status
 
 import dnnlib.download
 import dnnlib.transfer
@@ -20,6 +19,8 @@ from dnnlib.errors import RunError, UserError
 from generate_images import main as generate
 from snapshot_tool import main as snapshot_tool
 from training.config.edm2 import GENERATION_PRESETS, files_for
+from training.metrics import load_stats
+from training.snapshot import load_network
 
 
 @pytest.fixture(autouse=True)
@@ -107,9 +108,11 @@ def test_ends_well(case, server, cache):
     assert kept(cache) == ["a.pkl"]
 
 
-def test_packed_answers(server):
+def test_packed_answers_are_kept_as_sent(server, capsys):
+    """Unpacked, they could be of any size."""
     server.script["/a.bin"] = [packed(stop_after=100_000), packed()]
-    assert read(f"{server.url}/a.bin") == random.Random(0).randbytes(1 << 20)
+    assert read(f"{server.url}/a.bin") == PACKED
+    assert "a.bin comes packed (gzip) and is kept as it comes" in capsys.readouterr().err
 
 
 def test_small_steps(server):
@@ -255,6 +258,94 @@ def test_progress_renews_the_attempts(server):
     with pytest.raises(RunError, match="b.pkl: not fetched after 3 attempts .*; [1-9][0-9]+ bytes are kept"):
         open_url(f"{server.url}/b.pkl", num_attempts=3)
     assert read(f"{server.url}/b.pkl") == DATA
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Endless, slow and damaged files
+
+
+@pytest.mark.parametrize("behave", [endless(), endless(length=10**15)])
+def test_files_that_are_too_large(behave, server, cache, monkeypatch):
+    monkeypatch.setattr(dnnlib.transfer, "MAX_BYTES", 5 << 20)
+    server.script["/a.pkl"] = [behave]
+    with pytest.raises(
+        UserError, match="a.pkl: (more than 0 GB, and no end of it|has 1000000.0 GB, and there is room)"
+    ):
+        open_url(f"{server.url}/a.pkl")
+    assert not any(name.endswith(".partial") for name in kept(cache)) and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("behave", [endless(b"x", 0.01), endless(b"x", 0.01, length=1 << 20)])
+def test_a_drip_is_no_progress(behave, server, monkeypatch):
+    monkeypatch.setattr(dnnlib.transfer, "SLOW", (1000, 0.2))
+    server.script["/a.pkl"] = [behave]
+    with pytest.raises(RunError, match=r"a.pkl: not fetched after 2 attempts \(less than 1000 bytes per second\)"):
+        open_url(f"{server.url}/a.pkl", num_attempts=2)
+    assert len(server.requests) == 2
+
+
+def test_downloads_take_no_longer_than(server, monkeypatch):
+    monkeypatch.setattr(dnnlib.transfer, "MAX_SECONDS", 0.5)
+    server.script["/a.pkl"] = [endless(bytes(1000), 0.01, length=1 << 20)]
+    with pytest.raises(
+        RunError, match="a.pkl: not fetched within 0.0 hours; [1-9][0-9]* bytes are kept: repeat the command"
+    ):
+        open_url(f"{server.url}/a.pkl")
+    monkeypatch.setattr(dnnlib.transfer, "MAX_SECONDS", 60)
+    server.script["/a.pkl"] = [serve(bytes(1 << 20))]
+    assert read(f"{server.url}/a.pkl") == bytes(1 << 20) and server.requests[1][1] is not None
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 0x40]) + data[-8:]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda data: data[:3000], lambda data: b""], ids=["bit", "cut", "empty"])
+def test_a_damaged_copy_is_fetched_again(damage, server, cache, snapshot_file, capsys):
+    good = snapshot_file.read_bytes()
+    server.script["/net.safetensors"] = [serve(good)]
+    url = f"{server.url}/net.safetensors"
+    (kept_copy := cache / f"{hashlib.md5(url.encode()).hexdigest()}_net.safetensors").parent.mkdir(parents=True)
+    kept_copy.write_bytes(damage(good))
+    assert load_network(url).metadata == load_network(snapshot_file).metadata
+    assert kept_copy.read_bytes() == good and len(server.requests) == 1
+    assert "fetching it again" in capsys.readouterr().err
+
+
+def test_a_file_that_is_damaged_at_its_source_is_fetched_twice(server, cache, snapshot_file):
+    server.script["/net.safetensors"] = [serve(flipped(snapshot_file.read_bytes()))]
+    url = f"{server.url}/net.safetensors"
+    for _ in range(3):
+        with pytest.raises(UserError, match="checksum mismatch.*; it has come so twice: delete .*_net.safetensors to"):
+            load_network(url)
+        assert len(server.requests) == 2
+    server.script["/net.safetensors"] = [serve(snapshot_file.read_bytes())]
+    next(cache.glob("*_net.safetensors")).unlink()
+    load_network(url)
+    assert len(server.requests) == 3
+
+
+def test_damaged_copies_stay_offline(server, cache, snapshot_file, monkeypatch):
+    server.script["/net.safetensors"] = [serve(flipped(snapshot_file.read_bytes()))]
+    url = f"{server.url}/net.safetensors"
+    open_url(url, return_filename=True)
+    monkeypatch.setenv("OPENEDM2_OFFLINE", "1")
+    with pytest.raises(UserError, match="checksum mismatch"):
+        load_network(url)
+    assert len(server.requests) == 1
+
+
+def test_damaged_statistics_are_fetched_again(server, cache, digits_ref):
+    server.script["/ref.safetensors"] = [serve(digits_ref.read_bytes()[:5000]), serve(digits_ref.read_bytes())]
+    assert load_stats(f"{server.url}/ref.safetensors").num_images == 1797
+    assert len(server.requests) == 2
+
+
+def test_a_copy_of_another_checksum_is_fetched_again(server, cache, snapshot_file):
+    data = snapshot_file.read_bytes()
+    server.script["/net.safetensors"] = [serve(b"something else"), serve(data)]
+    open_url(f"{server.url}/net.safetensors", return_filename=True)
+    load_network(f"{server.url}/net.safetensors#sha256={hashlib.sha256(data).hexdigest()}")
 
 
 def test_no_server():

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
-from dnnlib.files import append_line, atomic_write, file_sha256, leftovers, locked, naming_errors
+from dnnlib.files import append_line, atomic_write, clear_leftovers, file_sha256, leftovers, locked, naming_errors
 
 
 def refuse() -> None:
@@ -76,6 +76,35 @@ def test_one_process_id_writes_a_file_twice_at_once(tmp_path):
         assert path.read_bytes() == b"second"
     assert path.read_bytes() == b"first"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dnnlib.files import atomic_write
+with atomic_write(sys.argv[1], sync=False) as f:
+    f.write(b"half")
+    f.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_leftovers_are_cleared_when_a_file_is_written_again(tmp_path):
+    """Those of killed processes, of the same file; not what is being written."""
+    for name in ("a.bin", "b.bin", "a.bin.x"):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], cwd=ROOT)
+    foreign = tmp_path / ".a.bin.tmp"
+    foreign.write_bytes(b"mine")
+    assert len(leftovers(tmp_path)) == 4
+    with atomic_write(tmp_path / "a.bin") as f:
+        f.write(b"first")
+        with atomic_write(tmp_path / "a.bin") as g:
+            g.write(b"second")
+        assert len(leftovers(tmp_path)) == 4  # foreign, this one, and those of the other files
+    assert (tmp_path / "a.bin").read_bytes() == b"first"
+    with atomic_write(tmp_path / "a.bin", sync=False) as f:
+        clear_leftovers([tmp_path / "a.bin", tmp_path / "b.bin", tmp_path / "a.bin.x", tmp_path / "no" / "c.bin"])
+    assert leftovers(tmp_path) == [foreign]
 
 
 def test_many_writers_of_one_file(tmp_path):

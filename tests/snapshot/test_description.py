@@ -83,7 +83,11 @@ def test_what_is_saved_is_what_is_there(tmp_path):
     """Metadata of another network does not make a file that contradicts itself."""
     path = tmp_path / "a.safetensors"
     save_network(path, tiny_network(), StandardRGBEncoder(), {"nimg": 5})
-    vectors = {"channels": 1, "resolution": 8, "conditioning": {"kind": "vector", "size": 10}}
+    vectors = {
+        "channels": 1,
+        "resolution": 8,
+        "conditioning": {"kind": "vector", "size": 10, "tokens": 0, "optional": False},
+    }
     metadata = {**read_metadata(path), "data": vectors, "preconditioning": {"name": "x", "kwargs": {}}, "notes": [1]}
     save_network(path, tiny_network(), StandardRGBEncoder(), metadata)
     assert load_network(path).metadata == {
@@ -94,7 +98,11 @@ def test_what_is_saved_is_what_is_there(tmp_path):
     }
     save_network(path, tiny_network(label_dim=0), RawLatentEncoder([1.0], [2.0]), metadata)
     snapshot = load_network(path)
-    assert snapshot.metadata["data"] == {**vectors, "conditioning": {"kind": "none", "size": 0}, "pixel_range": [-1, 1]}
+    assert snapshot.metadata["data"] == {
+        **vectors,
+        "conditioning": {**vectors["conditioning"], "kind": "none", "size": 0},
+        "pixel_range": [-1, 1],
+    }
     assert isinstance(snapshot.encoder, RawLatentEncoder) and snapshot.metadata["nimg"] == 5
 
 
@@ -162,7 +170,7 @@ def test_models_of_earlier_code(path):
         (dict(data={"channels": 3, "resolution": 8, "conditioning": {"kind": "classes", "size": 10}}), "do not fit"),
         (dict(data={"channels": 1, "resolution": 8, "conditioning": {"kind": "classes", "size": 9}}), "do not fit"),
         (
-            dict(data={"channels": 1, "resolution": 8, "conditioning": {"kind": "tokens", "size": 10}}),
+            dict(data={"channels": 1, "resolution": 8, "conditioning": {"kind": "text", "size": 10}}),
             "kind must be one of",
         ),
         (dict(data={"channels": [1], "resolution": {}, "conditioning": {"kind": [], "size": 10}}), "kind must be text"),
@@ -186,7 +194,11 @@ def test_unknown_content(snapshot_file, changes, message):
 
 
 def test_classes_may_be_vectors(snapshot_file):
-    data = {"channels": 1, "resolution": 8, "conditioning": {"kind": "vector", "size": 10}}
+    data = {
+        "channels": 1,
+        "resolution": 8,
+        "conditioning": {"kind": "vector", "size": 10, "tokens": 0, "optional": False},
+    }
     edit_metadata(snapshot_file, data=data)
     assert load_network(snapshot_file).metadata["data"] == {**data, "pixel_range": [-1, 1]}
 

@@ -10,6 +10,7 @@ TINY, HUGE = 1e-12, 1e12  # what scales are believed to lie between
 MAX_CHANNELS = 1 << 12
 MAX_RESOLUTION = 1 << 14
 MAX_CLASSES = 1 << 20
+MAX_TOKENS = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)

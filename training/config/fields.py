@@ -221,6 +221,23 @@ def _field(cls: type[Config], f: dataclasses.Field) -> Field:
     return Field(f.name, kind, optional, f.default, f.metadata["option"])
 
 
+def refuse_changed(parts: Iterable[Config], family: str) -> None:
+    """Check that options without a meaning for a family have been left alone.
+
+    Args:
+        parts: sections with these options, all of which have defaults.
+
+    Raises:
+        UserError: one of them is not as by default.
+    """
+    for part in parts:
+        defaults = type(part)().flat()
+        flags = {field.key: field.flag for field in all_fields(type(part))}
+        for key, value in part.flat().items():
+            if value != defaults[key]:
+                raise UserError(f"{flags[key]} has no meaning for {family} networks, such as --net: leave it out")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Values
 

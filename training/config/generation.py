@@ -11,7 +11,7 @@ import click
 from dnnlib.cli import given_options
 from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS
-from training.config.fields import Config, all_fields, option
+from training.config.fields import Config, all_fields, option, refuse_changed
 from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
 from training.config.samplers import SamplerConfig
@@ -46,7 +46,12 @@ def parse_interval(text: str) -> tuple[float, float]:
 class GuidanceConfig(Config):
     """The weight of guidance, and the noise levels lo < sigma <= hi at which it acts."""
 
-    guidance: float = option(1.0, "Guidance weight", default_text="1, no guidance")
+    guidance: float = option(
+        1.0,
+        "Guidance weight w; without --gnet, the network guides itself by what it knows of images without a condition "
+        "(w is 1 more than the scale of U-ViT's and other papers)",
+        default_text="1, no guidance",
+    )
     guidance_interval: tuple[float, float] | None = option(
         None,
         "Noise levels at which guidance acts",
@@ -106,6 +111,12 @@ class NetworksConfig(Config):
         None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+    arch: str | None = option(
+        None,
+        "Training preset that names the architecture of published files that do not say it (see the training commands' "
+        "--list-presets)",
+        metavar="PRESET",
+    )
     encoder: str | None = option(
         None,
         "VAE that decodes latents: owner/repo on the Hugging Face hub, a folder or a .safetensors file",
@@ -154,13 +165,7 @@ class SamplingConfig(Config):
         Raises:
             UserError: something was.
         """
-        parts = [self.vae] if is_denoiser else [self.sampler, self.guidance]
-        chosen = {key: value for part in parts for key, value in part.flat().items()}
-        defaults = {key: value for part in parts for key, value in type(part)().flat().items()}
-        flags = {field.key: field.flag for part in parts for field in all_fields(type(part))}
-        for key, value in chosen.items():
-            if value != defaults[key]:
-                raise UserError(f"{flags[key]} has no meaning for {family} networks, such as --net: leave it out")
+        refuse_changed([self.vae] if is_denoiser else [self.sampler, self.guidance], family)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +199,13 @@ class GenerationConfig(Config):
                 gnet = gnet or chosen.gnet
         if net is None:
             raise UserError("which network? Give --net or --preset (see generate_images.py --list-presets)")
-        if guidance != 1 and gnet is None:
-            raise UserError(f"--guidance={guidance:g} needs a guiding network: give --gnet")
         return cls.from_flat({"net": net, "gnet": gnet, "guidance": guidance}, config)
 
     def command(self, ctx: click.Context, leave_out: Sequence[str] = ()) -> str:
         """The command line without presets."""
         networks, guidance = self.networks, self.sampling.guidance.guidance
         options = [f"--net={shlex.quote(str(networks.net))}"]
-        if networks.gnet is not None:
-            options += [f"--gnet={shlex.quote(networks.gnet)}", f"--guidance={guidance:g}"]
+        options += [f"--gnet={shlex.quote(networks.gnet)}"] if networks.gnet is not None else []
+        options += [f"--guidance={guidance:g}"] if guidance != 1 else []
         options += given_options(ctx, leave_out=["preset", "net", "gnet", "guidance", *leave_out])
         return " \\\n    ".join(["python generate_images.py", *options])

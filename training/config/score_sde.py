@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from dnnlib.errors import UserError
 from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY
 from training.config.fields import FROM_PRESET, Config, all_fields, option
-from training.config.training import DataConfig, PowerFunctionConfig, TrainConfig, parse_ints, parse_nimg
+from training.config.training import DataConfig, EMAConfig, TrainConfig, parse_ints, parse_nimg
 
 MODELS = ("ncsnpp", "ddpm", "ncsn", "ncsnv2")
 SDES = ("ve", "vp", "subvp")
@@ -159,19 +159,6 @@ class ScoreOptimizer(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreEMA(PowerFunctionConfig):
-    """The profiles for post-hoc EMA, and the exponential average of the published models."""
-
-    ema_rate: float = option(
-        0.999,
-        "Decay per step of the exponential average that is saved as -ema, 0 = none",
-        low=0,
-        below=1,
-        default_text=FROM_PRESET,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScoreTraining(TrainConfig):
     """A training run of a score-SDE model."""
 
@@ -180,7 +167,7 @@ class ScoreTraining(TrainConfig):
     network: ScoreNetwork = ScoreNetwork()
     objective: ScoreObjective = ScoreObjective()
     optimizer: ScoreOptimizer = ScoreOptimizer()
-    ema: ScoreEMA = ScoreEMA()
+    ema: EMAConfig = EMAConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,8 +7,8 @@ dimension (Song et al. 2021, Tables 1 to 3).
 from typing import Any
 
 from training.config.samplers import GridConfig, PredictorCorrector, SamplerConfig
-from training.config.score_sde import ScoreEMA, ScoreNetwork, ScoreObjective, ScoreOptimizer, ScoreTraining
-from training.config.training import Ki, Preset, RunConfig
+from training.config.score_sde import ScoreNetwork, ScoreObjective, ScoreOptimizer, ScoreTraining
+from training.config.training import EMAConfig, Ki, Preset, RunConfig
 
 BATCH = 128
 SHORT, LONG = 1_300_000, 2_400_000  # steps, of images up to 64 pixels and above
@@ -49,7 +49,7 @@ def _preset(
         network=net,
         objective=ScoreObjective(reduce_mean=reduce_mean),
         optimizer=ScoreOptimizer(lr=lr, warmup=warmup * batch, grad_clip=clip),
-        ema=ScoreEMA(ema_rate=ema),
+        ema=EMAConfig(ema_rate=ema),
         run=RunConfig(
             duration=steps * batch,
             batch=batch,
@@ -113,7 +113,7 @@ def _digits(network: dict[str, Any], reduce_mean: bool) -> Preset:
         network=ScoreNetwork(**small, **network),
         objective=ScoreObjective(reduce_mean=reduce_mean),
         optimizer=ScoreOptimizer(lr=2e-3, warmup=50 * batch, decay_from=duration * 65 // 100, decay_to=duration),
-        ema=ScoreEMA(ema_rate=0.99),
+        ema=EMAConfig(ema_rate=0.99),
         run=RunConfig(duration=duration, batch=batch, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
     return Preset(config, resolution=8, channels=1, classes=0)

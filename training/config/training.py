@@ -11,7 +11,7 @@ from dnnlib.cli import parse_int_list, parse_nimg
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
-from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
+from training.config.fields import APART, FROM_PRESET, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
 from training.config.samplers import SamplerConfig
 
@@ -100,6 +100,19 @@ class PowerFunctionConfig(Config):
         super().__post_init__()
         if len({f"{std:.3f}" for std in self.ema_std}) < len(self.ema_std):
             raise UserError(f"--ema-std={show(self.ema_std)}: two widths share a file name (three decimals count)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig(PowerFunctionConfig):
+    """The profiles for post-hoc EMA, and the exponential average of the published models."""
+
+    ema_rate: float = option(
+        0.999,
+        "Decay per step of the exponential average that is saved as -ema, 0 = none",
+        low=0,
+        below=1,
+        default_text=FROM_PRESET,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +307,7 @@ class Preset:
     Args:
         config: all but the data.
         resolution, channels, classes: of what the network sees.
+        context: number and width of the tokens that captions become; zeros = no captions.
         published: results of the published network, such as 'FID 2.20'; '' = none.
         sampler: of the published results; None = the default one.
     """
@@ -304,3 +318,4 @@ class Preset:
     classes: int
     published: str = ""
     sampler: SamplerConfig | None = None
+    context: tuple[int, int] = (0, 0)

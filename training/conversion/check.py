@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
-from torch_utils.pictures import drawable
+from torch_utils.pictures import check_picture, drawable
 from training.dataset.images import COMPRESSED, ImageFolderDataset
 from training.dataset.order import evenly_spaced
 from training.encoders import FINAL_STD, Encoder, StandardRGBEncoder, encoder_for
@@ -40,8 +40,7 @@ def check_dataset(path: str, grid: Path | None = None) -> tuple[dict[str, Any], 
         parent = next(folder for folder in grid.absolute().parents if folder.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"--grid={grid}: {parent} is not a folder that can be written to: choose another place")
-        if grid.resolve() == Path(path).resolve():
-            raise UserError(f"--grid={grid}: this is the dataset itself: choose another name")
+        check_picture("--grid", grid, {"DATA": path})
     if not Path(path).exists():
         raise UserError(f"{path}: no such dataset")
     try:

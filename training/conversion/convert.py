@@ -12,6 +12,7 @@ import PIL
 from tqdm import tqdm
 
 from dnnlib.errors import UserError, one_line
+from dnnlib.files import check_not_input
 from training.conversion.depth import ValueRange
 from training.conversion.label_table import LabelTable
 from training.conversion.labels import WrittenLabels
@@ -72,8 +73,7 @@ def convert_images(
     """
     make_transform(settings.transform, settings.width, settings.height)  # fails before anything is written
     for source in sources:
-        if source.path.is_dir() and dest.resolve().is_relative_to(source.path.resolve()):
-            raise UserError(f"--dest={dest}: is inside --source={source.path}: choose another place")
+        check_not_input("--dest", dest, {"--source": source.path})
         if labels is None and source.classes != sources[0].classes:
             raise UserError(
                 f"--source={source.path}: other names of classes than {sources[0].path}: convert them one by one"

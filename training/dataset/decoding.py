@@ -233,7 +233,7 @@ def _decode_npy(data: bytes | memoryview) -> np.ndarray:
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
     if not are_moderate(array):
-        raise ValueError(f"the latents hold NaN, infinity or numbers beyond {HUGE:g}: encode them again")
+        raise ValueError(f"the latents hold NaN or infinity, or numbers beyond {HUGE:g}: encode them again")
     return array
 
 

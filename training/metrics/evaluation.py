@@ -57,11 +57,11 @@ class Evaluation:
         self.metrics, self.ref, self.groups, self.force = metrics, ref, groups, force
         with distributed.fail_together():
             path = Path(open_url(ref, return_filename=True))
-            self.ref_sha256 = file_sha256(path)
             arrays = _arrays_of_npz(path)
             holds_images = "arr_0.npy" in arrays
             # Like ADM's own tool, prefer statistics in such a file to its images: they may be of more images.
-            self.stats = EasyDict() if holds_images and "mu.npy" not in arrays else load_stats(path)
+            self.stats = EasyDict() if holds_images and "mu.npy" not in arrays else load_stats(ref)
+            self.ref_sha256 = file_sha256(path)
             lacking = [metric for metric in metrics if not self._is_stored(metric, holds_images)]
             self.detectors = load_detectors(metrics, device, weights, resize)
         self.stored = {metric for metric in metrics if metric not in lacking and METRICS[metric].compares}

@@ -25,8 +25,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dnnlib.download import open_url
-from dnnlib.errors import UserError, one_line
+from dnnlib.download import open_url, with_good_copy
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from dnnlib.util import EasyDict
 from torch_utils import safe_pickle
@@ -112,7 +112,11 @@ def load_stats(path_or_url: str | Path) -> EasyDict:
         UserError: the file is missing or damaged, or holds no statistics.
         RunError: a download failed.
     """
-    path = Path(open_url(path_or_url, return_filename=True))
+    return with_good_copy(path_or_url, lambda: _load(Path(open_url(path_or_url, return_filename=True))))
+
+
+def _load(path: Path) -> EasyDict:
+    """As `load_stats`, of a file."""
     with open(path, "rb") as f:
         start = f.read(9)
     if start[:2] == b"PK":
@@ -129,6 +133,15 @@ def load_stats(path_or_url: str | Path) -> EasyDict:
             f"an .npz file of mu and sigma"
         )
     return stats
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a safetensors file says that it holds statistics; a damaged one does not."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get("openedm2", ""))["format"] == FORMAT
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def published_stats(data: Any, source: str) -> EasyDict:
@@ -163,7 +176,7 @@ def _read_safetensors(path: Path) -> EasyDict:
     except (safetensors.SafetensorError, ValueError, TypeError) as err:
         if isinstance(err, UserError):
             raise
-        raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
+        raise DamagedFileError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
 
 
 def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: Any) -> EasyDict:
@@ -223,7 +236,7 @@ def _read_npz(path: Path) -> EasyDict:
     except UserError:
         raise
     except Exception as err:  # damaged files raise all kinds of errors, from zipfile, its decompressors and NumPy
-        raise UserError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
+        raise DamagedFileError(f"{path}: cannot be read ({one_line(err)[:200]}): copy it again") from None
     _check_shapes({key: array.shape for key, array in arrays.items()}, str(path))
     return EasyDict(fid=EasyDict({key: _finite(array, str(path)) for key, array in arrays.items()}))
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from dnnlib.download import open_url
-from dnnlib.errors import UserError
+from dnnlib.download import open_url, with_good_copy
+from dnnlib.errors import DamagedFileError
 from dnnlib.files import file_sha256
 from training.config.metrics import METRIC_FILES
 from training.metrics.base import Detector
@@ -170,6 +170,24 @@ class InceptionV3(nn.Module):
         return x.mean(dim=(2, 3))
 
 
+def _load(source: str, published: bool) -> tuple[InceptionV3, str]:
+    """The network with the weights of a file, and the file's SHA-256."""
+    (path,) = fetch_weights("fid") if published else [Path(open_url(source, return_filename=True))]
+    sha256 = file_sha256(path)
+    digits = re.search(r"-([0-9a-f]{8})\.pth$", source)  # torch's convention: the start of the checksum
+    if digits is not None and not sha256.startswith(digits[1]):
+        raise DamagedFileError(
+            f"{path}: checksum mismatch: SHA-256 is {sha256}, not {digits[1]}...: delete it and download it again"
+        )
+    net = InceptionV3().eval().requires_grad_(False)
+    net.load_state_dict(read_state(path, net.state_dict()))
+    check_finite(path, net)
+    for unit in net.modules():
+        if isinstance(unit, ConvUnit):
+            unit.fold()
+    return net, sha256
+
+
 class InceptionDetector(Detector):
     """Pool features of Inception-v3 as of 2015-12-05, which FID is defined by (Heusel et al. 2017).
 
@@ -188,20 +206,7 @@ class InceptionDetector(Detector):
     def __init__(self, device: torch.device, weights: str | Path | None = None):
         super().__init__(device)
         source = str(weights) if weights is not None else METRIC_FILES["fid"][0]
-        (path,) = fetch_weights("fid") if weights is None else [Path(open_url(weights, return_filename=True))]
-        self.sha256 = file_sha256(path)
-        digits = re.search(r"-([0-9a-f]{8})\.pth$", source)  # torch's convention: the start of the checksum
-        if digits is not None and not self.sha256.startswith(digits[1]):
-            raise UserError(
-                f"{path}: checksum mismatch: SHA-256 is {self.sha256}, not {digits[1]}...: delete it and download it "
-                f"again"
-            )
-        net = InceptionV3().eval().requires_grad_(False)
-        net.load_state_dict(read_state(path, net.state_dict()))
-        check_finite(path, net)
-        for unit in net.modules():
-            if isinstance(unit, ConvUnit):
-                unit.fold()
+        net, self.sha256 = with_good_copy(source, lambda: _load(source, published=weights is None))
         self.net = cast(Any, net).to(device=device, memory_format=torch.channels_last)
 
     def describe(self) -> dict[str, Any]:

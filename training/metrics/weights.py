@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dnnlib.download import offline, open_url
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from torch_utils.checkpoint import load_checked
 from training.config.metrics import METRIC_FILES
 
@@ -35,7 +35,9 @@ def read_state(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torc
     try:
         state = load_checked(path, mmap=True)
     except Exception:  # damaged files and files with code raise all kinds of errors, few of them readable
-        raise UserError(f"{path}: not weights saved by torch.save, or damaged: copy or download it again") from None
+        raise DamagedFileError(
+            f"{path}: not weights saved by torch.save, or damaged: copy or download it again"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not weights saved by torch.save: it holds more than named tensors")
     shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
@@ -73,4 +75,4 @@ def check_finite(path: Path, net: nn.Module) -> None:
     """
     for name, tensor in net.state_dict().items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds NaN or infinity: copy it again")
+            raise DamagedFileError(f"{path}: {name} holds NaN or infinity: copy it again")

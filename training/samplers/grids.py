@@ -94,7 +94,8 @@ def _time_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:
     if kind == "ends":
         return ode_grid(schedule, last, first)
     spacing = "time" if grid.spacing == "edm" else grid.spacing
-    if kind != "inner":
+    if kind != "inner" or spacing != "log-snr":
+        # The inner levels of a step are among those that are evenly spaced, as in the published computation.
         return time_grid(schedule, spaced_times(schedule, spacing, grid.num_steps, first, last))
     orders = singlestep_orders(grid.num_steps, config.dpm.order, config.dpm.fixed_order)
     return with_inner_levels(time_grid(schedule, spaced_times(schedule, spacing, len(orders), first, last)), orders)

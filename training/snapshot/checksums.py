@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dnnlib.errors import UserError
+from dnnlib.errors import DamagedFileError
 
 WORD = 8  # bytes
 MODULUS = 1 << 64
@@ -29,9 +29,11 @@ def word_sum(data: memoryview | bytes, start: int = 0) -> int:
     return total % MODULUS
 
 
-def mismatch(path: Path, what: str) -> UserError:
+def mismatch(path: Path, what: str) -> DamagedFileError:
     """The error for a part of a file that is not what was written."""
-    return UserError(f"{path}: {what} is damaged (checksum mismatch): copy the file again, or use another snapshot")
+    return DamagedFileError(
+        f"{path}: {what} is damaged (checksum mismatch): copy the file again, or use another snapshot"
+    )
 
 
 def stored_text(layout: Mapping[str, Any], sums: Sequence[int]) -> str:

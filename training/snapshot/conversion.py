@@ -50,17 +50,18 @@ def _plan_directory(source: Path, dest: Path, suffix: str) -> dict[str, Path]:
     return targets
 
 
-def convert_snapshot(source: str, dest: Path, dtype: torch.dtype | None = None) -> None:
+def convert_snapshot(source: str, dest: Path, dtype: torch.dtype | None = None, arch: str | None = None) -> None:
     """Write the snapshot `source` to `dest`, whose suffix chooses the layout.
 
     Args:
         dtype: of the weights; None = as they are.
+        arch: training preset that names the architecture, for layouts that do not say it.
 
     Raises:
         UserError: `source` is no snapshot, is damaged or holds NaN, or the layout cannot hold the network.
         OSError: it could not be written.
     """
-    file = open_snapshot(source)
+    file = open_snapshot(source, preset=arch)
     net, _ = build_for(file)
     get_tensor = functools.partial(finite_tensor, file)
     write_snapshot(dest, net, get_tensor, dtype or weights_dtype(file, net), file.description)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnnlib.download import is_url
+from dnnlib.download import is_url, with_good_copy
 from dnnlib.errors import UserError
 from training.config.names import unknown_preset
 from training.encoders import Encoder
@@ -27,16 +27,19 @@ from training.snapshot.layout import (
 )
 from training.snapshot.native import open_native, write_native
 from training.snapshot.published_edm2 import PUBLISHED_ARCHITECTURES, PublishedFile, write_published
+from training.snapshot.published_score_sde import ARCHITECTURE, PublishedScoreFile, is_checkpoint, write_checkpoint
 
 # A layout is an entry in these tables. Of readers that share a suffix, the first that recognises a file opens it.
 READERS = [
     Reader(".safetensors", open_native),
     Reader(".pkl", PublishedFile),
     Reader(FOLDER, open_folder),
+    Reader(".pth", PublishedScoreFile, is_checkpoint),
 ]
 WRITERS = [
     Writer(".safetensors", write_native),
     Writer(".pkl", write_published, architectures=PUBLISHED_ARCHITECTURES),
+    Writer(".pth", write_checkpoint, architectures=[ARCHITECTURE]),
 ]
 
 
@@ -45,11 +48,13 @@ class Snapshot:
     """A network ready for sampling, the encoder that goes with it, and what is known about it.
 
     `metadata` are plain JSON values: those of `training.snapshot.description.Description`, notes among them.
+    `note` says what the user should know about how the file was understood; '' = nothing.
     """
 
     net: Any  # of a class in `families.ARCHITECTURES`
     encoder: Encoder
     metadata: dict[str, Any]
+    note: str = ""
 
 
 def load_network(
@@ -69,14 +74,19 @@ def load_network(
         UserError: a missing or damaged file, unknown names in it, weights that do not fit the architecture, or a preset
             of another network.
     """
-    file = open_snapshot(path_or_url, which, preset)
+    return with_good_copy(path_or_url, lambda: _load(path_or_url, device, which, preset))
+
+
+def _load(path_or_url: str | Path, device: torch.device | str, which: str, preset: str | None) -> Snapshot:
+    """As `load_network`, of the copy that is kept."""
+    file = _open(Request(os.fspath(path_or_url), which, preset))
     net, encoder = build_for(file)
-    if preset is not None:
+    if preset is not None and file.says_architecture:
         _check_preset(file, net, preset)
     dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
     state = {name: finite_tensor(file, name).to(device, dtypes[name]) for name in file.names}
     net.load_state_dict(state, assign=True)
-    return Snapshot(net.eval().requires_grad_(False), encoder, file.description.with_data(net).metadata)
+    return Snapshot(net.eval().requires_grad_(False), encoder, file.description.with_data(net).metadata, file.note)
 
 
 def save_network(
@@ -133,7 +143,11 @@ def open_snapshot(path_or_url: str | Path, which: str = "ema", preset: str | Non
     Raises:
         UserError: no such file, a damaged one, or one of another kind.
     """
-    request = Request(os.fspath(path_or_url), which, preset)
+    return with_good_copy(path_or_url, lambda: _open(Request(os.fspath(path_or_url), which, preset)))
+
+
+def _open(request: Request) -> SnapshotFile:
+    """As `open_snapshot`, of the copy that is kept."""
     suffixes = [reader.suffix for reader in READERS]
     if request.suffix not in suffixes:
         if not is_url(request.address):

@@ -73,6 +73,8 @@ class SnapshotFile(ABC):
     path: Path
     description: Description
     names: list[str]  # of the tensors: those of the network's state dict
+    says_architecture = True  # whether the file itself says what network it holds
+    note = ""  # what the user should know about how the file was understood
 
     @property
     def metadata(self) -> dict[str, Any]:

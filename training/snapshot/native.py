@@ -16,7 +16,7 @@ import safetensors
 import torch
 from torch import nn
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from training.snapshot.checksums import WORD, mismatch, stored_sums, stored_text, word_sum
 from training.snapshot.description import METADATA_KEY, Description
@@ -56,7 +56,7 @@ class NativeFile(SnapshotFile):
             text = (self._file.metadata() or {}).get(METADATA_KEY)
             block = None if text is None or description is not None else json.loads(text)
         except (safetensors.SafetensorError, ValueError, RecursionError) as err:
-            raise UserError(f"{path}: damaged or truncated snapshot ({one_line(err)}): copy it again") from None
+            raise DamagedFileError(f"{path}: damaged or truncated snapshot ({one_line(err)}): copy it again") from None
         if description is None and block is None:
             raise UserError(f"{path}: a safetensors file, but not a snapshot of this project")
         self.description = description or Description.from_json(str(path), block)
@@ -74,7 +74,7 @@ class NativeFile(SnapshotFile):
         try:
             tensor = self._file.get_tensor(name)
         except (safetensors.SafetensorError, RuntimeError, ValueError) as err:
-            raise UserError(
+            raise DamagedFileError(
                 f"{self.path}: tensor {name} cannot be read ({one_line(err)}): copy the file again"
             ) from None
         expected = self.checksum(name)
@@ -112,7 +112,7 @@ class NativeFile(SnapshotFile):
 
         def read(start: int, out: memoryview) -> None:
             if read_at(offset + start * itemsize, out) < len(out):
-                raise UserError(f"{self.path}: cannot be read (the file ends early): copy it again")
+                raise DamagedFileError(f"{self.path}: cannot be read (the file ends early): copy it again")
 
         return read
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from torch_utils.checkpoint import load_checked
 from training.networks.nvae import NVAE
@@ -132,7 +132,7 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
         what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)
         raise UserError(f"{os.fspath(path)}: {what}; nothing in the file was run") from None
     except Exception as err:  # torch has many ways to say that a file is damaged
-        raise UserError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
+        raise DamagedFileError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
     if not isinstance(data, dict) or not {"args", "state_dict"} <= data.keys():
         raise UserError(f"{os.fspath(path)}: not a checkpoint of NVAE: it has no 'args' and 'state_dict'")
     return data

@@ -7,17 +7,25 @@ number of steps. Learning rates in them are numbers of NumPy, for which plain on
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from torch_utils.checkpoint import load_checked
+from training.conditioning import DataSpec
+from training.snapshot.description import FORMAT_VERSION, Description
+from training.snapshot.layout import GetTensor, Request, SnapshotFile, check_storable
+from training.snapshot.score_sde_shapes import architecture_for
 
+ARCHITECTURE = "score_sde.ScoreSDE"
 PREFIX = "module."  # of all names, from torch.nn.DataParallel
 # Tensors that are not trained, so that the list of averages leaves them out: a buffer, and the frequencies of labels.
 UNTRAINED = re.compile(r"sigmas|all_modules\.\d+\.W")
@@ -80,6 +88,91 @@ def read(path: str | os.PathLike) -> Checkpoint:
         raise UserError(
             f"{os.fspath(path)}: not a checkpoint of score_sde, with 'model', 'ema' and 'step' ({one_line(err)})"
         ) from None
+
+
+# What a file of this layout has in its pickle, and where the pickle of an older file begins.
+MARK, HEAD = b"shadow_params", 1 << 24
+
+
+def is_checkpoint(request: Request) -> bool:
+    """Whether a file looks like a published checkpoint."""
+    path = request.fetch()
+    try:
+        with zipfile.ZipFile(path) as file:
+            name = next(name for name in file.namelist() if name.endswith("/data.pkl"))
+            with file.open(name) as pickled:
+                return MARK in pickled.read(HEAD)
+    except (zipfile.BadZipFile, StopIteration, OSError, NotImplementedError, RuntimeError):
+        with open(path, "rb") as f:
+            return MARK in f.read(HEAD)
+
+
+class PublishedScoreFile(SnapshotFile):
+    """A published checkpoint as a snapshot: `which` is 'ema' for the averages, 'model' for the weights in training.
+
+    Raises:
+        UserError: a damaged file, or one whose architecture is not known.
+    """
+
+    says_architecture = False
+
+    def __init__(self, request: Request):
+        self.path = request.fetch()
+        request.check_which(self.path, ("ema", "model"))
+        checkpoint = read(self.path)
+        state = checkpoint.ema if request.which == "ema" else checkpoint.state
+        try:
+            found = architecture_for(state, request.preset)
+        except UserError as err:
+            raise UserError(f"{self.path}: {err}") from None
+        if not found.is_preset:
+            self.note = f"sizes of its network are those of its weights, the rest is that of preset {found.like}"
+        self._tensors = {f"net.{name}": tensor for name, tensor in state.items()}
+        self.names = list(self._tensors)
+        span = (-1.0, 1.0) if found.network.centered else (0.0, 1.0)
+        data = DataSpec(channels=found.channels, resolution=found.resolution, pixel_range=span)
+        block = {
+            "format_version": FORMAT_VERSION,
+            "architecture": {"name": ARCHITECTURE, "kwargs": found.network.to_json()},
+            "encoder": {"name": "StandardRGBEncoder", "kwargs": {"low": span[0], "high": span[1]}},
+            "data": data.to_json(),
+            "source": self.path.name,
+            "notes": {"step": checkpoint.step, "ema_rate": checkpoint.decay, "preset": found.like},
+        }
+        self.description = Description.from_json(str(self.path), block)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def write_checkpoint(
+    path: Path, net: nn.Module, get_tensor: GetTensor, dtype: torch.dtype, description: Description
+) -> None:
+    """Write a snapshot as a checkpoint that the published code restores, complete or not at all.
+
+    Args: as `training.snapshot.native.write_native`. Weights are float32 there, so `dtype` changes nothing. The weights
+        stand for their averages, too.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+        OSError: it could not be written.
+    """
+    state = {}
+    for name, wanted in net.state_dict().items():
+        state[name.removeprefix("net.")] = tensor = get_tensor(name).to(wanted.dtype)
+        check_storable(path, name, tensor)
+    notes, config = description.notes, description.config or {}
+    batch = config.get("batch")
+    step = description.nimg // batch if description.nimg and batch else 0
+    decay = notes.get("ema_rate", config.get("ema_rate", 0.999))
+    step = notes.get("step", step)
+    write(path, Checkpoint(state, state, step, decay, step))
 
 
 def write(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
@@ -156,13 +249,13 @@ def _load(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{os.fspath(path)}: no such file")
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            data = load_checked(path)
+            data = load_checked(path, mmap=True)
     except pickle.UnpicklingError as err:
         asked = re.search(r"Unsupported (?:global|class)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)", str(err))
         what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)
         raise UserError(f"{os.fspath(path)}: {what}; nothing in the file was run") from None
     except Exception as err:  # torch has many ways to say that a file is damaged
-        raise UserError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
+        raise DamagedFileError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{os.fspath(path)}: not a checkpoint of score_sde, but a {type(data).__name__}")
     return data

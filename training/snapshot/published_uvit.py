@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from torch_utils.checkpoint import load_checked
 from training.networks.uvit import UViT
@@ -138,7 +138,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as err:
         raise UserError(f"{path}: not plain tensors ({one_line(err)[:150]}); nothing in the file was run") from None
     except Exception as err:  # torch has many ways to say that a file is damaged
-        raise UserError(f"{path}: damaged ({one_line(err)[:150]}): copy it again") from None
+        raise DamagedFileError(f"{path}: damaged ({one_line(err)[:150]}): copy it again") from None
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path}: holds no weights by name, but a {type(state).__name__}")
     for name, tensor in state.items():

@@ -1,0 +1,180 @@
+"""Likelihoods of a dataset under a network: image by image, shared over processes, resumable."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dnnlib.errors import UserError
+from dnnlib.files import append_line, atomic_write, file_sha256
+from dnnlib.util import code_version
+from torch_utils import distributed
+from torch_utils.device import select_device, set_up_device
+from training.config.likelihood import LikelihoodConfig
+from training.dataset.images import ImageFolderDataset
+from training.families import architecture_of
+from training.generation import load_image_network
+from training.likelihood import Likelihood
+from training.samplers import StackedRandomGenerator
+from training.snapshot import open_snapshot
+
+
+@dataclass(frozen=True)
+class DatasetLikelihood:
+    """A network and the images whose likelihood it is asked for.
+
+    Args:
+        likelihood: what computes them.
+        dataset: the images.
+        indices: those of them that count.
+        seed: the draws of image i come from seed + i.
+        device: where to compute.
+        facts: what all of this is, as plain JSON values: results of other facts do not go together.
+    """
+
+    likelihood: Likelihood
+    dataset: ImageFolderDataset
+    indices: Sequence[int]
+    seed: int
+    device: torch.device
+    facts: dict[str, Any]
+
+    def figures(self, indices: Sequence[int]) -> list[dict[str, float]]:
+        """Figures of images by name, with the index of each."""
+        images, labels = zip(*(self.dataset[i] for i in indices), strict=True)
+        rnd = StackedRandomGenerator(self.device, [self.seed + i for i in indices])
+        cond = torch.from_numpy(np.stack(labels)).to(self.device) if self.dataset.label_dim else None
+        found = self.likelihood.figures(torch.from_numpy(np.stack(images)).to(self.device), rnd, cond)
+        rows = torch.stack(list(found.values()), dim=1).tolist()
+        return [{"index": i, **dict(zip(found, row, strict=True))} for i, row in zip(indices, rows, strict=True)]
+
+
+def prepare(net: str, data: str, config: LikelihoodConfig, num: int | None = None, seed: int = 0) -> DatasetLikelihood:
+    """Network and images, ready.
+
+    Args:
+        net: a snapshot.
+        data: folder or ZIP file of images.
+        num: only so many of the images, the first ones; None = all.
+
+    Raises:
+        UserError: the network has no likelihood, or the images are not such as it was trained on.
+    """
+    device = select_device(config.device)
+    set_up_device(device)
+    snapshot = load_image_network(net, device)
+    architecture, spec = architecture_of(snapshot.net), snapshot.net.spec
+    if architecture.likelihood is None:
+        raise UserError(f"--net={net}: likelihoods of {architecture.family} networks are not computed here")
+    snapshot.net.precision = config.precision
+    dataset = ImageFolderDataset(data, use_labels=spec.conditioning.kind != "none")
+    if dataset.dtype != np.uint8:
+        raise UserError(f"--data={data}: holds latents; likelihoods are those of 8-bit images")
+    ours = (dataset.num_channels, dataset.resolution, dataset.label_dim)
+    wanted = (spec.channels, spec.resolution, spec.conditioning.size)
+    if ours != wanted:
+        raise UserError(
+            f"--data={data}: images of (channels, resolution, classes) = {ours}, but --net={net} knows {wanted}: "
+            f"convert them as its training data were"
+        )
+    likelihood = architecture.likelihood(snapshot.net, config)
+    indices = range(len(dataset) if num is None else min(num, len(dataset)))
+    facts = {
+        "net": net,
+        "net_sha256": file_sha256(open_snapshot(net).path),
+        "data": data,
+        "dataset": dataset.info().to_json(),
+        "num_images": len(indices),
+        "seed": seed,
+        **likelihood.describe(),
+        "code_version": code_version(),
+    }
+    return DatasetLikelihood(likelihood, dataset, indices, seed, device, facts)
+
+
+def evaluate(task: DatasetLikelihood, out: Path, batch: int) -> dict[str, Any] | None:
+    """The summary of a task, whose results are in `out` (JSON lines): on the first process, None on the others.
+
+    The first line says what was computed, then there is a line per image, and the summary comes last. Where the file
+    holds a part of them, the rest is computed. An image's figures depend on itself and the seed alone.
+
+    Args:
+        batch: images at a time in each process.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
+    first = distributed.get_rank() == 0
+    with distributed.fail_together():
+        done = _read(out, task.facts) if first else {}
+    done = distributed.from_first(done)
+    todo = [i for i in task.indices if i not in done]
+    chunks = [todo[start : start + batch] for start in range(0, len(todo), batch)]
+    for own in _shared(chunks):
+        rows = task.figures(own) if own else []
+        text = json.dumps(rows).encode()
+        parts = distributed.gather_to_first(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        with distributed.fail_together():
+            for row in (row for part in parts for row in json.loads(part.numpy().tobytes())):
+                done[row["index"]] = row
+                append_line(out, json.dumps(row))
+    if not first:
+        return None
+    summary = summarize([done[i] for i in task.indices])
+    append_line(out, json.dumps({"summary": summary}))
+    return summary
+
+
+def summarize(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Mean of each figure, and its standard error (`..._error`), over the images of rows in this order."""
+    summary: dict[str, Any] = {"num_images": len(rows)}
+    for name in (name for name in rows[0] if name != "index"):
+        values = np.array([row[name] for row in rows])
+        summary[name] = float(values.mean())
+        summary[f"{name}_error"] = float(values.std(ddof=1) / math.sqrt(len(rows))) if len(rows) > 1 else 0.0
+    return summary
+
+
+def _shared(chunks: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The chunks of this process, as many as every other has: the last one may be empty."""
+    rank, processes = distributed.get_rank(), distributed.get_world_size()
+    rounds = range(-(-len(chunks) // processes))
+    hidden = True if rank != 0 else None  # None: only on a terminal
+    for k in tqdm(rounds, unit="batch", disable=hidden, dynamic_ncols=True):
+        position = k * processes + rank
+        yield chunks[position] if position < len(chunks) else []
+
+
+def _read(out: Path, facts: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """The rows that a file holds; it is begun where there is none, and a line that was cut off is removed."""
+    lines = out.read_text().splitlines() if out.is_file() else []
+    good = [line for line in map(_parsed, lines) if line is not None]
+    if lines and (not good or "facts" not in good[0]):
+        raise UserError(f"--out={out}: exists, and holds no likelihoods: choose another name")
+    if lines and (other := _difference(good[0]["facts"], facts)):
+        raise UserError(f"--out={out}: holds likelihoods of another {other}: choose another name, or delete it")
+    rows = [line for line in good if "index" in line]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out, "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in [{"facts": facts}, *rows])
+    return {row["index"]: row for row in rows}
+
+
+def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
+    """Name of a fact that differs, of those that results depend on. More images may follow."""
+    harmless = {"net", "data", "num_images", "code_version"}
+    return next((key for key in ours if key not in harmless and theirs.get(key) != ours[key]), None)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
