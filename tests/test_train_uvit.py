@@ -72,7 +72,7 @@ def test_all_options(tmp_path):
     assert result.exit_code == 0, result.output
     # The rest is of all families, and tested with EDM2.
     common = [
-        "--cond=1", "--xflip=0", "--cache=0", "--verify=0", "--workers=0", "--fp16=0", "--ls=1", "--bench=0", "--compile=0", "--checkpoint-activations=0",
+        "--cond=1", "--xflip=0", "--cache=0", "--verify=0", "--encoder=x", "--trust-encoder=1", "--workers=0", "--fp16=0", "--ls=1", "--bench=0", "--compile=0", "--checkpoint-activations=0",
         "--preview-images=1", "--preview-steps=1", "--metrics=none", "--metrics-ref=x", "--metrics-num=2", "--on-divergence=warn",
     ]  # fmt: skip
     common += ["--encoder=x", "--trust-encoder=1"]

@@ -82,7 +82,7 @@ def test_check_finds_what_is_wrong(tmp_path):
     facts = check(tmp_path / "links", exit_code=1)
     assert facts["images"] == 3 and "cannot read z.png" in facts["problems"][0]
     large = make_dataset(tmp_path / "large", {"0.npy": npy(np.full([4, 2, 2], 1e300))})
-    assert "NaN, infinity or" in check(large, exit_code=1)["problems"][0]
+    assert "NaN or infinity, or" in check(large, exit_code=1)["problems"][0]
 
 
 def test_check_latents(tmp_path):
@@ -111,7 +111,7 @@ def test_check_latents(tmp_path):
         assert "sigma_data_note" not in facts  # in all channels together it is small
     files["x.npy"] = npy(np.full([8, 8, 8], np.inf, np.float32))
     facts = check(make_dataset(tmp_path / "bad", files), exit_code=1)
-    assert "NaN, infinity or" in facts["problems"][0]
+    assert "NaN or infinity, or" in facts["problems"][0]
     constant = {f"{i}.npy": npy(np.stack([np.ones([4, 4]), image(4, 4, i, None)]).astype(np.float32)) for i in range(3)}
     facts = check(make_dataset(tmp_path / "constant", constant), exit_code=1)
     assert facts["problems"] == [f"{tmp_path / 'constant'}: channel 0 of the latents is constant"]

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dnnlib.errors import UserError
 from training.config.nvae import groups_per_scale
+from training.networks import nvae_cpu
 from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
 from training.networks.nvae_distributions import BernoulliDecoder, LogisticMixtureDecoder, NormalDecoder
@@ -149,6 +151,24 @@ def test_batch_norm_is_torchs():
     x = torch.randn(3, 4, 5, 5)
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize(("height", "width", "k"), [(8, 8, 5), (2, 2, 5), (4, 8, 3), (1, 1, 5), (3, 5, 11)])
+def test_depthwise_convolutions_of_small_images(height, width, k):
+    """The same as torch's, with its gradients."""
+    rnd = torch.Generator().manual_seed(0)
+    x, grad = (
+        torch.randn(6, 7, height, width, generator=rnd).contiguous(memory_format=torch.channels_last) for _ in "ab"
+    )
+    conv = Conv2d(7, 7, k, groups=7, bias=False, weight_norm=False)
+    x.requires_grad_()
+    assert nvae_cpu.suits(x, conv.weight, 1, 1) and not nvae_cpu.suits(x, conv.weight, 2, 1)
+    conv(x).backward(grad)
+    w = conv.weight.detach().clone().requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    F.conv2d(y, w, padding=k // 2, groups=7).backward(grad)
+    torch.testing.assert_close(conv.weight.grad, w.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_groups_per_scale():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_utils import distributed
+from training.networks import nvae_cpu
 
 WEIGHT_EPS = 1e-5  # added to |v| in weight normalisation
 BN_MOMENTUM = 0.05
@@ -68,6 +69,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w = self.effective_weight() if self.shared_weight is None else self.shared_weight
+        if nvae_cpu.suits(x, w, self.stride[0], self.dilation[0]):
+            return nvae_cpu.depthwise(x, w)
         return self._conv_forward(x, w, self.bias)
 
 
