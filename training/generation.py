@@ -192,7 +192,9 @@ def generate_images(
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
     _check_arguments(sampler_fn, sampler_kwargs)
-    classes = None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.size), "fixed")
+    classes = (
+        None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.num_classes), "fixed")
+    )
     if gnet is not None and hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
     for network in (net, gnet):
@@ -329,7 +331,7 @@ def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingC
         UserError: the network knows no such class.
     """
     text, names = sampling.class_idx, snapshot.metadata.get("class_names")
-    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.size, names)
+    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.num_classes, names)
     if text is None or classes.classes is None:
         return sampling
     if names and text.isdigit() and text in names and (called := names[classes.classes[0]]) != text:

@@ -75,7 +75,7 @@ class DiffusionGenerator:
         return self.sample(noise, cond, rnd)
 
     def describe(self) -> dict[str, Any]:
-        labels = {"labels": "none"} if self.spec.conditioning.kind == "none" else self.classes.describe()
+        labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
         return {**labels, **self.facts}
 
 
@@ -104,7 +104,7 @@ def diffusion_generator(
         return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
-    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.size), facts)
+    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
 
 
 class VAEGenerator:
