@@ -46,7 +46,7 @@ ORDER = [
     {"training.snapshot"},
     {"training.generation"},
     {"training.editing"},
-    {"training.dataset_likelihood"},
+    {"training.editing_vae", "training.dataset_likelihood"},
     {"training.monitoring"},
     {"training.training_loop"},
     {"training.launch"},

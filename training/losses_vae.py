@@ -174,9 +174,7 @@ def binarize(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def reconstruction_loss(net: Any, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """-log p(x | z) of each image in nats [N], without the border that `net.loss_crop` names."""
-    log_prob = net.decoder.log_prob(logits, x)
-    c = net.loss_crop
-    return -log_prob[:, :, c : log_prob.shape[2] - c, c : log_prob.shape[3] - c].sum(dim=(1, 2, 3))
+    return -net.crop(net.decoder.log_prob(logits, x)).sum(dim=(1, 2, 3))
 
 
 class VAEObjective(nn.Module):
