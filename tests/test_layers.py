@@ -44,6 +44,7 @@ ORDER = [
     },
     {"training.families"},
     {"training.snapshot"},
+    {"training.prompts"},
     {"training.generation"},
     {"training.dataset_likelihood"},
     {"training.monitoring"},
