@@ -44,6 +44,7 @@ ORDER = [
     },
     {"training.families"},
     {"training.snapshot"},
+    {"training.prompts"},
     {"training.generation"},
     {"training.editing"},
     {"training.editing_vae", "training.dataset_likelihood"},

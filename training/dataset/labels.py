@@ -18,12 +18,13 @@ SHOWN = 10  # classes in a line
 
 @dataclass(frozen=True)
 class LabelFile:
-    """The contents of a dataset.json: labels by name of the image (None: there are none), names of the classes, and
-    the encoder of latents."""
+    """The contents of a dataset.json: labels by name of the image (None: there are none), names of the classes, the
+    encoder of latents, and captions."""
 
     labels: dict[str, Any] | None
     class_names: list[str] | None = None
     encoder: dict[str, Any] | None = None
+    captions: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def parse_labels_json(where: str, text: bytes) -> LabelFile:
     try:
         contents = json.loads(text)
         listed, classes, encoder = contents["labels"], contents.get("classes"), contents.get("encoder")
+        captions = contents.get("captions")
         for name, label in listed if listed is not None else ():
             name = posixpath.normpath(name.replace("\\", "/"))
             if labels.setdefault(name, label) != label:
@@ -113,12 +115,14 @@ def parse_labels_json(where: str, text: bytes) -> LabelFile:
             raise TypeError("classes must be a list of names")
         if encoder is not None and not isinstance(encoder, dict):
             raise TypeError("encoder must have a name and kwargs")
+        if captions is not None and not isinstance(captions, dict):
+            raise TypeError("captions must have an encoder and texts")
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as err:
         reason = one_line(err)
         raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {reason}") from None
-    return LabelFile(labels if listed is not None else None, classes, encoder)
+    return LabelFile(labels if listed is not None else None, classes, encoder, captions)
 
 
 def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> str:

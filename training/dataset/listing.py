@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import PIL.Image
 
 ARRAY_SUFFIX = ".npy"
+CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
 OUR_FILES = ("dataset.json", "report.json", "generation.json")  # beside images
 # Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
@@ -115,6 +116,6 @@ def list_files(names: Iterable[str], arrays: bool = False) -> Listing:
             listing.kinds[suffix] += 1
         elif suffix in HEIF_SUFFIXES or suffix in OTHER_PICTURES:
             listing.unreadable.append(name)
-        elif posixpath.basename(name) not in OUR_FILES:
+        elif posixpath.basename(name) not in OUR_FILES and suffix != CONTEXTS_SUFFIX:
             listing.others[suffix or "without a suffix"] += 1
     return listing
