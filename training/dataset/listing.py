@@ -53,8 +53,10 @@ def is_image(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file name as text: bytes that are none, as old archives have them, become '\\xe9' and the like."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name as text on one line: bytes that are none, as old archives have them, become '\\xe9' and the like, and
+    so do line feeds and other characters that control a terminal."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def many(count: int, noun: str) -> str:
