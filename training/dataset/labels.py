@@ -55,7 +55,7 @@ def labels_from_folders(where: str, listing: Listing) -> Labels:
         )
     folders = folders_as_classes(where, listing.images, listing.unreadable)
     if not folders.names:
-        return Labels(notes=folders.notes)
+        return Labels(notes=folders.notes + listing.unused_tables())
     return Labels(np.array(folders.labels, np.int64), "class folders", folders.names, folders.notes)
 
 
