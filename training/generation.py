@@ -378,4 +378,6 @@ def load(config: GenerationConfig) -> LoadedGenerator:
             )
     snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
+    if isinstance(snapshot.encoder, AutoencoderEncoder):
+        snapshot.encoder.check_channels(snapshot.net.spec.channels)
     return LoadedGenerator(config, snapshot, guide, device)
