@@ -193,8 +193,8 @@ def encoder_option(default: str) -> Any:
         "--encoder",
         "--model-url",
         "encoder",
-        help=f"VAE: owner/repo[@revision][/folder] on the Hugging Face hub, a local folder or a .safetensors file  "
-        f"[default: {default}]",
+        help="VAE: owner/repo[@revision][/folder] on the Hugging Face hub, a local folder, a .safetensors file or "
+        f"U-ViT's autoencoder_kl.pth  [default: {default}]",
         metavar="NAME",
     )
 
@@ -252,7 +252,7 @@ def run_vae(
     "--scale",
     help="What training does to latents: a factor such as 0.18215; config = that of the VAE's configuration; "
     "published or measured = brings each channel to mean 0 and standard deviation 0.5, by the numbers of the published "
-    "models or of these latents  [default: published for the default VAE, else measured]",
+    "models or of these latents  [default: published for the default VAE, config for U-ViT's, else measured]",
     metavar="FLOAT|NAME",
     callback=parsed_by(parse_scale),
 )

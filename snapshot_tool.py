@@ -27,8 +27,8 @@ arch_option = click.option(
 def main() -> None:
     """Convert, inspect, export and fetch network snapshots.
 
-    SNAPSHOT is a file (.safetensors, .pkl; .pth of score_sde), a Hugging Face folder, or a URL (http, https, file,
-    hf://owner/repo[/file]).
+    SNAPSHOT is a file (.safetensors, .pkl; .pth of score_sde and U-ViT), a folder of Hugging Face or U-ViT (.ckpt), or
+    a URL (http, https, file, hf://owner/repo[/file]).
     """
 
 
@@ -57,6 +57,7 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool,
     Examples:
       python snapshot_tool.py convert edm2-img512-s-2147483-0.130.pkl edm2-s.safetensors
       python snapshot_tool.py convert raw-snapshots/ native/
+      python snapshot_tool.py convert imagenet256_uvit_huge.pth uvit.safetensors
       python snapshot_tool.py convert checkpoint_24.pth ve.safetensors --arch=ve/cifar10_ncsnpp_continuous
     """
     from training.preconditioning import PRECISIONS

@@ -119,7 +119,8 @@ class NetworksConfig(Config):
     )
     encoder: str | None = option(
         None,
-        "VAE that decodes latents: owner/repo on the Hugging Face hub, a folder or a .safetensors file",
+        "VAE that decodes latents: owner/repo on the Hugging Face hub, a folder, a .safetensors file, or U-ViT's "
+        "autoencoder_kl.pth",
         metavar="NAME",
         default_text="the one that the snapshot names",
     )

@@ -114,7 +114,7 @@ def _digits() -> Preset:
     config = UViTTraining(
         network=UViTNetwork(patch_size=2, embed_dim=64, depth=4, num_heads=4, prediction="edm"),
         objective=UViTObjective(cond_dropout=0.1, noise_levels="lognormal"),
-        optimizer=UViTOptimizer(lr=2e-3, warmup=100 * batch, decay_to=duration),
+        optimizer=UViTOptimizer(lr=2e-3, beta1=0.9, warmup=100 * batch, decay_to=duration),
         ema=EMAConfig(ema_rate=0.99),
         run=RunConfig(duration=duration, batch=batch, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
