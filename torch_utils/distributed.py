@@ -245,9 +245,7 @@ class SuspendSignals:
 
     def _handle(self, sig: int, _frame) -> None:
         if not self.received and get_rank() == 0:
-            os.write(
-                2, b"\nAsked to stop: trying to save the state first. Ctrl-C again stops at once, unsaved.\n"
-            )
+            os.write(2, b"\nAsked to stop: trying to save the state first. Ctrl-C again stops at once, unsaved.\n")
         self.received = True
         if sig == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
