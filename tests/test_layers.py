@@ -45,6 +45,7 @@ ORDER = [
     {"training.families"},
     {"training.snapshot"},
     {"training.generation"},
+    {"training.editing"},
     {"training.dataset_likelihood"},
     {"training.monitoring"},
     {"training.training_loop"},

@@ -17,7 +17,8 @@ from training.networks.nvae_layers import effective_weights
 from training.networks.nvae_readjust import readjust_batch_norms_
 from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
-from training.samplers.sampler import Sampler
+from training.samplers.ode import AfterUpdate
+from training.samplers.sampler import Sampler, unchanged
 
 
 class Generator(Protocol):
@@ -50,7 +51,7 @@ class DiffusionGenerator:
 
     Args:
         spec: shape of the noise, and what conditions are.
-        sample: (noise, cond, rnd) -> latents.
+        sample: (noise, cond, rnd) -> latents. Where known parts can be put back: (noise, cond, rnd, control).
         classes: the rule by which images get classes.
         facts: what `sample` is, as plain JSON values.
     """
@@ -58,7 +59,7 @@ class DiffusionGenerator:
     def __init__(
         self,
         spec: DataSpec,
-        sample: Callable[[torch.Tensor, torch.Tensor | None, StackedRandomGenerator], torch.Tensor],
+        sample: Callable[..., torch.Tensor],
         classes: ClassChoice | None = None,
         facts: dict[str, Any] | None = None,
     ):
@@ -71,8 +72,15 @@ class DiffusionGenerator:
     def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
         return self.spec.conditioning.draw(rnd, len(rnd), self.classes.of_seeds(rnd.seeds))
 
-    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-        return self.sample(noise, cond, rnd)
+    def __call__(
+        self,
+        noise: torch.Tensor,
+        cond: torch.Tensor | None,
+        rnd: StackedRandomGenerator,
+        control: AfterUpdate | None = None,
+    ) -> torch.Tensor:
+        """Final latents [N, C, H, W]; `control` puts known parts back after each update of the sampler."""
+        return self.sample(noise, cond, rnd) if control is None else self.sample(noise, cond, rnd, control)
 
     def describe(self) -> dict[str, Any]:
         labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
@@ -100,8 +108,13 @@ def diffusion_generator(
         denoiser = GuidedDenoiser(net, guide, guidance.guidance, guidance.interval)
     sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, net))
 
-    def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-        return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
+    def sample(
+        noise: torch.Tensor,
+        cond: torch.Tensor | None,
+        rnd: StackedRandomGenerator,
+        control: AfterUpdate = unchanged,
+    ) -> torch.Tensor:
+        return sampler(denoiser, noise, cond, randn_like=rnd.randn_like, after_update=control)
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
     return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
