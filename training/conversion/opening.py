@@ -10,6 +10,7 @@ from dnnlib.errors import UserError
 from training.conversion.files import image_folder, image_tar, image_zip
 from training.conversion.formats import CIFAR_FILES, CIFAR_FOLDERS, cifar, idx_files, idx_shape, lmdb_database
 from training.conversion.label_table import LabelTable, read_label_file
+from training.conversion.nvae_data import omniglot
 from training.conversion.parquet import parquet_tables
 from training.conversion.sources import Choice, Source, files_of_split, images_naming_damage, naming_damage, no_images
 from training.conversion.tar import TarContents, list_tar
@@ -60,6 +61,8 @@ def _open_file(path: Path, choice: Choice) -> Source:
     if idx_shape(path) is not None:
         _check_own_part(path, choice.split)
         return idx_files(path, [path])
+    if start == b"MATLAB 5":
+        return omniglot(path, choice.split)
     if tarfile.is_tarfile(path):
         return _open_tar(path, list_tar(path), choice)
     raise UserError(
