@@ -27,8 +27,8 @@ arch_option = click.option(
 def main() -> None:
     """Convert, inspect, export and fetch network snapshots.
 
-    SNAPSHOT is a file (.safetensors, .pkl; .pth of score_sde), a Hugging Face folder, or a URL (http, https, file,
-    hf://owner/repo[/file]).
+    SNAPSHOT is a file (.safetensors, .pkl; .pth of score_sde and U-ViT), a folder of Hugging Face or U-ViT (.ckpt), or
+    a URL (http, https, file, hf://owner/repo[/file]).
     """
 
 
@@ -57,6 +57,7 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool,
     Examples:
       python snapshot_tool.py convert edm2-img512-s-2147483-0.130.pkl edm2-s.safetensors
       python snapshot_tool.py convert raw-snapshots/ native/
+      python snapshot_tool.py convert imagenet256_uvit_huge.pth uvit.safetensors
       python snapshot_tool.py convert checkpoint_24.pth ve.safetensors --arch=ve/cifar10_ncsnpp_continuous
     """
     from training.preconditioning import PRECISIONS
@@ -111,7 +112,11 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None, a
     from training.snapshot import open_snapshot
     from training.snapshot.hub import export_folder
 
-    export_folder(open_snapshot(source, preset=arch), dest, license_id, PRECISIONS.get(dtype or ""))
+    file = open_snapshot(source, preset=arch)
+    export_folder(file, dest, license_id, PRECISIONS.get(dtype or ""))
+    vae = file.description.build_encoder(source).vae_name
+    if Path(vae).is_absolute():
+        print(f"Note: images are decoded with the VAE {vae}, which others need, too: say on the model card where it is")
     print(dest)
 
 

@@ -41,6 +41,11 @@ class Conditioning(Config):
         """Of one condition."""
         return {"none": (), "tokens": (self.tokens, self.size)}.get(self.kind, (self.size,))
 
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are to choose from; 0 = conditions are no classes."""
+        return 0 if self.kind == "tokens" else self.size
+
     def null(self, n: int, device: torch.device | str) -> torch.Tensor | None:
         """What stands for no condition: zeros [n, ...], or None where there are no conditions."""
         return None if self.kind == "none" else torch.zeros([n, *self.shape], device=device)

@@ -16,6 +16,7 @@ from dnnlib.errors import UserError
 from torch_utils import pictures
 from torch_utils.device import select_device, set_up_device
 from training.dataset.images import ImageFolderDataset
+from training.editing import between
 from training.encoders import StandardRGBEncoder
 from training.generation import load_image_network
 from training.losses_vae import image_values
@@ -47,15 +48,16 @@ class Editor:
     Args:
         net: a snapshot file or URL.
         device: where to compute, as --device takes it.
+        arch: training preset that names the architecture of published files that do not say it.
 
     Raises:
         UserError: the file holds another network.
     """
 
-    def __init__(self, net: str, device: str = "auto"):
+    def __init__(self, net: str, device: str = "auto", arch: str | None = None):
         self.device = select_device(device)
         set_up_device(self.device)
-        found: Any = load_image_network(net, self.device).net
+        found: Any = load_image_network(net, self.device, arch).net
         if not isinstance(found, NVAE):
             raise UserError(f"--net={net}: holds a {type(found).__name__}, and this needs the latents of an NVAE")
         self.net = found
@@ -103,6 +105,16 @@ class Editor:
         noise = StackedRandomGenerator(self.device, seeds).randn([len(seeds), self.net.noise_size])
         return self.net.split_noise(noise * temperature)
 
+    def interpolate(self, latents: Latents, frames: int) -> torch.Tensor:
+        """Pictures from each image to the next on great circles of the latents, uint8 [N - 1, frames, C, H, W]."""
+        rows = []
+        for i in range(len(latents[0]) - 1):
+            for k in range(frames):
+                t = k / (frames - 1)
+                rows.append(self.decode([between(z[i : i + 1], z[i + 1 : i + 2], t) for z in latents]))
+        pictures = torch.from_numpy(np.concatenate(rows))
+        return pictures.reshape(-1, frames, *pictures.shape[1:])
+
     def name_of_group(self, i: int) -> str:
         """'g03 8x8' of group 3, whose latents are 8x8."""
         _, height, width = self.net.latent_shapes[i]
@@ -134,24 +146,6 @@ def reconstruct(
     return whole, Sheet(np.concatenate(shown), len(images), captions)
 
 
-def interpolate(editor: Editor, images: torch.Tensor, steps: int) -> Sheet:
-    """A row of `steps` pictures from each image to the next one, on great circles of each group's latents.
-
-    Raises:
-        UserError: fewer than two images or steps.
-    """
-    if len(images) < 2 or steps < 2:
-        raise UserError("to interpolate, at least two images and two steps are needed: see --indices and --steps")
-    latents = editor.encode(images)
-    rows, captions = [], []
-    for i in range(len(images) - 1):
-        for k in range(steps):
-            t = k / (steps - 1)
-            rows.append(editor.decode([_between(z[i : i + 1], z[i + 1 : i + 2], t) for z in latents]))
-            captions.append(f"{t:.2f}")
-    return Sheet(np.concatenate(rows), steps, captions)
-
-
 def traverse(editor: Editor, latents: Latents, group: int, columns: int, temperature: float = 1) -> Sheet:
     """A row for each of N latents: its picture, and others in which one group is drawn again.
 
@@ -168,18 +162,6 @@ def traverse(editor: Editor, latents: Latents, group: int, columns: int, tempera
     images = np.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])
     captions = ["as it is", *[editor.name_of_group(group)] * (columns - 1)] * count
     return Sheet(images, columns, captions)
-
-
-def _between(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """From a (t = 0) to b (t = 1) with an even angle, which keeps the length of normal draws."""
-    x, y = a.flatten(1).double(), b.flatten(1).double()
-    cosine = (x * y).sum(dim=1, keepdim=True) / (x.norm(dim=1, keepdim=True) * y.norm(dim=1, keepdim=True) + 1e-12)
-    angle = cosine.clamp(-1, 1).acos()
-    sine = angle.sin()
-    straight = sine.abs() < 1e-6
-    left = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
-    right = torch.where(straight, t, (t * angle).sin() / sine)
-    return (left * x + right * y).reshape(a.shape).float()
 
 
 def save_sheet(path: Path, sheet: Sheet) -> None:

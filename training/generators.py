@@ -2,7 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +19,10 @@ from training.networks.nvae_layers import effective_weights
 from training.networks.nvae_readjust import readjust_batch_norms_
 from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
-from training.samplers.sampler import Sampler
+from training.samplers.ode import AfterUpdate
+from training.samplers.sampler import Sampler, unchanged
+
+SHOWN_PROMPTS = 100  # that `describe` lists; of more, it says a hash
 
 
 class Generator(Protocol):
@@ -50,7 +55,7 @@ class DiffusionGenerator:
 
     Args:
         spec: shape of the noise, and what conditions are.
-        sample: (noise, cond, rnd) -> latents.
+        sample: (noise, cond, rnd) -> latents. Where known parts can be put back: (noise, cond, rnd, control).
         classes: the rule by which images get classes.
         facts: what `sample` is, as plain JSON values.
     """
@@ -58,7 +63,7 @@ class DiffusionGenerator:
     def __init__(
         self,
         spec: DataSpec,
-        sample: Callable[[torch.Tensor, torch.Tensor | None, StackedRandomGenerator], torch.Tensor],
+        sample: Callable[..., torch.Tensor],
         classes: ClassChoice | None = None,
         facts: dict[str, Any] | None = None,
     ):
@@ -71,11 +76,18 @@ class DiffusionGenerator:
     def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
         return self.spec.conditioning.draw(rnd, len(rnd), self.classes.of_seeds(rnd.seeds))
 
-    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-        return self.sample(noise, cond, rnd)
+    def __call__(
+        self,
+        noise: torch.Tensor,
+        cond: torch.Tensor | None,
+        rnd: StackedRandomGenerator,
+        control: AfterUpdate | None = None,
+    ) -> torch.Tensor:
+        """Final latents [N, C, H, W]; `control` puts known parts back after each update of the sampler."""
+        return self.sample(noise, cond, rnd) if control is None else self.sample(noise, cond, rnd, control)
 
     def describe(self) -> dict[str, Any]:
-        labels = {"labels": "none"} if self.spec.conditioning.kind == "none" else self.classes.describe()
+        labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
         return {**labels, **self.facts}
 
 
@@ -100,11 +112,45 @@ def diffusion_generator(
         denoiser = GuidedDenoiser(net, guide, guidance.guidance, guidance.interval)
     sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, net))
 
-    def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-        return sampler(denoiser, noise, cond, randn_like=rnd.randn_like)
+    def sample(
+        noise: torch.Tensor,
+        cond: torch.Tensor | None,
+        rnd: StackedRandomGenerator,
+        control: AfterUpdate = unchanged,
+    ) -> torch.Tensor:
+        return sampler(denoiser, noise, cond, randn_like=rnd.randn_like, after_update=control)
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
-    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.size), facts)
+    return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
+
+
+class Prompted:
+    """A generator whose images follow texts: the one of number (seed modulo how many there are).
+
+    Args:
+        generator: of a network that follows contexts.
+        prompts: the texts.
+        encode: texts -> contexts.
+    """
+
+    def __init__(self, generator: Generator, prompts: Sequence[str], encode: Callable[[Sequence[str]], torch.Tensor]):
+        self.generator, self.prompts, self.encode, self.spec = generator, prompts, encode, generator.spec
+        self.noise = generator.noise
+
+    def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor:
+        texts = [self.prompts[seed % len(self.prompts)] for seed in rnd.seeds]
+        different = list(dict.fromkeys(texts))
+        contexts = self.encode(different).to(rnd.generators[0].device)
+        return contexts[[different.index(text) for text in texts]]
+
+    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return self.generator(noise, cond, rnd)
+
+    def describe(self) -> dict[str, Any]:
+        count = len(self.prompts)
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        texts = {"prompts": list(self.prompts)} if count <= SHOWN_PROMPTS else {"prompts_sha256": digest}
+        return {**self.generator.describe(), "labels": f"prompt seed modulo {count}", **texts}
 
 
 class VAEGenerator:

@@ -8,7 +8,7 @@ from conftest import ROOT
 from uvit_golden import ROOM, GoldenFile, error, names
 
 from training.encoders import FINAL_STD, StabilityVAEEncoder
-from training.snapshot.published_autoencoder import convert_autoencoder, diffusers_name
+from training.encoders.published_autoencoder import convert_autoencoder, diffusers_name
 from training.snapshot.published_uvit import read
 
 FORWARD, DECODED = 2e-5, 1e-4

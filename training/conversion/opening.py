@@ -66,7 +66,8 @@ def _open_file(path: Path, choice: Choice) -> Source:
     if tarfile.is_tarfile(path):
         return _open_tar(path, list_tar(path), choice)
     raise UserError(
-        f"--source={path}: neither a ZIP, tar, Parquet or IDX file nor a CIFAR tarball (it begins with {start!r})"
+        f"--source={path}: neither a ZIP, tar, Parquet or IDX file nor a CIFAR tarball (it begins with {start!r}): "
+        "unpack or convert it first"
     )
 
 
@@ -107,6 +108,9 @@ def _open_folder(path: Path, choice: Choice) -> Source:
     if files.images:
         text = (path / "dataset.json").read_bytes() if "dataset.json" in names else None
         return image_folder(path, files, text, choice)
+    if len(shards) == 1 and not has_samples((contents := list_tar(path / shards[0])).names):
+        _chosen, note = files_of_split(path, shards, choice.split)
+        return _open_tar(path / shards[0], contents, replace(choice, split="all") if note else choice)
     for found, make in ((shards, tar_shards), (tables, parquet_tables)):
         if found:
             chosen, note = files_of_split(path, found, choice.split)

@@ -18,7 +18,7 @@ from training.encoders.autoencoders import (
     StabilityVAEEncoder,
 )
 from training.encoders.base import Encoder, Moments, RawLatentEncoder, StandardRGBEncoder
-from training.encoders.models import PUBLISHED_VAE, ModelFiles, absolute
+from training.encoders.models import PUBLISHED_SUFFIX, PUBLISHED_VAE, ModelFiles, absolute
 
 # The registry: names in files.
 ENCODERS: dict[str, type[Encoder]] = {
@@ -62,7 +62,10 @@ def encoder_of_vae(vae_name: str, **kwargs: Any) -> AutoencoderEncoder:
     """
     if vae_name == PUBLISHED_VAE:
         return StabilityVAEEncoder(**kwargs)
-    model_class = ModelFiles(vae_name, with_weights=False).class_name()
+    files = ModelFiles(vae_name, with_weights=False)
+    model_class = files.class_name()
+    if files.is_published:
+        kwargs = {"pixel_range": (-1.0, 1.0), **kwargs}
     classes = {cls.model_class: cls for cls in ENCODERS.values() if issubclass(cls, AutoencoderEncoder)}
     if model_class not in classes:
         raise UserError(f"the VAE {vae_name} is an {one_line(model_class)[:50]}; known are {', '.join(classes)}")
@@ -125,7 +128,7 @@ def encoder_to_encode(
         vae_name: VAE; None = the published one.
         scale: factor of the latents; 'config' = that of the VAE's configuration; 'published' or 'measured' = whitened
             with these statistics, measured ones being those of the latents to come; None = published for the
-            published VAE, else measured.
+            published VAE, config for that of U-ViT, else measured.
         pixel_range: values of black and white; None = those of the encoder's kind.
 
     Raises:
@@ -136,7 +139,7 @@ def encoder_to_encode(
     encoder = encoder_of_vae(vae_name or PUBLISHED_VAE, **kwargs)
     if scale == "measured":
         encoder = encoder.measured((), ())
-    elif scale == "config":
+    elif scale == "config" or (scale is None and (vae_name or "").endswith(PUBLISHED_SUFFIX)):
         encoder = encoder.scaled_as_configured()
     elif scale == "published":
         if encoder.latent_channels() != len(PUBLISHED_MEAN) or not encoder.distribution:
@@ -186,7 +189,7 @@ def _with_statistics(encoder: Encoder, dataset: ImageFolderDataset, max_items: i
         raw_mean, raw_std = measure(dataset, distribution, max_items)
         return encoder.measured(raw_mean, raw_std)
     channels = encoder.final_channels(dataset.num_channels)
-    if len(encoder.raw_std) not in (1, channels):
+    if not encoder.fits(channels):
         raise UserError(
             f"{dataset.path}: dataset.json has statistics of {len(encoder.raw_std)} channels, and the latents have "
             f"{channels}"
@@ -230,6 +233,9 @@ def same_latents(one: Encoder, other: Encoder) -> bool:
 
 def data_spec(dataset: ImageFolderDataset, encoder: Encoder) -> DataSpec:
     """What the model sees of a dataset."""
-    conditioning = Conditioning.of_labels(dataset.label_dim)
+    captions = dataset.captions
+    conditioning = (
+        Conditioning.of_labels(dataset.label_dim) if captions is None else Conditioning.of_text(*captions.shape)
+    )
     channels = encoder.final_channels(dataset.num_channels)
     return DataSpec(channels=channels, resolution=dataset.resolution, conditioning=conditioning)

@@ -10,6 +10,7 @@ from typing import Any
 from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
 from dnnlib.errors import RunError, UserError, one_line
 from dnnlib.files import file_sha256
+from training.encoders.published_autoencoder import load_autoencoder
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
 # What files of strangers may have fetched from the hub without being asked about it.
@@ -24,6 +25,7 @@ KNOWN_VAES = (
 )
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # in a folder or repository
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*(?:@[\w.-]+)?)((?:/\w[\w.-]*)*)")  # owner/repo[@revision][/folder]
+PUBLISHED_SUFFIX = ".pth"  # of the VAE of the published U-ViT code, which says its configuration by its shapes
 MAX_CONFIG = 1 << 20  # bytes
 
 
@@ -31,8 +33,8 @@ class ModelFiles:
     """Where the files of a VAE are: `folder` holds config.json, and `weights` is the file of the weights.
 
     Args:
-        name: a name on the hub (owner/repo[@revision][/folder]), a folder, or a .safetensors file (beside its
-            config.json, or with the configuration of the published VAE).
+        name: a name on the hub (owner/repo[@revision][/folder]), a folder, a .safetensors file (beside its config.json,
+            or with the configuration of the published VAE), or a .pth file of the published U-ViT code.
         named_by: the file that names it; '' = the user does. What a file names on the hub is fetched only if it is
             one of `KNOWN_VAES`; of others, what the cache holds is used.
         with_weights: find the weights, too; else `weights` is ''.
@@ -44,7 +46,8 @@ class ModelFiles:
 
     def __init__(self, name: str, named_by: str = "", with_weights: bool = True):
         self.name, self.named_by = name, named_by
-        failed, is_file = f"the VAE {name} could not be loaded", name.endswith(".safetensors")
+        self.is_published = name.endswith(PUBLISHED_SUFFIX)
+        failed, is_file = f"the VAE {name} could not be loaded", name.endswith(".safetensors") or self.is_published
         found = os.path.exists(name)
         if not found and (is_file or HUB_NAME.fullmatch(name) is None):
             other = ", or --encoder with its place" if named_by else ""
@@ -55,7 +58,7 @@ class ModelFiles:
                 self.folder = name if found else _hub_folder(name, files, named_by)
             else:
                 self.folder = os.path.dirname(name) or "."
-                if not os.path.isfile(os.path.join(self.folder, CONFIG)):
+                if not self.is_published and not os.path.isfile(os.path.join(self.folder, CONFIG)):
                     self.folder = _hub_folder(PUBLISHED_VAE, [CONFIG])
         except (UserError, RunError) as err:
             reason = err
@@ -70,6 +73,8 @@ class ModelFiles:
         Raises:
             UserError: it cannot be read.
         """
+        if self.is_published:
+            return "AutoencoderKL"
         path = Path(self.folder, CONFIG)
         try:
             with open(path, "rb") as f:
@@ -104,6 +109,8 @@ class ModelFiles:
         if found_class != class_name:
             raise UserError(f"{failed}: it is an {one_line(found_class)[:50]}, not an {class_name}")
         model_class = getattr(diffusers, class_name)
+        if self.is_published:
+            return load_autoencoder(self.name, model_class)
         # Not its default low_cpu_mem_usage, which asks for another package in five lines.
         options = dict(low_cpu_mem_usage=False, local_files_only=True)
         try:

@@ -50,6 +50,12 @@ def _raw_network(data: DataSpec, config: UViTNetwork) -> UViT:
     )
 
 
+def known_conditions(conditioning: Conditioning, config: UViTNetwork) -> Conditioning:
+    """Conditions of a network, for those of its data: whether they are optional is a matter of the network."""
+    optional = conditioning.kind == "tokens" or (conditioning.kind != "none" and config.null_class)
+    return dataclasses.replace(conditioning, optional=optional)
+
+
 class UViTDenoiser(Preconditioned):
     """The denoiser around a U-ViT (Bao et al. 2023).
 
@@ -69,12 +75,9 @@ class UViTDenoiser(Preconditioned):
 
     def __init__(self, data: DataSpec, precision: str = "fp32", **arguments: Any):
         config, conditioning = UViTNetwork(**arguments), data.conditioning
-        text = conditioning.kind == "tokens"
-        self_guided = text or (conditioning.kind != "none" and config.null_class)
-        conditioning = dataclasses.replace(conditioning, optional=self_guided)
-        spec = dataclasses.replace(data, conditioning=conditioning)
+        spec = dataclasses.replace(data, conditioning=known_conditions(conditioning, config))
         super().__init__(_raw_network(data, config), _preconditioning(config), spec, precision)
-        if text:
+        if conditioning.kind == "tokens":
             self.register_buffer("empty_context", torch.zeros(conditioning.shape))
         self.init_kwargs = config.to_json()
 

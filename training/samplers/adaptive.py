@@ -13,7 +13,7 @@ import torch
 
 from dnnlib.errors import RunError, UserError
 from training.config.samplers import RungeKutta
-from training.samplers.grids import Grid
+from training.samplers.grids import Grid, last_time, latest_time
 from training.samplers.ode import AfterUpdate, RandnLike, Solution
 from training.samplers.predictor_corrector import Times, reverse_diffusion, score
 from training.schedules import Schedule, wide
@@ -174,6 +174,28 @@ class Flow(NamedTuple):
         return Flow(*(value.to(t)[:, None] for value in (schedule.drift(t), rate, s, sigma)))
 
 
+def encode_by_flow(D: Solution, x: torch.Tensor, schedule: Schedule, options: RungeKutta) -> torch.Tensor:
+    """The noise of unit variance that the probability flow carries clean images [N, ...] to, float32.
+
+    `rk45` on `grids.ode_grid` carries it back. The image stands at the grid's last time, where u = s x is nearly x.
+    """
+    first, last = latest_time(schedule), last_time(schedule)
+    derivative = _derivative(D, schedule, x.shape)
+    result = integrate(derivative, wide(x).flatten(1), last, first, options.rtol, options.atol, options.common_norm)
+    return (result.y / schedule.prior_std).reshape(x.shape).float()
+
+
+def _derivative(D: Solution, schedule: Schedule, shape: torch.Size) -> Derivative:
+    """du/dt of the probability flow, for flat states u of images of a shape."""
+
+    def derivative(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        flow = Flow.of(schedule, t)
+        clean = D((u / flow.s).reshape(shape), flow.sigma.flatten()).to(u).flatten(1)
+        return flow.f * u - (clean - u / flow.s) * flow.rate
+
+    return derivative
+
+
 def rk45(
     D: Solution,
     x: torch.Tensor,
@@ -195,11 +217,7 @@ def rk45(
     schedule, shape = grid.schedule, x.shape
     first, last = grid.times[0].item(), grid.times[-1].item()
 
-    def derivative(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        flow = Flow.of(schedule, t)
-        clean = D((u / flow.s).reshape(shape), flow.sigma.flatten()).to(u).flatten(1)
-        return flow.f * u - (clean - u / flow.s) * flow.rate
-
+    derivative = _derivative(D, schedule, shape)
     drawn: list[torch.Tensor] = []
 
     def drawn_once(like: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ from dnnlib.download import is_url
 from dnnlib.errors import UserError
 from training.snapshot.files import READERS, check_suffix, open_snapshot, write_snapshot
 from training.snapshot.hub import FOLDER_FILES
-from training.snapshot.layout import FOLDER, build_for, finite_tensor, is_training_state, weights_dtype
+from training.snapshot.layout import FOLDER, Request, build_for, finite_tensor, is_training_state, weights_dtype
+from training.snapshot.published_uvit import is_checkpoint_folder
 
 
 def plan_conversion(source: str, dest: Path, suffix: str) -> dict[str, Path]:
@@ -24,7 +25,7 @@ def plan_conversion(source: str, dest: Path, suffix: str) -> dict[str, Path]:
     """
     if not is_url(source) and not Path(source).exists():
         raise UserError(f"{source}: no such file or directory")
-    if Path(source).is_dir() and not Path(source, FOLDER_FILES[0]).is_file():
+    if Path(source).is_dir() and not (Path(source, FOLDER_FILES[0]).is_file() or is_checkpoint_folder(Request(source))):
         return _plan_directory(Path(source), dest, suffix)
     check_suffix(dest)
     if dest.exists() and Path(source).exists() and dest.samefile(source):

@@ -7,7 +7,6 @@ widths stand, and for text the number of context tokens, which is 77 in publishe
 
 import math
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,16 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from dnnlib.errors import DamagedFileError, UserError, one_line
+from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
-from torch_utils.checkpoint import load_checked
+from torch_utils.tensor_files import read_tensors
+from training.conditioning import Conditioning, DataSpec
+from training.config.names import unknown_preset
+from training.config.training import Preset
+from training.config.uvit import UViTNetwork
+from training.config.uvit_presets import UVIT_PRESETS
+from training.encoders import PUBLISHED_CLIP, PUBLISHED_VAE, Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.networks.uvit import UViT
+from training.networks.uvit_denoiser import known_conditions
+from training.snapshot.description import FORMAT_VERSION, Description
+from training.snapshot.layout import FOLDER, GetTensor, Request, SnapshotFile, check_storable
 
+ARCHITECTURE = "uvit.UViTDenoiser"
+SCALES = {"tokens": 0.2301}  # of the published latents by kind of condition
+SCALE = 0.18215  # of the others
 HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}  # of published networks by width
 CLIP_TOKENS = 77  # context tokens of published networks
 NETWORKS = {"ema": "nnet_ema.pth", "net": "nnet.pth"}  # files of a training checkpoint
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -105,7 +116,10 @@ def guess_architecture(shapes: Mapping[str, tuple[int, ...]], source: str = "the
         raise UserError(f"{source}: its {tokens} tokens are not those of a square image{advice}")
     num_heads = known.get("num_heads", HEADS.get(width))
     if num_heads is None:
-        raise UserError(f"{source}: how many attention heads? No published network is {width} wide: give num_heads")
+        raise UserError(
+            f"{source}: how many attention heads? No published network is {width} wide: name its preset (--arch), or "
+            f"give num_heads"
+        )
     return dict(
         img_size=grid * patch_size,
         patch_size=patch_size,
@@ -125,30 +139,126 @@ def guess_architecture(shapes: Mapping[str, tuple[int, ...]], source: str = "the
     )
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a published state dict by name, on the CPU.
+class PublishedUViT(SnapshotFile):
+    """A published file or folder as a snapshot: `which` is 'ema' or, of training checkpoints, 'net'.
+
+    What the weights do not say is that of the preset: the one that is asked for, or the published one of these sizes;
+    where there is none, `note` says what was assumed.
 
     Raises:
-        UserError: no such file, a damaged one, or one that asks for more than tensors.
+        UserError: as `read`, or there is no such preset.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        state = load_checked(path, mmap=True)
-    except pickle.UnpicklingError as err:
-        raise UserError(f"{path}: not plain tensors ({one_line(err)[:150]}); nothing in the file was run") from None
-    except Exception as err:  # torch has many ways to say that a file is damaged
-        raise DamagedFileError(f"{path}: damaged ({one_line(err)[:150]}): copy it again") from None
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path}: holds no weights by name, but a {type(state).__name__}")
-    for name, tensor in state.items():
-        is_weight = isinstance(tensor, torch.Tensor) and tensor.dtype in TYPES and tensor.numel() > 0
-        if not isinstance(name, str) or not is_weight:
-            raise UserError(f"{path}: {one_line(name)[:50]!r} in it is no tensor of floating-point weights")
-    # Overlapping elements would make a large network of a small file.
-    if sum(t.numel() * t.itemsize for t in state.values()) > path.stat().st_size:
-        raise UserError(f"{path}: its tensors share their values, which no published file needs")
-    return dict(state)
+
+    says_architecture = False
+
+    def __init__(self, request: Request):
+        path = Path(request.address) if request.suffix == FOLDER else request.fetch()
+        preset = None if request.preset is None else _preset_named(request.preset)
+        checkpoint = read(path, request.which, **({} if preset is None else _known(preset)))
+        self.path, arguments = checkpoint.path, checkpoint.arguments
+        if preset is None:
+            network, self.note = _understood(arguments)
+        else:
+            network = preset.config.network
+        self._tensors = {f"net.{name}": tensor for name, tensor in checkpoint.state.items()}
+        conditioning = _conditioning(arguments, network)
+        if conditioning.kind == "tokens":  # which the published code keeps in a file of its own
+            self._tensors["empty_context"] = torch.zeros(conditioning.shape)
+        self.names = list(self._tensors)
+        data = DataSpec(channels=arguments["in_chans"], resolution=arguments["img_size"], conditioning=conditioning)
+        encoder: Encoder = StandardRGBEncoder()
+        if data.channels == 4:
+            scale = SCALES.get(conditioning.kind, SCALE)
+            encoder = StabilityVAEEncoder(PUBLISHED_VAE, scale=scale, pixel_range=(-1.0, 1.0))
+        block = {
+            "format_version": FORMAT_VERSION,
+            "architecture": {"name": ARCHITECTURE, "kwargs": network.to_json()},
+            "encoder": {"name": type(encoder).__name__, "kwargs": encoder.init_kwargs},
+            "data": data.to_json(),
+            "source": self.path.name,
+        }
+        if conditioning.kind == "tokens":
+            kwargs = {"model": PUBLISHED_CLIP, "tokens": conditioning.tokens, "width": conditioning.size}
+            block["text_encoder"] = {"name": "TextEncoder", "kwargs": kwargs}
+        self.description = Description.from_json(str(self.path), block)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def is_checkpoint_folder(request: Request) -> bool:
+    """Whether a folder is a training checkpoint of the published code, or holds some."""
+    folder = Path(request.address)
+    return folder.is_dir() and (folder.joinpath(NETWORKS["ema"]).is_file() or any(folder.glob("*.ckpt")))
+
+
+def write_state_dict(
+    path: Path, net: nn.Module, get_tensor: GetTensor, dtype: torch.dtype, _description: Description
+) -> None:
+    """Write a snapshot as a state dict that the published code loads, complete or not at all.
+
+    Args: as `training.snapshot.native.write_native`.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+        OSError: it could not be written.
+    """
+    state = {}
+    for name in net.state_dict():
+        if name.startswith("net."):
+            state[name.removeprefix("net.")] = tensor = get_tensor(name).to(dtype)
+            check_storable(path, name, tensor)
+    write(path, state)
+
+
+def _preset_named(name: str) -> Preset:
+    if name not in UVIT_PRESETS:
+        raise unknown_preset("preset", name, UVIT_PRESETS)
+    return UVIT_PRESETS[name]
+
+
+def _known(preset: Preset) -> dict[str, int]:
+    """What shapes do not tell, of a preset."""
+    known = {"num_heads": preset.config.network.num_heads}
+    return known | ({"num_clip_token": preset.context[0]} if preset.context[0] else {})
+
+
+def _understood(arguments: Mapping[str, Any]) -> tuple[UViTNetwork, str]:
+    """The network of these arguments of `UViT`, and what the user should know about it."""
+    for name, preset in UVIT_PRESETS.items():
+        if preset.published and _fits(preset, arguments):
+            return preset.config.network, f"taken for {name}, by the sizes of its weights (--arch names another)"
+    classes = arguments["num_classes"]
+    null_class = classes % 10 == 1 and classes > 1
+    fields = {name: value for name, value in arguments.items() if name in UViTNetwork.__dataclass_fields__}
+    network = UViTNetwork(**fields, null_class=null_class)
+    last = "class for none" if null_class else "no class for none"
+    text = f"taken for a network with {network.num_heads} heads that predicts the noise of continuous time"
+    return network, f"{text}{f', {classes} classes with {last}' if classes > 0 else ''} (--arch names a preset)"
+
+
+def _fits(preset: Preset, arguments: Mapping[str, Any]) -> bool:
+    """Whether the network of a preset has these arguments of `UViT`."""
+    network = preset.config.network
+    classes = preset.classes + network.null_class if preset.classes else -1
+    data = dict(img_size=preset.resolution, in_chans=preset.channels, num_classes=classes, clip_dim=preset.context[1])
+    kwargs = {**network.to_json(), **data}
+    return all(kwargs[name] == value for name, value in arguments.items() if name in kwargs)
+
+
+def _conditioning(arguments: Mapping[str, Any], network: UViTNetwork) -> Conditioning:
+    if arguments["clip_dim"] > 0:
+        conditioning = Conditioning.of_text(arguments["num_clip_token"], arguments["clip_dim"])
+    else:
+        classes = arguments["num_classes"]
+        conditioning = Conditioning.of_labels(classes - network.null_class if classes > 0 else 0)
+    return known_conditions(conditioning, network)
 
 
 def _ratio(hidden: int, width: int) -> float:

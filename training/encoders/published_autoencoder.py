@@ -9,10 +9,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
-from training.snapshot.published_uvit import read_tensors
+from torch_utils.tensor_files import read_tensors
 
+PUBLISHED_SCALE = 0.18215  # of all but MS-COCO
 # Names that are replaced wherever they stand between dots, in this order.
 RENAMED = {
     r"(down|up)\.(\d+)\.block": r"\1_blocks.\2.resnets",
@@ -71,7 +72,7 @@ def diffusers_config(state: Mapping[str, torch.Tensor], scale_factor: float) -> 
         raise UserError(f"no weights of a KL autoencoder: {err} is missing") from None
 
 
-def convert_autoencoder(path: str | Path, folder: str | Path, scale_factor: float = 0.18215) -> None:
+def convert_autoencoder(path: str | Path, folder: str | Path, scale_factor: float = PUBLISHED_SCALE) -> None:
     """Write a published autoencoder as a folder that diffusers, and `dataset_tool.py encode --encoder`, read.
 
     Args:
@@ -93,6 +94,26 @@ def convert_autoencoder(path: str | Path, folder: str | Path, scale_factor: floa
         f.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     with atomic_write(Path(folder) / "config.json", "w") as f:
         f.write(json.dumps(config, indent=2) + "\n")
+
+
+def load_autoencoder(path: str | Path, model_class: Any) -> Any:
+    """diffusers' AutoencoderKL with the weights of a published file.
+
+    Args:
+        model_class: diffusers' class of that name.
+
+    Raises:
+        UserError: no such file, a damaged one, or one of something else.
+    """
+    state = read_tensors(Path(path))
+    try:
+        config = diffusers_config(state, PUBLISHED_SCALE)
+        del config["_class_name"]
+        model = model_class(**config)
+        model.load_state_dict(diffusers_state(state))
+    except (UserError, RuntimeError) as err:
+        raise UserError(f"{path}: {one_line(err)[:300]}") from None
+    return model
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:
