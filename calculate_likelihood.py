@@ -14,6 +14,9 @@ from training.config.likelihood import LikelihoodConfig
 
 @click.command(cls=CommandLine)
 @click.option("--net", help="Network snapshot: a file, a Hugging Face folder, or a URL", metavar="FILE", required=True)
+@click.option(
+    "--arch", help="Training preset that names the architecture of published files that do not say it", metavar="PRESET"
+)
 @click.option("--data", help="Images: a folder or ZIP file", metavar="ZIP|DIR", required=True)
 @click.option(
     "--out",
@@ -36,21 +39,25 @@ from training.config.likelihood import LikelihoodConfig
 )
 @with_options(click_options(LikelihoodConfig))
 @offline_option
-def main(net: str, data: str, out: Path, num: int | None, seed: int, batch: int, **opts: Any) -> None:
+def main(net: str, arch: str | None, data: str, out: Path, num: int | None, seed: int, batch: int, **opts: Any) -> None:
     """Bits per dimension of images under a network.
 
-    NVAE: the negative evidence lower bound, the importance-weighted bound, reconstruction and KL of each group. The
-    figures of an image depend on itself and the seed alone, whatever the batch and processes. Repeating a command
-    continues where it stopped.
+    Denoisers (EDM2, score-SDE models, U-ViT): by the probability flow, with the labels of the images where the network
+    knows classes. NVAE: the negative evidence lower bound, the importance-weighted bound, reconstruction and KL of each
+    group. The figures of an image depend on itself and the seed alone, whatever the batch and processes. Repeating a
+    command continues where it stopped.
 
     \b
     Examples:
       python calculate_likelihood.py --net=out/digits-nvae/network-snapshot-0000051.safetensors \\
           --data=datasets/digits.zip --samples=100 --out=out/digits-nvae/likelihood.jsonl
+      python calculate_likelihood.py --net=out/vp/network-snapshot-0000114-ema.safetensors \\
+          --data=datasets/digits.zip --levels=17 --num=200 --out=out/vp/likelihood.jsonl
       torchrun --standalone --nproc_per_node=8 calculate_likelihood.py --net=checkpoint.pt \\
           --data=cifar10-test.zip --samples=1000 --max-batch=500 --out=cifar10-test.jsonl
     """
-    config = LikelihoodConfig.from_flat({name: value for name, value in opts.items() if value is not None})
+    given = {name: value for name, value in opts.items() if value is not None}
+    config = LikelihoodConfig.from_flat(given)
     check_seed(seed)
 
     from torch_utils import distributed
@@ -58,7 +65,7 @@ def main(net: str, data: str, out: Path, num: int | None, seed: int, batch: int,
 
     distributed.init()
     with distributed.fail_together():
-        task = prepare(net, data, config, num, seed)
+        task = prepare(net, data, config, num, seed, arch, given)
         check_seed(seed + len(task.indices) - 1)
     summary = evaluate(task, out, batch)
     if summary is not None:

@@ -1,17 +1,27 @@
 """calculate_likelihood.py: every option, sharing, resuming, and bad input."""
 
+import dataclasses
 import json
+import math
 import zipfile
 
+import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, assert_all_options, fails_with, make_dataset, random_images, run_cli, torchrun
+from conftest import DIGITS, assert_all_options, fails_with, make_dataset, png, random_images, run_cli, torchrun
 
 from calculate_likelihood import main as calculate
+from training.conditioning import DataSpec
+from training.config.edm2 import TRAINING_PRESETS as EDM2_PRESETS
+from training.config.likelihood import FlowLikelihoodConfig
 from training.config.nvae import TRAINING_PRESETS
+from training.config.score_sde_presets import SCORE_PRESETS
+from training.config.uvit_presets import UVIT_PRESETS
 from training.dataset_likelihood import summarize
-from training.encoders import StandardRGBEncoder
+from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.families import preset_network
+from training.likelihood import FlowLikelihood
+from training.samplers import StackedRandomGenerator
 from training.snapshot import save_network
 
 
@@ -50,7 +60,25 @@ def test_all_options(nvae, images, tmp_path):
     out = tmp_path / "folder" / "likelihood.jsonl"
     options = ["--num=5", "--seed=3", "--batch=2", "--samples=4", "--max-batch=6", "--precision=fp32", "--device=cpu"]
     summary = run(nvae, images, out, *options, "--offline")
-    args = [f"--net={nvae}", f"--data={images}", f"--out={out}", *options, "--offline"]
+    flow = [
+        "--trace=exact",
+        "--rtol=1",
+        "--atol=1",
+        "--common-norm=0",
+        "--repeats=1",
+        "--levels=17",
+        "--dequantization=none",
+    ]
+    args = [
+        f"--net={nvae}",
+        f"--data={images}",
+        f"--out={out}",
+        *options,
+        "--offline",
+        *flow,
+        "--schedule=ve",
+        "--arch=x",
+    ]
     assert_all_options(calculate, args)
     facts, *rows, last = lines_of(out)
     assert facts["facts"]["samples"] == 4 and facts["facts"]["levels"] == 17 and facts["facts"]["dims"] == 64
@@ -94,7 +122,7 @@ def test_two_processes_leave_nothing_out_and_repeat_nothing(nvae, images, tmp_pa
 def test_bad_input(nvae, images, tmp_path, snapshot_file):
     out = tmp_path / "x.jsonl"
     options = [f"--data={images}", f"--out={out}"]
-    fails_with(run_cli(calculate, f"--net={snapshot_file}", *options), "likelihoods of EDM2 networks")
+    fails_with(run_cli(calculate, f"--net={snapshot_file}", *options), "(1, 8, 10)", "(1, 8, 0)")
     fails_with(run_cli(calculate, f"--net={nvae}", *options, "--samples=0"), "--samples must be at least 1")
     colour = make_dataset(tmp_path / "colour.zip", random_images(2))
     fails_with(run_cli(calculate, f"--net={nvae}", f"--data={colour}", f"--out={out}"), "(1, 8, 0)", "(3, 8, 0)")
@@ -104,3 +132,92 @@ def test_bad_input(nvae, images, tmp_path, snapshot_file):
     out.unlink()
     run(nvae, images, out, "--num=1")
     fails_with(run_cli(calculate, f"--net={nvae}", *options, "--samples=2"), "likelihoods of another samples")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Denoisers
+
+
+@pytest.fixture(scope="module")
+def gaussian_images(tmp_path_factory):
+    """Images whose pixels are independent and normally distributed."""
+    pixels = 128 + 40 * np.random.default_rng(0).standard_normal([24, 8, 8])
+    files = {f"{i:02d}.png": png(image.clip(0, 255).astype(np.uint8)) for i, image in enumerate(pixels)}
+    return make_dataset(tmp_path_factory.mktemp("normal") / "data.zip", files)
+
+
+@pytest.mark.parametrize("family", ["edm2", "score_sde", "uvit"])
+def test_flow_likelihood_of_every_family(gaussian_images, tmp_path, family):
+    """Every option, with a network of each family; the figures of an image do not depend on its batch."""
+    name, presets = {
+        "edm2": ("digits", EDM2_PRESETS),
+        "score_sde": ("digits-ve", SCORE_PRESETS),
+        "uvit": ("digits-uvit", UVIT_PRESETS),
+    }[family]
+    torch.manual_seed(0)
+    net = preset_network(dataclasses.replace(presets[name], classes=0) if family == "edm2" else presets[name])
+    path = tmp_path / "net.safetensors"
+    save_network(path, net, StandardRGBEncoder(*net.spec.pixel_range), {}, torch.float32)
+    data = gaussian_images if family != "uvit" else DIGITS
+    options = [
+        "--trace=gaussian",
+        "--rtol=0.01",
+        "--atol=0.01",
+        "--repeats=2",
+        "--levels=17",
+        "--dequantization=uniform",
+    ]
+    options += ["--schedule=network", "--common-norm=0", "--num=3"]
+    summary = run(path, data, tmp_path / "a.jsonl", *options, "--batch=3")
+    run(path, data, tmp_path / "b.jsonl", *options, "--batch=1")
+    a, b = ({row["index"]: row for row in lines_of(tmp_path / f"{x}.jsonl") if "index" in row} for x in "ab")
+    for i in a:
+        assert a[i]["bits_per_dim"] == pytest.approx(b[i]["bits_per_dim"], rel=0.02, abs=0.05)
+    assert summary["num_images"] == 3 and summary["nfe"] > 10 and math.isfinite(summary["bits_per_dim"])
+    facts = lines_of(tmp_path / "a.jsonl")[0]["facts"]
+    assert facts["likelihood"] == "probability flow" and facts["levels"] == 17 and "(" in facts["schedule"]
+    result = run_cli(calculate, f"--net={path}", f"--data={data}", f"--out={tmp_path / 'c.jsonl'}", "--samples=2")
+    fails_with(result, "--samples has no effect on")
+
+
+class IdealNet(torch.nn.Module):
+    """The ideal denoiser of independent normal pixels."""
+
+    precision = "fp32"
+    spec = DataSpec(channels=1, resolution=8)
+
+    def __init__(self, mean: float, std: float):
+        super().__init__()
+        self.mean, self.std = mean, std
+
+    def forward(self, x, sigma, cond=None):
+        share = self.std**2 / (self.std**2 + sigma.reshape(-1, 1, 1, 1) ** 2)
+        return (self.mean + share * (x - self.mean)).to(x.dtype)
+
+
+@pytest.mark.parametrize("trace", ["rademacher", "gaussian", "exact"])
+@pytest.mark.parametrize("schedule", ["network", "vp", "subvp"])
+def test_flow_likelihood_is_the_normal_density(trace, schedule):
+    """Bits per dimension are those of the density, whose log is known, at each 8-bit image spread over its levels."""
+    std = 40 / 127.5
+    config = FlowLikelihoodConfig(trace=trace, schedule=schedule, repeats=3)
+    likelihood = FlowLikelihood(IdealNet(0.0, std), config)
+    images = (128 + 40 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))).clip(0, 255).byte()
+    found = likelihood.figures(images, StackedRandomGenerator("cpu", [5, 6]))
+    centres = (images.double() + 0.5) / 128 - 1
+    log_p = -((centres / std) ** 2 + (1 / 128) ** 2 / 12 / std**2) / 2 - math.log(std * math.sqrt(2 * math.pi))
+    expected = -(log_p + math.log(1 / 128)).mean(dim=(1, 2, 3)) / math.log(2)
+    # The trace of a diagonal Jacobian is exact with +-1. With normal vectors, its relative error is sqrt(2 / D), of what
+    # the density changes by from the data to the prior.
+    spread = (2 / 64 / config.repeats) ** 0.5 * math.log2(likelihood.schedule.prior_std / std)
+    tolerance = 3 * spread if trace == "gaussian" else 0.01
+    assert (found["bits_per_dim"] - expected).abs().max() < tolerance, (found["bits_per_dim"], expected)
+    assert (found["nfe"] > 10).all()
+
+
+def test_latents_have_no_density(images, tmp_path):
+    net = preset_network(SCORE_PRESETS["digits-vp"])
+    path = tmp_path / "net.safetensors"
+    save_network(path, net, RawLatentEncoder([0.0], [1.0]), {}, torch.float32)
+    result = run_cli(calculate, f"--net={path}", f"--data={images}", f"--out={tmp_path / 'x.jsonl'}")
+    fails_with(result, "works on latents, and its encoder gives no density of pixels")

@@ -46,6 +46,7 @@ ORDER = [
     {"training.snapshot"},
     {"training.prompts"},
     {"training.generation"},
+    {"training.editing"},
     {"training.dataset_likelihood"},
     {"training.monitoring"},
     {"training.training_loop"},

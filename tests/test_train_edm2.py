@@ -54,7 +54,7 @@ def test_all_training_options(tmp_path):
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1", "--verify=0",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
-        "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn",
+        "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn", "--timeout=5",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
@@ -66,7 +66,7 @@ def test_all_training_options(tmp_path):
         batch_gpu=16, ls=2, bench=False, status=32, snapshot=1024, checkpoint=1024, seed=3, precision="fp32", device="cpu",
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
         cache=True, verify=False, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
-        checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn",
+        checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn", timeout=5,
     )  # fmt: skip
     assert {key: config.flat()[key] for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4

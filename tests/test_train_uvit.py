@@ -82,6 +82,7 @@ def test_all_options(tmp_path):
         "--cond=1", "--captions=0", "--xflip=0", "--cache=0", "--verify=0", "--encoder=x", "--trust-encoder=1", "--workers=0", "--fp16=0", "--ls=1", "--bench=0", "--compile=0", "--checkpoint-activations=0",
         "--preview-images=1", "--preview-steps=1", "--metrics=none", "--metrics-ref=x", "--metrics-num=2", "--on-divergence=warn",
     ]  # fmt: skip
+    common += ["--encoder=x", "--trust-encoder=1"]
     assert_all_options(train, [*args, *common, "--resume", "-n", "--list-presets"])
     flat = UViTTraining.load(tmp_path / "training_options.json").flat()
     assert (flat["predict"], flat["noise_schedule"], flat["embed_dim"]) == ("data", "cosine", 16)

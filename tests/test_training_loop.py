@@ -254,7 +254,7 @@ def test_interrupted_run_saves_its_state_and_continues(tmp_path, sig):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in errors
-    assert "Stopping, after the state is saved" in errors
+    assert "Asked to stop: trying to save the state first" in errors
     match = re.search(r"Suspended at (\d+) images", output)
     assert match
     suspended_at = int(match[1])

@@ -1,17 +1,21 @@
 """Processes and their ranks; the only module that reads them. In a single process, every function is trivial."""
 
 import ctypes
+import datetime
 import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dnnlib.errors import RunError, UserError
+from torch_utils.roll_call import RollCall
+
+TIMEOUT_MINUTES = 60
 
 # In messages of gloo and NCCL about processes that are gone.
 LOST = (
@@ -24,8 +28,11 @@ LOST = (
 )
 
 
-def init() -> None:
+def init(timeout_minutes: float | None = None) -> None:
     """Join the process group where torchrun started this process; otherwise, or if called again, do nothing.
+
+    Args:
+        timeout_minutes: how long processes wait for each other; None = `TIMEOUT_MINUTES`.
 
     Raises:
         UserError: the environment names a rank, and not who else is there; or srun started several processes that know
@@ -43,33 +50,71 @@ def init() -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing and world_size != "1":
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are set, but not {missing[0]}: start with torchrun")
-    if not missing:
-        # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
-        with _naming_lost_processes():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if missing:
+        return
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are no rank and number of processes: use torchrun")
+    timeout = datetime.timedelta(minutes=timeout_minutes or TIMEOUT_MINUTES)
+    # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
+    with _naming_lost_processes():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    if get_world_size() > 1:
+        _begin_roll_call()
+
+
+_roll_call: RollCall | None = None
+
+
+def _begin_roll_call() -> None:
+    """Have each process watched by another."""
+    global _roll_call
+    # A connection of its own: others are busy while NCCL's processes find each other.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _roll_call = RollCall(dist.PrefixStore(f"roll call {attempt}", store), get_rank(), get_world_size())
 
 
 @contextmanager
 def _naming_lost_processes() -> Iterator[None]:
-    """Where the block fails because another process is gone, say so in one line.
+    """Where the block fails because another process is gone, the first of those that are left says so in one line.
 
     Raises:
         RunError: another process ended, or no longer answers.
+        SystemExit: likewise; the others exit quietly.
     """
     try:
         yield
     except RuntimeError as err:  # gloo's and NCCL's errors have no narrower type in all versions of torch
         if isinstance(err, RunError) or not any(word in str(err) for word in LOST):
             raise
+        who = _missing_processes()
         raise RunError(
-            "another process of this job ended or no longer answers (its own message says why); nothing more was "
-            "saved: repeat the command to continue from the last training state"
+            f"{who} ended or no longer answers (its own message, if any, says why); nothing more was saved: repeat the "
+            "command to continue from the last training state"
         ) from None
+
+
+def _missing_processes() -> str:
+    """What those are called that do not answer; ends this process if another one will tell.
+
+    Raises:
+        SystemExit: this is not the first of those that answer.
+    """
+    if _roll_call is not None:
+        with suppress(RuntimeError):  # the store is gone, too
+            missing = _roll_call.missing()
+            if missing and get_rank() > min(set(range(get_world_size())).difference(missing)):
+                raise SystemExit(1)
+            if missing:
+                return _roll_call.names(missing)
+    return "another process of this job"
 
 
 def shutdown() -> None:
     """Leave the process group, all processes together."""
     if dist.is_initialized():
+        if _roll_call is not None:
+            _roll_call.leave()
         _exchange(0, dist.ReduceOp.MAX)
         for work in _recent:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(work))  # outlives Python, too
@@ -159,7 +204,8 @@ def from_first(value: Any) -> Any:
     """The value that the first process passed, on all of them."""
     values = [value]
     if get_world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
+        with _naming_lost_processes():
+            dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
@@ -168,7 +214,8 @@ def gather_to_first(tensor: torch.Tensor) -> list[torch.Tensor]:
     if get_world_size() == 1:
         return [tensor]
     parts = [None] * get_world_size() if get_rank() == 0 else None
-    dist.gather_object(tensor, parts)
+    with _naming_lost_processes():
+        dist.gather_object(tensor, parts)
     return [] if parts is None else [part for part in parts if part is not None]
 
 
@@ -198,7 +245,7 @@ class SuspendSignals:
 
     def _handle(self, sig: int, _frame) -> None:
         if not self.received and get_rank() == 0:
-            os.write(2, b"\nStopping, after the state is saved. Press Ctrl-C again to stop at once, without saving.\n")
+            os.write(2, b"\nAsked to stop: trying to save the state first. Ctrl-C again stops at once, unsaved.\n")
         self.received = True
         if sig == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -37,14 +37,14 @@ class Conditioning(Config):
         return Conditioning(kind="tokens", size=width, tokens=tokens)
 
     @property
-    def classes(self) -> int:
-        """Number of classes; 0 where conditions are no classes."""
-        return 0 if self.kind == "tokens" else self.size
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of one condition."""
         return {"none": (), "tokens": (self.tokens, self.size)}.get(self.kind, (self.size,))
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are to choose from; 0 = conditions are no classes."""
+        return 0 if self.kind == "tokens" else self.size
 
     def null(self, n: int, device: torch.device | str) -> torch.Tensor | None:
         """What stands for no condition: zeros [n, ...], or None where there are no conditions."""
@@ -89,11 +89,6 @@ class DataSpec(Config):
     resolution: int = option(flag=None, low=1, high=MAX_RESOLUTION)
     conditioning: Conditioning = Conditioning()
     pixel_range: tuple[float, float] = option((-1.0, 1.0), flag=None, low=-HUGE, high=HUGE)
-
-    @property
-    def classes(self) -> int:
-        """Number of classes; 0 where conditions are no classes."""
-        return 0 if self.kind == "tokens" else self.size
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from dnnlib.files import append_line, atomic_write, file_sha256
 from dnnlib.util import code_version
 from torch_utils import distributed
 from torch_utils.device import select_device, set_up_device
+from training.config.fields import all_fields
 from training.config.likelihood import LikelihoodConfig
 from training.dataset.images import ImageFolderDataset
+from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
 from training.generation import load_image_network
 from training.likelihood import Likelihood
@@ -55,23 +57,35 @@ class DatasetLikelihood:
         return [{"index": i, **dict(zip(found, row, strict=True))} for i, row in zip(indices, rows, strict=True)]
 
 
-def prepare(net: str, data: str, config: LikelihoodConfig, num: int | None = None, seed: int = 0) -> DatasetLikelihood:
+def prepare(
+    net: str,
+    data: str,
+    config: LikelihoodConfig,
+    num: int | None = None,
+    seed: int = 0,
+    arch: str | None = None,
+    given: Collection[str] = (),
+) -> DatasetLikelihood:
     """Network and images, ready.
 
     Args:
         net: a snapshot.
         data: folder or ZIP file of images.
         num: only so many of the images, the first ones; None = all.
+        arch: training preset that names the architecture of published files that do not say it.
+        given: names of the options that were given, which this network's likelihood must look at.
 
     Raises:
         UserError: the network has no likelihood, or the images are not such as it was trained on.
     """
     device = select_device(config.device)
     set_up_device(device)
-    snapshot = load_image_network(net, device)
+    snapshot = load_image_network(net, device, arch)
     architecture, spec = architecture_of(snapshot.net), snapshot.net.spec
     if architecture.likelihood is None:
         raise UserError(f"--net={net}: likelihoods of {architecture.family} networks are not computed here")
+    if not isinstance(snapshot.encoder, StandardRGBEncoder):
+        raise UserError(f"--net={net}: works on latents, and its encoder gives no density of pixels")
     snapshot.net.precision = config.precision
     dataset = ImageFolderDataset(data, use_labels=spec.conditioning.kind != "none")
     if dataset.dtype != np.uint8:
@@ -84,10 +98,14 @@ def prepare(net: str, data: str, config: LikelihoodConfig, num: int | None = Non
             f"convert them as its training data were"
         )
     likelihood = architecture.likelihood(snapshot.net, config)
+    others = {"vae", "flow"} - {likelihood.section}
+    for field in (field for name in others for field in all_fields(type(getattr(config, name)))):
+        if field.key in given:
+            raise UserError(f"{field.flag} has no effect on {architecture.family} networks: leave it out")
     indices = range(len(dataset) if num is None else min(num, len(dataset)))
     facts = {
         "net": net,
-        "net_sha256": file_sha256(open_snapshot(net).path),
+        "net_sha256": file_sha256(open_snapshot(net, preset=arch).path),
         "data": data,
         "dataset": dataset.info().to_json(),
         "num_images": len(indices),

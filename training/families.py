@@ -29,7 +29,7 @@ from training.config.uvit_presets import UVIT_PRESETS
 from training.denoiser import Denoiser
 from training.flops import Inputs
 from training.generators import Generator, VAEGenerator, diffusion_generator
-from training.likelihood import Likelihood
+from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
 from training.losses import EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
 from training.losses_vae import PixelObjective
@@ -274,6 +274,14 @@ def _nvae_likelihood(net: Any, config: LikelihoodConfig) -> VAELikelihood:
     return VAELikelihood(net, config.vae.samples, config.vae.max_batch)
 
 
+def _flow_likelihood(net: Any, config: LikelihoodConfig) -> FlowLikelihood:
+    return FlowLikelihood(net, config.flow)
+
+
+def _edm2_likelihood(net: Any, config: LikelihoodConfig) -> FlowLikelihood:
+    return FlowLikelihood(net, config.flow, effective_weights)
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "edm2.Precond": Architecture(
         family="EDM2",
@@ -290,6 +298,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         core=lambda net: net.unet,
         step=partial(effective_weights, normalize_first=True),
         accelerate=for_sampling,
+        likelihood=_edm2_likelihood,
         take_data=_take_edm2_data,
     ),
     "score_sde.ScoreSDE": Architecture(
@@ -305,6 +314,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         optimizer=_score_optimizer,
         ema=partial(_profiles_and_ema, ramp_up=True),
         core=lambda net: net.net,
+        likelihood=_flow_likelihood,
     ),
     "uvit.UViTDenoiser": Architecture(
         family="U-ViT",
@@ -319,6 +329,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         optimizer=_uvit_optimizer,
         ema=partial(_profiles_and_ema, ramp_up=False),
         core=lambda net: net.net,
+        likelihood=_flow_likelihood,
     ),
     "nvae.NVAE": Architecture(
         family="NVAE",

@@ -30,7 +30,7 @@ from training.encoders import (
     same_latents,
 )
 from training.families import accelerated, architecture_of
-from training.generators import DiffusionGenerator, Generator, Prompted
+from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.prompts import given_prompts, text_encoder_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
@@ -204,7 +204,7 @@ def generate_images(
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
     _check_arguments(sampler_fn, sampler_kwargs)
     classes = (
-        None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.classes), "fixed")
+        None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.num_classes), "fixed")
     )
     if gnet is not None and hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
@@ -297,9 +297,10 @@ class LoadedGenerator:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
         generator = architecture_of(net).generator(net, sampling, batch_size, guide)
-        if self.text_encoder is None:
-            return generator
-        return Prompted(generator, self.prompts, self.text_encoder.encode)
+        if self.text_encoder is not None:
+            assert isinstance(generator, DiffusionGenerator)
+            generator.prompts = PromptChoice(self.prompts, self.text_encoder.encode)
+        return generator
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
@@ -347,7 +348,7 @@ def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingC
         UserError: the network knows no such class.
     """
     text, names = sampling.class_idx, snapshot.metadata.get("class_names")
-    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.classes, names)
+    classes = ClassChoice.of(sampling, snapshot.net.spec.conditioning.num_classes, names)
     if text is None or classes.classes is None:
         return sampling
     if names and text.isdigit() and text in names and (called := names[classes.classes[0]]) != text:

@@ -69,7 +69,7 @@ def training_command(
         from training.monitoring.outdir import plan
         from training.training_loop import training_loop
 
-        distributed.init()
+        distributed.init(opts["timeout"])
         with distributed.fail_together():
             check_not_input("--outdir", outdir, {"--data": opts["data"]})
             config, dataset = make_config(config_class, presets, {**opts, "preset": opts["preset"] or default_preset})

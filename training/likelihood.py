@@ -10,21 +10,27 @@ Both come from one call of the denoiser and one product e^T dD/dx for each evalu
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from dnnlib.errors import UserError
+from training.config.likelihood import DEQUANTIZATIONS, FlowLikelihoodConfig
 from training.denoiser import Denoiser, schedule_of, without_steps
 from training.samplers.adaptive import Flow, integrate
-from training.schedules import EPS, Schedule, wide
-
-TRACES = ("rademacher", "gaussian", "exact")
+from training.samplers.grids import latest_time, schedule_for
+from training.schedules import Schedule, wide
 
 
 class Likelihood(Protocol):
-    """Likelihoods of images under a network, each from random numbers of its own."""
+    """Likelihoods of images under a network, each from random numbers of its own.
+
+    `section` is that of `LikelihoodConfig` that it looks at.
+    """
+
+    section: str
 
     def __call__(self, images: torch.Tensor, rnd: Any = None, cond: Any = None) -> torch.Tensor:
         """Bits per dimension of each image, float64 [N].
@@ -45,37 +51,13 @@ class Likelihood(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class LikelihoodOptions:
-    """How the likelihood is computed.
-
-    Args:
-        trace: of the Jacobian: estimated by one random vector e of 'rademacher' (+-1) or 'gaussian' elements per image,
-            or 'exact', at one product per dimension.
-        rtol, atol, common_norm: of the solver, see `adaptive.integrate`.
-        first_time: where the image stands; at 0 the score may be infinite.
-
-    Raises:
-        UserError: no such trace.
-    """
-
-    trace: str = "rademacher"
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    common_norm: bool = False
-    first_time: float = EPS
-
-    def __post_init__(self):
-        if self.trace not in TRACES:
-            raise UserError(f"trace must be one of {', '.join(TRACES)}, not {self.trace!r}")
-
-
 class LikelihoodResult(NamedTuple):
     """What the flow says of each image."""
 
     log_p: torch.Tensor  # logarithm of the density in nats, float64 [N]
     z: torch.Tensor  # u(1), float32 [N, C, H, W]
     nfe: int  # evaluations of the denoiser
+    evaluations: torch.Tensor  # of them, those that the image needed, int64 [N]
 
 
 def bits_per_dim(
@@ -85,11 +67,11 @@ def bits_per_dim(
     *,
     cond: torch.Tensor | None = None,
     data_range: tuple[float, float] = (-1.0, 1.0),
-    levels: int = 256,
-    dequantization: str = "uniform",
+    levels: int = FlowLikelihoodConfig.levels,
+    dequantization: str = FlowLikelihoodConfig.dequantization,
     epsilon: torch.Tensor | None = None,
     rnd: Any = None,
-    options: LikelihoodOptions | None = None,
+    options: FlowLikelihoodConfig | None = None,
 ) -> torch.Tensor:
     """Bits per dimension of each image, float64 [N], as if pixels were one of so many levels.
 
@@ -119,8 +101,8 @@ def to_bits_per_dim(log_p: torch.Tensor, dims: int, data_range: tuple[float, flo
 def dequantized(
     images: torch.Tensor,
     data_range: tuple[float, float] = (-1.0, 1.0),
-    levels: int = 256,
-    dequantization: str = "uniform",
+    levels: int = FlowLikelihoodConfig.levels,
+    dequantization: str = FlowLikelihoodConfig.dequantization,
     rnd: Any = None,
 ) -> torch.Tensor:
     """Images as densities see them, float32 [N, C, H, W] in the range of the data.
@@ -136,8 +118,8 @@ def dequantized(
     Raises:
         UserError: no such dequantisation, or fewer than two levels.
     """
-    if dequantization not in ("uniform", "none"):
-        raise UserError(f"dequantization must be uniform or none, not {dequantization!r}")
+    if dequantization not in DEQUANTIZATIONS:
+        raise UserError(f"dequantization must be one of {', '.join(DEQUANTIZATIONS)}, not {dequantization!r}")
     if not 2 <= levels <= 256:
         raise UserError(f"levels must lie between 2 and 256, not {levels}")
     low, high = data_range
@@ -158,7 +140,7 @@ def log_likelihood(
     cond: torch.Tensor | None = None,
     epsilon: torch.Tensor | None = None,
     rnd: Any = None,
-    options: LikelihoodOptions | None = None,
+    options: FlowLikelihoodConfig | None = None,
 ) -> LikelihoodResult:
     """Density of each image, the noise that the flow carries it to, and the number of evaluations.
 
@@ -174,7 +156,7 @@ def log_likelihood(
     Raises:
         UserError, RunError: as `adaptive.integrate`.
     """
-    options = options or LikelihoodOptions()
+    options = options or FlowLikelihoodConfig()
     schedule = without_steps(schedule_of(denoiser)) if schedule is None else schedule
     shape, dims = images.shape, images[0].numel()
     probes = _probes(images, options.trace, epsilon, rnd)
@@ -196,11 +178,12 @@ def log_likelihood(
         return torch.cat([flow.f * u - (clean - x) * flow.rate, divergence[:, None]], dim=1)
 
     start = wide(torch.cat([images.flatten(1), images.new_zeros(len(images), 1)], dim=1))
-    y, nfe = integrate(derivative, start, options.first_time, 1.0, options.rtol, options.atol, options.common_norm)
+    interval = options.first_time, latest_time(schedule)
+    y, nfe, evaluations = integrate(derivative, start, *interval, options.rtol, options.atol, options.common_norm)
     z, change = y[:, :-1], y[:, -1]
     variance = schedule.prior_std**2
     log_prior = -(z.square().sum(dim=1) / variance + dims * math.log(2 * math.pi * variance)) / 2
-    return LikelihoodResult(log_prior + change, z.float().reshape(shape), nfe)
+    return LikelihoodResult(log_prior + change, z.float().reshape(shape), nfe, evaluations)
 
 
 def _probes(images: torch.Tensor, trace: str, epsilon: torch.Tensor | None, rnd: Any) -> list[torch.Tensor]:
@@ -222,3 +205,53 @@ def _probes(images: torch.Tensor, trace: str, epsilon: torch.Tensor | None, rnd:
 def _trace_part(product: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     """e^T J e - e^T e for each image, from e^T J: float64 [N]. Subtracted before it is summed, to keep digits."""
     return ((product.to(e) - e) * e).flatten(1).sum(dim=1)
+
+
+class FlowLikelihood:
+    """The likelihood of images by the probability flow of a denoiser: a `Likelihood`.
+
+    Args:
+        net: the denoiser, a network in eval mode.
+        config: how.
+        context: entered around all evaluations, for what is constant in them.
+    """
+
+    section = "flow"
+
+    def __init__(
+        self,
+        net: Any,
+        config: FlowLikelihoodConfig,
+        context: Callable[[Any], AbstractContextManager] = nullcontext,
+    ):
+        self.net, self.config, self.context = net, config, context
+        self.schedule = without_steps(schedule_for(config.schedule, net))
+
+    def __call__(self, images: torch.Tensor, rnd: Any = None, cond: torch.Tensor | None = None) -> torch.Tensor:
+        """Bits per dimension of each image [N], float64. Arguments as for `figures`."""
+        return self.figures(images, rnd, cond)["bits_per_dim"]
+
+    def figures(
+        self, images: torch.Tensor, rnd: Any = None, cond: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Bits per dimension of each image, and how often the denoiser was evaluated, float64 [N].
+
+        Args:
+            images: uint8 [N, C, H, W].
+            rnd: random numbers of each image (`StackedRandomGenerator`); None = torch's own generator.
+            cond: conditions [N, ...] or None.
+        """
+        config, span = self.config, self.net.spec.pixel_range
+        bits, evaluations = [], []
+        with self.context(self.net):
+            for _ in range(config.repeats):
+                x = dequantized(images, span, config.levels, config.dequantization, rnd)
+                result = log_likelihood(self.net, x, self.schedule, cond=cond, rnd=rnd, options=config)
+                bits.append(to_bits_per_dim(result.log_p, images[0].numel(), span, config.levels))
+                evaluations.append(result.evaluations.double())
+        return {"bits_per_dim": torch.stack(bits).mean(dim=0), "nfe": torch.stack(evaluations).mean(dim=0)}
+
+    def describe(self) -> dict[str, Any]:
+        """What computes them, as plain JSON values."""
+        schedule = {"schedule": repr(self.schedule), "precision": self.net.precision}
+        return {"likelihood": "probability flow", **self.config.to_json(), **schedule}

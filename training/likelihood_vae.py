@@ -94,6 +94,8 @@ class VAELikelihood:
         UserError: `num_samples` or `max_batch` below 1.
     """
 
+    section = "vae"
+
     def __init__(self, net: NVAE, num_samples: int, max_batch: int = 128):
         for name, value in (("num_samples", num_samples), ("max_batch", max_batch)):
             if value < 1:

@@ -139,6 +139,7 @@ def test_options_of_a_run_by_an_earlier_version(tmp_path):
         "xflip",
         "cache",
         "verify",
+        "timeout",
         "metrics",
         "metrics_ref",
         "compile",

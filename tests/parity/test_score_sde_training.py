@@ -9,7 +9,8 @@ from conftest import GOLDEN
 from golden_files import error
 from score_sde_golden import GoldenFile, denoiser, names, network, schedule, shared_entry, shared_network
 
-from training.likelihood import LikelihoodOptions, dequantized, log_likelihood, to_bits_per_dim
+from training.config.likelihood import FlowLikelihoodConfig
+from training.likelihood import dequantized, log_likelihood, to_bits_per_dim
 from training.losses import ScoreLoss
 from training.lr import warmup_linear
 from training.optimizers import AdamOptimizer
@@ -129,7 +130,7 @@ def test_likelihood(name, entry, record_property):
         torch.testing.assert_close(dequantized(g["img_uint8"], span, 256, "none", None), data, rtol=0, atol=1e-6)
 
     def run(tolerance: float = 1.0):
-        options = LikelihoodOptions(
+        options = FlowLikelihoodConfig(
             rtol=tolerance * meta["rtol"], atol=tolerance * meta["atol"], common_norm=True, first_time=meta["eps"]
         )
         return log_likelihood(denoiser(net, own), data, own, epsilon=g[f"{entry}/epsilon"], options=options)

@@ -4,9 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
-from conftest import ROOT
+import torch.distributed as dist
+from conftest import DIGITS, ROOT, TINY
+
+from torch_utils.roll_call import RollCall
 
 SCRIPT = """
 import os, sys
@@ -56,6 +61,14 @@ def test_one_process(variables):
 @pytest.mark.parametrize(
     ("variables", "fragment"),
     [
+        (
+            {"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK=x and WORLD_SIZE=2 are no",
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "RANK=2 and WORLD_SIZE=2 are no",
+        ),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set, but not MASTER_ADDR: start with torchrun"),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "but not MASTER_PORT"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started several processes, which would all do the same"),
@@ -73,5 +86,54 @@ def test_a_lost_process_is_one_line():
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [start(RANK=str(rank), **common) for rank in range(2)]
     (output, errors), _ = (process.communicate(timeout=100) for process in processes)
-    assert "RunError: another process of this job ended or no longer answers" in output, (output, errors)
+    name = (
+        f"RunError: process 1 of 2 ({socket.gethostname()}, process id {processes[1].pid}) ended or no longer answers"
+    )
+    assert name in output, (output, errors)
     assert processes[0].returncode == 1 and "Traceback" not in errors
+
+
+def test_a_process_that_hangs_is_named():
+    store, lost = dist.HashStore(), []
+    first, second = (RollCall(store, rank, 2, lost.append, beat=0.01) for rank in range(2))
+    time.sleep(0.3)
+    assert lost == []
+    second.stop()  # without a word, as one that hangs or whose machine is gone
+    first._thread.join(10)
+    name = f"process 1 of 2 ({socket.gethostname()}, process id {os.getpid()})"
+    assert lost == [f"{name} has given no sign of life for 0 seconds"]
+    assert first.missing() == [1] and first.names([1]) == name
+
+
+def test_a_process_that_leaves_is_not_lost():
+    store, lost = dist.HashStore(), []
+    first, second = (RollCall(store, rank, 2, lost.append, beat=0.01) for rank in range(2))
+    second.leave()
+    time.sleep(0.3)
+    first.stop()
+    assert lost == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_ends_with_the_process_that_is_killed(rank, tmp_path):
+    """Its name comes first; nobody says that a state is saved; and the job continues when it is repeated."""
+    script = ["train_edm2.py", f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--checkpoint=2Ki"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *script]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--duration=100Mi"], cwd=ROOT, **pipes)
+    while not list(tmp_path.glob("training-state-*.pt")):
+        time.sleep(0.1)
+    workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    workers[str(rank)].kill()
+    start = time.monotonic()
+    output, errors = process.communicate(timeout=100)
+    assert time.monotonic() - start < 60 and process.returncode == 1
+    name = f"Error: process {rank} of 2 ({socket.gethostname()}, process id {workers[str(rank)].pid})"
+    ours = [line for line in errors.splitlines() if line.startswith("Error")]
+    assert len(ours) == 1 and ours[0].startswith(name), errors
+    assert errors.count("Traceback") == 1 and "ChildFailedError" in errors  # torchrun's own
+    assert "Suspended" not in output
+    nimg = max(int(path.stem[-7:]) for path in tmp_path.glob("training-state-*.pt"))
+    done = subprocess.run([*command, f"--duration={nimg + 1}Ki"], cwd=ROOT, **pipes, timeout=200)
+    assert "Resuming at" in done.stdout and done.returncode == 0, done.stderr

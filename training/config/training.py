@@ -131,6 +131,14 @@ class RunConfig(Config):
         choices=("auto", "cpu", "cuda", "mps"),
         may_change=True,
     )
+    timeout: int | None = option(
+        None,
+        "Minutes that the processes of a job wait for each other",
+        low=1,
+        high=10**6,
+        default_text="60",
+        may_change=True,
+    )
     precision: str = option(
         "auto",
         "What the network computes in; auto = fp16 on GPUs, fp32 on CPUs",

@@ -13,7 +13,7 @@ import torch
 
 from dnnlib.errors import RunError, UserError
 from training.config.samplers import RungeKutta
-from training.samplers.grids import Grid
+from training.samplers.grids import Grid, last_time, latest_time
 from training.samplers.ode import AfterUpdate, RandnLike, Solution
 from training.samplers.predictor_corrector import Times, reverse_diffusion, score
 from training.schedules import Schedule, wide
@@ -38,10 +38,11 @@ Derivative = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ODEResult(NamedTuple):
-    """The solution [N, D], and how often the derivative was evaluated."""
+    """The solution [N, D], and how often the derivative was evaluated: in all, and as far as each sample needed it."""
 
     y: torch.Tensor
     nfe: int
+    evaluations: torch.Tensor  # int64 [N]
 
 
 def integrate(
@@ -77,10 +78,11 @@ def integrate(
     k_first = f(t, y)
     step = _first_step(f, t, y, k_first, direction, abs(t1 - t0), norm)
     nfe, rejected = 2, torch.zeros_like(t, dtype=torch.bool)
+    evaluations = torch.full_like(t, nfe, dtype=torch.int64)
     while True:
         remaining = (t1 - t).abs()
         if not (remaining > 0).any():
-            return ODEResult(y, nfe)
+            return ODEResult(y, nfe, evaluations)
         if ((step < shortest) & (step < remaining)).any():
             raise RunError(f"no step of the ODE solver is small enough near t = {float(t[step.argmin()]):.6g}")
         ends = step >= remaining
@@ -92,6 +94,7 @@ def integrate(
         y_next = y + _weighted(stages, A[-1], h)
         stages.append(f(t_next, y_next))
         nfe += 6
+        evaluations += 6 * (remaining > 0)
         error = norm(_weighted(stages, E, h), torch.maximum(y.abs(), y_next.abs()))
         accepted = error < 1
         y = torch.where(accepted[:, None], y_next, y)
@@ -103,6 +106,7 @@ def integrate(
                 y = torch.where(accepted[:, None], changed, y)
                 k_first = f(t, y)
                 nfe += 1
+                evaluations += 1
         # Where a step has just been rejected, the next one must not grow.
         factor = (SAFETY * error**EXPONENT).nan_to_num(MIN_FACTOR).clamp(MIN_FACTOR, MAX_FACTOR)
         factor = torch.where(accepted & rejected, factor.clamp(max=1), factor)
@@ -170,6 +174,28 @@ class Flow(NamedTuple):
         return Flow(*(value.to(t)[:, None] for value in (schedule.drift(t), rate, s, sigma)))
 
 
+def encode_by_flow(D: Solution, x: torch.Tensor, schedule: Schedule, options: RungeKutta) -> torch.Tensor:
+    """The noise of unit variance that the probability flow carries clean images [N, ...] to, float32.
+
+    `rk45` on `grids.ode_grid` carries it back. The image stands at the grid's last time, where u = s x is nearly x.
+    """
+    first, last = latest_time(schedule), last_time(schedule)
+    derivative = _derivative(D, schedule, x.shape)
+    result = integrate(derivative, wide(x).flatten(1), last, first, options.rtol, options.atol, options.common_norm)
+    return (result.y / schedule.prior_std).reshape(x.shape).float()
+
+
+def _derivative(D: Solution, schedule: Schedule, shape: torch.Size) -> Derivative:
+    """du/dt of the probability flow, for flat states u of images of a shape."""
+
+    def derivative(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        flow = Flow.of(schedule, t)
+        clean = D((u / flow.s).reshape(shape), flow.sigma.flatten()).to(u).flatten(1)
+        return flow.f * u - (clean - u / flow.s) * flow.rate
+
+    return derivative
+
+
 def rk45(
     D: Solution,
     x: torch.Tensor,
@@ -191,11 +217,7 @@ def rk45(
     schedule, shape = grid.schedule, x.shape
     first, last = grid.times[0].item(), grid.times[-1].item()
 
-    def derivative(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        flow = Flow.of(schedule, t)
-        clean = D((u / flow.s).reshape(shape), flow.sigma.flatten()).to(u).flatten(1)
-        return flow.f * u - (clean - u / flow.s) * flow.rate
-
+    derivative = _derivative(D, schedule, shape)
     drawn: list[torch.Tensor] = []
 
     def drawn_once(like: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Grids: the noise levels that a sampler visits."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,12 +79,10 @@ def _time_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:
     """Levels of times of a schedule, from its first time to its last as far as the denoiser is made for them."""
     grid, kind = config.grid, config.kind.grid
     low, high = _levels_for(grid, denoiser)
-    schedule = _schedule_for(grid, denoiser)
+    schedule = schedule_for(grid.schedule, denoiser, grid.sigma_min, grid.sigma_max)
     if kind != "times":
         schedule = without_steps(schedule)
-    first = 1.0
-    if grid.sigma_max is not None or float(schedule.sigma(first)) > min(high, schedule.sigma_max) * CLOSE:
-        first = float(schedule.time(min(high, schedule.sigma_max)))
+    first = latest_time(schedule, high)
     last = float(schedule.time(low)) if low > 0 else 0.0
     if grid.sigma_min is None:
         last = max(last, last_time(schedule))
@@ -113,13 +112,24 @@ def _levels_for(config: GridConfig, denoiser: Any) -> tuple[float, float]:
     )
 
 
-def _schedule_for(config: GridConfig, denoiser: Any) -> Schedule:
-    if config.schedule == "network":
+def latest_time(schedule: Schedule, sigma_max: float = math.inf) -> float:
+    """Where the noise is strongest: 1, or the time of the highest noise level that the schedule or its user allows."""
+    highest = min(sigma_max, schedule.sigma_max)
+    return float(schedule.time(highest)) if float(schedule.sigma(1.0)) > highest * CLOSE else 1.0
+
+
+def schedule_for(name: str, denoiser: Any, sigma_min: float | None = None, sigma_max: float | None = None) -> Schedule:
+    """The schedule of a name in `config.samplers.SCHEDULES`, for a denoiser.
+
+    Args:
+        sigma_min, sigma_max: of VE; None = those of EDM, as far as the denoiser is made for them.
+    """
+    if name == "network":
         return schedule_of(denoiser)
-    if config.schedule == "ve":
+    if name == "ve":
         low, high = noise_range(denoiser)
-        return VE(config.sigma_min or max(low, SIGMA_MIN), config.sigma_max or min(high, SIGMA_MAX))
-    return {"vp": VP, "subvp": SubVP}[config.schedule]()
+        return VE(sigma_min or max(low, SIGMA_MIN), sigma_max or min(high, SIGMA_MAX))
+    return {"vp": VP, "subvp": SubVP}[name]()
 
 
 def time_grid(schedule: Schedule, times: torch.Tensor) -> Grid:

@@ -9,7 +9,7 @@ from dnnlib.download import is_url
 from dnnlib.errors import UserError
 from training.snapshot.files import READERS, check_suffix, open_snapshot, write_snapshot
 from training.snapshot.hub import FOLDER_FILES
-from training.snapshot.layout import FOLDER, Request, build_for, finite_tensor, weights_dtype
+from training.snapshot.layout import FOLDER, Request, build_for, finite_tensor, is_training_state, weights_dtype
 from training.snapshot.published_uvit import is_checkpoint_folder
 
 
@@ -35,7 +35,7 @@ def plan_conversion(source: str, dest: Path, suffix: str) -> dict[str, Path]:
 
 def _plan_directory(source: Path, dest: Path, suffix: str) -> dict[str, Path]:
     suffixes = dict.fromkeys(reader.suffix for reader in READERS if reader.suffix != FOLDER)
-    files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
+    files = sorted(path for path in source.iterdir() if path.suffix in suffixes and not is_training_state(path))
     if not files:
         raise UserError(f"{source}: no {' or '.join(suffixes)} files in this directory")
     if dest.exists() and not dest.is_dir():

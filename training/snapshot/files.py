@@ -27,6 +27,8 @@ from training.snapshot.layout import (
 )
 from training.snapshot.native import open_native, write_native
 from training.snapshot.published_edm2 import PUBLISHED_ARCHITECTURES, PublishedFile, write_published
+from training.snapshot.published_nvae import ARCHITECTURE as NVAE
+from training.snapshot.published_nvae import PublishedNVAEFile, may_be_nvae, write_nvae
 from training.snapshot.published_score_sde import ARCHITECTURE as SCORE_SDE
 from training.snapshot.published_score_sde import PublishedScoreFile, is_checkpoint, write_checkpoint
 from training.snapshot.published_uvit import ARCHITECTURE as UVIT
@@ -39,6 +41,7 @@ READERS = [
     Reader(FOLDER, PublishedUViT, is_checkpoint_folder),
     Reader(FOLDER, open_folder),
     Reader(".pth", PublishedScoreFile, is_checkpoint),
+    Reader(".pt", PublishedNVAEFile, may_be_nvae),
     Reader(".pth", PublishedUViT),
 ]
 WRITERS = [
@@ -46,6 +49,7 @@ WRITERS = [
     Writer(".pkl", write_published, architectures=PUBLISHED_ARCHITECTURES),
     Writer(".pth", write_checkpoint, architectures=[SCORE_SDE]),
     Writer(".pth", write_state_dict, architectures=[UVIT]),
+    Writer(".pt", write_nvae, architectures=[NVAE]),
 ]
 
 

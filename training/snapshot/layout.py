@@ -120,6 +120,11 @@ class SnapshotFile(ABC):
         return read
 
 
+def is_training_state(path: Path) -> bool:
+    """Whether a file is one of our own training states, which stand beside snapshots."""
+    return path.name.startswith("training-state-") and path.suffix == ".pt"
+
+
 @dataclass(frozen=True)
 class Reader:
     """How a layout is read.

@@ -7,9 +7,11 @@ import argparse
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +19,19 @@ import torch
 from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from torch_utils.checkpoint import load_checked
+from training.config.nvae import NVAENetwork
 from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
-from training.networks.nvae_layers import Conv2d, DataInitConv2d, convolutions
+from training.networks.nvae_layers import Conv2d
+from training.snapshot.description import FORMAT_VERSION, Description
+from training.snapshot.layout import GetTensor, Request, SnapshotFile, is_training_state
 
+INIT_DONE = "init_done"  # a buffer of ours that published files lack
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
 ALIAS = ".weight_normalized"  # second name of a convolution's weight, where that is not normalised
-MAX_OPTION = 4096  # of a whole number; against hostile files
+MAX_BITS = 8  # of a pixel
+ARCHITECTURE = "nvae.NVAE"  # that these files hold
+NOTE = "published"  # under which a snapshot keeps what a checkpoint says of its run
 
 # Options that files older than the option lack, with what they meant.
 OLD_ARGS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
@@ -64,15 +73,18 @@ def network_options(args: Mapping[str, Any]) -> dict[str, Any]:
     else:
         decoder = "normal" if args["num_mixture_dec"] == 1 else "mixture"
         images = dict(img_resolution=_resolution(dataset), img_channels=3, decoder=decoder)
+    bits = args["num_x_bits"]
+    if type(bits) is not int or not 1 <= bits <= MAX_BITS:
+        raise UserError(f"num_x_bits={one_line(bits)[:50]} of the run is no number of bits from 1 to {MAX_BITS}")
     options = {name: args[name] for name in NETWORK_ARGS}
-    return {**images, "levels": 2 ** args["num_x_bits"], "published_decoder": True, **options}
+    return {**images, "levels": 2**bits, "published_decoder": True, **options}
 
 
 def _resolution(dataset: str) -> int:
     known = {"cifar10": 32, "ffhq": 256}
     sized = re.fullmatch(r"(?:celeba|imagenet|lsun_[a-z]+)_(\d{2,4})", dataset)
     if dataset not in known and not sized:
-        raise UserError(f"dataset {dataset!r} of the run is unknown, and with it the size of images")
+        raise UserError(f"dataset {one_line(dataset)[:50]!r} of the run is unknown, and with it the size of images")
     return int(sized[1]) if sized else known[dataset]
 
 
@@ -109,6 +121,7 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     try:
         args = {**OLD_ARGS, **_plain(vars(data["args"]))}
         state = {key: value for key, value in data["state_dict"].items() if not key.endswith(ALIAS)}
+        _check_tensors(state, os.path.getsize(path))
         net = _build(args, state)
         optimizer = _named_optimizer_state(net, data.get("optimizer", {"state": {}}))
         epoch, global_step = int(data.get("epoch", 0)), int(data.get("global_step", 0))
@@ -125,17 +138,28 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise UserError(f"{os.fspath(path)}: no such file")
     try:
+        _check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = load_checked(path)
+    except UserError:
+        raise
     except pickle.UnpicklingError as err:
-        asked = re.search(r"Unsupported global: GLOBAL (\S+)", str(err))
-        what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)
-        raise UserError(f"{os.fspath(path)}: {what}; nothing in the file was run") from None
+        asked = re.search(r"GLOBAL (\S+)", str(err))
+        what = f"asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else "is no plain data"
+        raise UserError(f"{os.fspath(path)}: it {what}; nothing in the file was run") from None
     except Exception as err:  # torch has many ways to say that a file is damaged
         raise DamagedFileError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
     if not isinstance(data, dict) or not {"args", "state_dict"} <= data.keys():
         raise UserError(f"{os.fspath(path)}: not a checkpoint of NVAE: it has no 'args' and 'state_dict'")
     return data
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Check that a ZIP archive is not compressed: published files are not, and small ones could become large."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise UserError(f"{os.fspath(path)}: a compressed archive, which no published checkpoint is")
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,19 +172,24 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_tensors(state: Mapping[str, Any], size: int) -> None:
+    """Check that a state is made of tensors, which a file of that size can hold one beside the other."""
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.dtype not in TYPES:
+            raise UserError(f"{one_line(key)[:50]!r} in it is no tensor of numbers")
+    if sum(value.numel() * value.itemsize for value in state.values()) > size:
+        raise UserError("its tensors share their values, which no published checkpoint needs")
+
+
 def _build(args: dict[str, Any], state: dict[str, torch.Tensor]) -> NVAE:
-    """The network of the options, with the state. Nothing larger than the state is allocated on the way."""
+    """The network of the options, whose tensors are those of the state."""
     options = network_options(args)
-    for name, value in options.items():
-        if type(value) is int and not 0 <= value <= MAX_OPTION:
-            raise UserError(f"{name}={value} is out of range (0 to {MAX_OPTION})")
-    groups = sum(key.startswith("enc_sampler.") and key.endswith(".weight") for key in state)
-    cells = options["num_preprocess_blocks"] * options["num_preprocess_cells"]
-    if options["num_groups_per_scale"] > groups or max(cells, options["num_cell_per_cond_enc"]) > len(state):
-        raise UserError("its options ask for more layers than it has")
+    groups = sum(NVAENetwork(**{name: options[name] for name in NETWORK_ARGS}).groups)
+    if f"enc_sampler.{groups - 1}.weight" not in state:  # a large network would take its time to make
+        raise UserError(f"its options ask for {groups} groups, which it lacks: another architecture")
     with torch.device("meta"):
         net = NVAE(**options)
-    expected = {key: value for key, value in net.state_dict().items() if not key.endswith("init_done")}
+    expected = {key: value for key, value in net.state_dict().items() if not key.endswith(INIT_DONE)}
     missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unknown:
         example = min(missing or unknown)
@@ -170,11 +199,11 @@ def _build(args: dict[str, Any], state: dict[str, torch.Tensor]) -> NVAE:
     for key, value in expected.items():
         if state[key].shape != value.shape:
             raise UserError(f"{key!r} is of shape {list(state[key].shape)}, its options ask for {list(value.shape)}")
-    net = NVAE(**options)
-    net.load_state_dict(state, strict=False)
-    for conv in convolutions(net):
-        if isinstance(conv, DataInitConv2d):
-            conv.init_done.fill_(True)
+    values = {key: state[key].to(value.dtype).contiguous() for key, value in expected.items()}
+    done = {key: torch.tensor(True) for key in net.state_dict() if key.endswith(INIT_DONE)}
+    net.load_state_dict({**values, **done}, assign=True)
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
     return net.eval()
 
 
@@ -197,12 +226,12 @@ def save_checkpoint(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
     """
     net, args = checkpoint.net, checkpoint.args
     state = OrderedDict(
-        (key, value.detach().cpu()) for key, value in net.state_dict().items() if not key.endswith("init_done")
+        (key, value.detach().cpu()) for key, value in net.state_dict().items() if not key.endswith(INIT_DONE)
     )
     expected = network_options(args)
     with torch.device("meta"):
         described = NVAE(**expected)
-    shapes = {key: value.shape for key, value in described.state_dict().items() if not key.endswith("init_done")}
+    shapes = {key: value.shape for key, value in described.state_dict().items() if not key.endswith(INIT_DONE)}
     if shapes != {key: value.shape for key, value in state.items()}:
         raise UserError(f"{os.fspath(path)}: the published options do not describe this network")
     ops = ARCHITECTURES[args["arch_instance"]]
@@ -241,3 +270,92 @@ def _with_aliases(net: NVAE, state: OrderedDict[str, torch.Tensor]) -> OrderedDi
         if key in plain:
             result[key.removesuffix(".weight") + ALIAS] = value
     return result
+
+
+# ---------------------------------------------------------------------------------------------------------
+# As snapshots
+
+
+def may_be_nvae(request: Request) -> bool:
+    """Whether a .pt file can be a published checkpoint."""
+    return not is_training_state(Path(request.path))
+
+
+class PublishedNVAEFile(SnapshotFile):
+    """A published checkpoint as a snapshot. What it says of its run is kept among the notes.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+
+    def __init__(self, request: Request):
+        self.path = request.fetch()
+        request.check_which(self.path)
+        checkpoint = load_checkpoint(self.path)
+        net = checkpoint.net
+        self._state = net.state_dict()
+        self.names = list(self._state)
+        run = {"args": checkpoint.args, "epoch": checkpoint.epoch, "global_step": checkpoint.global_step}
+        block = {
+            "format_version": FORMAT_VERSION,
+            "architecture": {"name": ARCHITECTURE, "kwargs": net.init_kwargs},
+            "encoder": {"name": "StandardRGBEncoder", "kwargs": {}},
+            "data": net.spec.to_json(),
+            "source": self.path.name,
+            "notes": {NOTE: run},
+        }
+        self.description = Description.from_json(str(self.path), block)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._state[name].dtype
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._state[name].detach()
+
+
+def write_nvae(
+    path: Path, net: torch.nn.Module, get_tensor: GetTensor, dtype: torch.dtype, description: Description
+) -> None:
+    """Write a snapshot as a published checkpoint, in float32, without the state of an optimiser.
+
+    Raises:
+        UserError: the network is none that the published options can describe.
+        OSError: the file could not be written.
+    """
+    assert isinstance(net, NVAE)
+    run = description.notes.get(NOTE, {})
+    args = run.get("args") or published_args(net, str(path))
+    with torch.device("meta"):
+        filled = NVAE(net.img_resolution, net.img_channels, **net.init_kwargs)
+    values = {name: get_tensor(name).detach().to("cpu", tensor.dtype) for name, tensor in filled.state_dict().items()}
+    filled.load_state_dict(values, assign=True)
+    save_checkpoint(path, Checkpoint(filled, args, run.get("epoch", 0), run.get("global_step", 0)))
+
+
+def published_args(net: NVAE, source: str) -> dict[str, Any]:
+    """Options of a published run with such a network.
+
+    Raises:
+        UserError: there are none; `source` names the file.
+    """
+    options = net.init_kwargs
+    bits = net.decoder.levels.bit_length() - 1
+    args: dict[str, Any] = {name: options[name] for name in NETWORK_ARGS}
+    args |= {"num_x_bits": 8 if options["decoder"] == "bernoulli" else bits}
+    if options["decoder"] == "normal":
+        args["num_mixture_dec"] = 1
+    names = {32: "cifar10"} if net.img_channels == 3 else {32: "mnist"}
+    args["dataset"] = names.get(net.img_resolution, f"celeba_{net.img_resolution}")
+    ignored = {"published_decoder", *(["levels"] if options["decoder"] == "bernoulli" else [])}
+    wanted = {"img_resolution": net.img_resolution, "img_channels": net.img_channels, **options}
+    try:
+        found = network_options(args)
+    except UserError as err:
+        raise UserError(f"{source}: the published code has no such networks ({err})") from None
+    other = next((key for key in found if key not in ignored and found[key] != wanted[key]), None)
+    if other is not None:
+        raise UserError(f"{source}: the published code has no networks with {other}={wanted[other]}: keep .safetensors")
+    return args

@@ -1,0 +1,295 @@
+"""Edit images with a trained network."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnnlib.cli import CommandGroup, offline_option, parse_int_list, parsed_by, with_options
+from dnnlib.errors import UserError
+from training.config.fields import click_options
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
+
+FLOW_SOLVER = "rk45"  # what carries images to noise, and back
+INDICES_OPTION = click.option(
+    "--indices",
+    help="Which images of --data",
+    metavar="LIST",
+    default="0-9",
+    show_default=True,
+    callback=parsed_by(parse_int_list),
+)
+OUTDIR_OPTION = click.option(
+    "--outdir",
+    help="Where to save the results",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+)
+FILL_OPTIONS = [
+    click.option("--fills", help="Results per image", type=click.IntRange(min=1), default=4, show_default=True),
+    click.option("--seed", help="Seed of the results", type=click.IntRange(min=0), default=0, show_default=True),
+]
+BATCH_OPTION = click.option(
+    "--batch", help="Images at a time", metavar="INT", type=click.IntRange(min=1), default=32, show_default=True
+)
+
+
+def sheet_option(required: bool = True) -> Any:
+    return click.option(
+        "--sheet",
+        help="Where to save the contact sheet, a PNG file",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        required=required,
+    )
+
+
+def data_option(required: bool = True) -> Any:
+    return click.option("--data", help="Images: a folder or ZIP file", metavar="ZIP|DIR", required=required)
+
+
+DENOISER_OPTIONS = [*click_options(NetworksConfig), *click_options(SamplingConfig), offline_option]
+
+
+def denoiser_options(command: Any) -> Any:
+    """The options of networks and samplers, as those of generate_images.py."""
+    return with_options(DENOISER_OPTIONS)(command)
+
+
+@click.group(cls=CommandGroup)
+def main() -> None:
+    """Edit images with a trained network."""
+
+
+def open_editor(opts: dict[str, Any], batch: int, flow: bool = False) -> Any:
+    """The denoiser that the options name; with `flow`, sampled by the probability flow."""
+    from training.editing import Editor
+    from training.generation import fetch, load
+
+    if flow and (opts["sampler"] or FLOW_SOLVER) != FLOW_SOLVER:
+        raise UserError(f"--sampler={opts['sampler']}: noise and images are matched by {FLOW_SOLVER}: leave it out")
+    config = GenerationConfig.take({**opts, "sampler": FLOW_SOLVER} if flow else opts)
+    fetch(config.networks)
+    return Editor(load(config), batch)
+
+
+def save_results(
+    outdir: Path, sheet: Path | None, editor: Any, rows: dict[str, Any], originals: Any, captions: list[str]
+) -> None:
+    """Results {name: [K, C, H, W]} as files {name}-{k}.png, and a sheet of originals and results, a row for each."""
+    import numpy as np
+    import torch
+
+    from torch_utils.pictures import drawable, image_grid, save_image
+
+    outdir.mkdir(parents=True, exist_ok=True)
+    shown = []
+    for (name, pictures), before in zip(rows.items(), originals, strict=True):
+        for k, picture in enumerate(pictures):
+            save_image(outdir / f"{name}-{k:02d}.png", picture.cpu().numpy())
+        shown.append(drawable(torch.cat([before, pictures])))
+    if sheet is not None:
+        columns = len(captions)
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        save_image(sheet, image_grid(np.concatenate(shown), columns, captions * len(shown)))
+        print(f"Contact sheet: {sheet}")
+    print(f"{sum(map(len, rows.values()))} images in {outdir}")
+
+
+@main.command()
+@with_options([data_option(), INDICES_OPTION])
+@click.option(
+    "--mask", help="A picture: white is kept, black is filled in", metavar="FILE", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--box", help="Fill in this box of pixels", metavar="LEFT,TOP,RIGHT,BOTTOM", callback=parsed_by(parse_int_list)
+)
+@click.option(
+    "--ratio",
+    help="Fill in that share of all pixels, here and there",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+)
+@with_options([*FILL_OPTIONS, OUTDIR_OPTION, sheet_option(required=False), BATCH_OPTION])
+@denoiser_options
+def inpaint(
+    data: str,
+    indices: list[int],
+    mask: Path | None,
+    box: list[int] | None,
+    ratio: float | None,
+    fills: int,
+    seed: int,
+    outdir: Path,
+    sheet: Path | None,
+    batch: int,
+    **opts: Any,
+) -> None:
+    """Fill in what is hidden of images, several times each; what is not hidden stays as it is.
+
+    \b
+    Example:
+      python edit_images.py inpaint --net=out/ve/network-snapshot-0000114-ema.safetensors --sampler=pc --steps=200 \\
+          --data=datasets/digits.zip --box=0,4,8,8 --outdir=out/inpainted --sheet=out/inpainted.png
+    """
+    from torch_utils.pictures import check_picture
+    from training import editing
+
+    if [mask, box, ratio].count(None) != 2:
+        raise UserError("what is to be filled in? Give one of --mask, --box and --ratio")
+    if box is not None and len(box) != 4:
+        raise UserError(f"--box: four numbers LEFT,TOP,RIGHT,BOTTOM, not {len(box)}")
+    check_seed(seed + fills * (max(indices) + 1))
+    if sheet is not None:
+        check_picture("--sheet", sheet, {"--data": data, "--mask": mask})
+    editor = open_editor(opts, batch)
+    images = editor.images_of(data, indices)
+    resolution = editor.net.spec.resolution
+    if mask is not None:
+        known = editing.mask_of_file(mask, resolution)
+    elif box is not None:
+        known = editing.mask_of_box(box, resolution)
+    else:
+        known = editing.mask_of_ratio(ratio or 0.0, indices, seed, resolution)
+    filled = editor.inpaint(images, known, fills, seed)
+    hidden = (images.pixels * known.to(images.pixels.device)).to(images.pixels.dtype)
+    originals = [[image, masked] for image, masked in zip(images.pixels, hidden, strict=True)]
+    rows = {f"{index:06d}": pictures for index, pictures in zip(indices, filled, strict=True)}
+    save_results(outdir, sheet, editor, rows, _stacked(originals), ["image", "known", *["filled"] * fills])
+
+
+def _stacked(rows: list[list[Any]]) -> list[Any]:
+    import torch
+
+    return [torch.stack(row) for row in rows]
+
+
+@main.command()
+@with_options([data_option(), INDICES_OPTION, *FILL_OPTIONS, OUTDIR_OPTION, sheet_option(required=False), BATCH_OPTION])
+@denoiser_options
+def colorize(
+    data: str,
+    indices: list[int],
+    fills: int,
+    seed: int,
+    outdir: Path,
+    sheet: Path | None,
+    batch: int,
+    **opts: Any,
+) -> None:
+    """Colour images, several times each; their brightness stays as it is. Images may be grey or coloured.
+
+    \b
+    Example:
+      python edit_images.py colorize --net=checkpoint_24.pth --arch=ve/cifar10_ncsnpp_continuous --sampler=pc \\
+          --steps=1000 --data=photos.zip --outdir=out/coloured --sheet=out/coloured.png
+    """
+    from torch_utils.pictures import check_picture
+
+    check_seed(seed + fills * (max(indices) + 1))
+    if sheet is not None:
+        check_picture("--sheet", sheet, {"--data": data})
+    editor = open_editor(opts, batch)
+    images = editor.images_of(data, indices)
+    coloured = editor.colorize(images, fills, seed)
+    grey = images.pixels.float().mean(dim=1, keepdim=True).round().expand_as(images.pixels).to(images.pixels.dtype)
+    originals = [[image, flat] for image, flat in zip(images.pixels, grey, strict=True)]
+    rows = {f"{index:06d}": pictures for index, pictures in zip(indices, coloured, strict=True)}
+    save_results(outdir, sheet, editor, rows, _stacked(originals), ["image", "grey", *["coloured"] * fills])
+
+
+@main.command()
+@with_options([data_option(), INDICES_OPTION, OUTDIR_OPTION, sheet_option(required=False), BATCH_OPTION])
+@denoiser_options
+def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batch: int, **opts: Any) -> None:
+    """Find the noise that the probability flow makes each image of, and save it as {index}.npy, float32 [C, H, W].
+
+    The sheet shows each image, and what the flow makes of its noise.
+
+    \b
+    Example:
+      python edit_images.py encode --net=out/vp/network-snapshot-0000114-ema.safetensors --data=datasets/digits.zip \\
+          --outdir=out/noise --sheet=out/noise.png
+    """
+    import numpy as np
+
+    from dnnlib.files import atomic_write
+    from torch_utils.pictures import check_picture, drawable, image_grid, save_image
+
+    if sheet is not None:
+        check_picture("--sheet", sheet, {"--data": data})
+    editor = open_editor(opts, batch, flow=True)
+    images = editor.images_of(data, indices)
+    noise = editor.encode(images)
+    outdir.mkdir(parents=True, exist_ok=True)
+    for index, z in zip(indices, noise, strict=True):
+        with atomic_write(outdir / f"{index:06d}.npy") as f:
+            np.save(f, z.cpu().numpy())
+    if sheet is not None:
+        import torch
+
+        back = editor.decode(noise, images.cond, range(len(noise)))
+        pairs = torch.stack([images.pixels, back], dim=1).flatten(0, 1)
+        save_image(sheet, image_grid(drawable(pairs), 2, ["image", "decoded"] * len(noise)))
+        print(f"Contact sheet: {sheet}")
+    print(f"{len(noise)} encoded images in {outdir}")
+
+
+@main.command()
+@with_options([data_option(required=False), INDICES_OPTION])
+@click.option(
+    "--seeds",
+    help="Images of these seeds, in the place of --data and --indices",
+    metavar="LIST",
+    callback=parsed_by(parse_int_list),
+)
+@click.option(
+    "--frames", help="Pictures in a row", metavar="INT", type=click.IntRange(min=2), default=8, show_default=True
+)
+@with_options([OUTDIR_OPTION, sheet_option(required=False), BATCH_OPTION])
+@denoiser_options
+def interpolate(
+    data: str | None,
+    indices: list[int],
+    seeds: list[int] | None,
+    frames: int,
+    outdir: Path,
+    sheet: Path | None,
+    batch: int,
+    **opts: Any,
+) -> None:
+    """Blend from each image to the next one, on great circles of the noise that the probability flow makes them of.
+
+    A picture has the class of the nearer end.
+
+    \b
+    Examples:
+      python edit_images.py interpolate --net=out/vp/network-snapshot-0000114-ema.safetensors --seeds=0-4 \\
+          --outdir=out/blended --sheet=out/blended.png
+      python edit_images.py interpolate --net=out/vp/network-snapshot-0000114-ema.safetensors \\
+          --data=datasets/digits.zip --indices=0-4 --outdir=out/blended --sheet=out/blended.png
+    """
+    from torch_utils.pictures import check_picture
+
+    if (data is None) == (seeds is None):
+        raise UserError("which images? Give --data, or --seeds of images to generate")
+    chosen = indices if seeds is None else seeds
+    if len(chosen) < 2:
+        raise UserError("to blend, two images are needed: see --indices and --seeds")
+    if sheet is not None:
+        check_picture("--sheet", sheet, {"--data": data})
+    editor = open_editor(opts, batch, flow=True)
+    if seeds is not None:
+        check_seed(max(seeds))
+        noise, cond = editor.ends_of_seeds(seeds)
+    else:
+        images = editor.images_of(data, indices)
+        noise, cond = editor.encode(images), images.cond
+    pictures = editor.interpolate(noise, cond, frames)
+    rows = {f"{a:06d}-{b:06d}": row for a, b, row in zip(chosen[:-1], chosen[1:], pictures, strict=True)}
+    captions = [f"{k / (frames - 1):.2f}" for k in range(frames)]
+    save_results(outdir, sheet, editor, rows, [row[:0] for row in pictures], captions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Which processes of a job still answer: found out by beats in the store that all of them share."""
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, Protocol
+
+BEAT = 4.0  # seconds between signs of life
+SILENT_BEATS = 10  # after which a process that gives none is lost
+ANSWER = 3.0  # seconds that all have to answer a roll call
+
+
+class Store(Protocol):
+    """What processes of a job share: bytes by key. All methods raise RuntimeError where the store is gone."""
+
+    def set(self, key: str, value: str) -> Any: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
+def end_process(message: str) -> NoReturn:
+    """End the process at once, whatever its other threads wait for."""
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+class RollCall:
+    """Signs of life of this process, and a watch over those of the next one. Each process of a job makes one.
+
+    A process whose connection breaks is noticed by those who talk to it. This is for the others: those that hang, and
+    those whose machine is gone.
+
+    Args:
+        store: shared by all processes, and used by nothing else.
+        rank, world_size: of this process.
+        on_lost: called with a message when the next process gives no sign of life any more.
+        beat: seconds between signs.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        on_lost: Callable[[str], object] = end_process,
+        beat: float = BEAT,
+    ):
+        self._store, self.rank, self.world_size = store, rank, world_size
+        self._on_lost, self._beat = on_lost, beat
+        self._stopped = threading.Event()
+        store.set(f"name/{rank}", f"{socket.gethostname()}, process id {os.getpid()}")
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)  # a thread in torch's code while Python shuts down could end the process
+
+    def stop(self) -> None:
+        """Give no more signs, and watch no more."""
+        self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(2 * self._beat)
+
+    def missing(self) -> list[int]:
+        """Processes that do not say that they are there; to be called by all that notice that something is wrong."""
+        self._store.set(f"here/{self.rank}", "")
+        silent = set(range(self.world_size))
+        deadline = time.monotonic() + ANSWER
+        while silent and time.monotonic() < deadline:
+            silent -= {rank for rank in silent if self._store.check([f"here/{rank}"])}
+            time.sleep(0.1)
+        return sorted(silent | {rank for rank in range(self.world_size) if self._store.check([f"lost/{rank}"])})
+
+    def names(self, ranks: Sequence[int]) -> str:
+        """What these processes are called: 'process 1 of 2 (host, process id 123)'."""
+        names = [self._store.get(f"name/{r}").decode() if self._store.check([f"name/{r}"]) else "" for r in ranks]
+        numbers = ", ".join(map(str, ranks))
+        return f"process{'es' * (len(ranks) > 1)} {numbers} of {self.world_size} ({'; '.join(filter(None, names))})"
+
+    def _watch(self) -> None:
+        """Beat, and listen to the next process; ends with the store, or when that process is lost."""
+        other = (self.rank + 1) % self.world_size
+        last, silent, count = b"", 0, 0
+        # Own beats are counted, not seconds: a job that is suspended as a whole is not lost.
+        while not self._stopped.wait(self._beat):
+            try:
+                count += 1
+                self._store.set(f"beat/{self.rank}", str(count))
+                heard = self._store.get(f"beat/{other}") if self._store.check([f"beat/{other}"]) else b""
+                silent = silent + 1 if heard == last else 0
+                last = heard
+                if silent < SILENT_BEATS or self._store.check([f"left/{other}"]):
+                    continue
+                self._store.set(f"lost/{other}", "")
+                self._store.set(f"here/{self.rank}", "")
+                message = f"{self.names([other])} has given no sign of life for {SILENT_BEATS * self._beat:.0f} seconds"
+            except RuntimeError:  # the store is gone
+                return
+            self._on_lost(message)
+            return
+
+    def leave(self) -> None:
+        """Say that this process ends as it should, and stop."""
+        with contextlib.suppress(RuntimeError):  # the store has left before
+            self._store.set(f"left/{self.rank}", "")
+        self.stop()

@@ -1,0 +1,245 @@
+"""Images edited by a denoiser: filled in, coloured, encoded as noise, and blended.
+
+What is known of an image is put back after each update of a sampler (`control`), so this works with every solver.
+Encoding follows the probability flow from an image to noise (Song et al. 2021, arXiv 2011.13456, Section 4.3), and
+decoding follows it back.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib.errors import UserError
+from training.control import Control, KnownGrey, KnownPixels
+from training.dataset.images import ImageFolderDataset
+from training.denoiser import schedule_of, without_steps
+from training.encoders import StandardRGBEncoder
+from training.families import architecture_of
+from training.generation import LoadedGenerator
+from training.generators import DiffusionGenerator
+from training.samplers import StackedRandomGenerator
+from training.samplers.adaptive import encode_by_flow
+
+Cond = torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images to be edited.
+
+    Args:
+        indices: in their dataset.
+        pixels: uint8 [N, C, H, W].
+        cond: their classes as the network takes them, [N, ...]; None = it takes none, or they are not known.
+    """
+
+    indices: list[int]
+    pixels: torch.Tensor
+    cond: Cond
+
+
+class Editor:
+    """A denoiser of pixels, and what it does with images.
+
+    Args:
+        loaded: the network, and how it is sampled.
+        batch: images at a time.
+
+    Raises:
+        UserError: the network is no denoiser, or works on latents.
+    """
+
+    def __init__(self, loaded: LoadedGenerator, batch: int = 32):
+        self.loaded, self.batch, self.device = loaded, batch, loaded.device
+        self.net: Any = loaded.snapshot.net
+        name, architecture = loaded.config.networks.net, architecture_of(self.net)
+        if not architecture.is_denoiser:
+            raise UserError(f"--net={name}: {architecture.family} is no denoiser, which this needs")
+        if not isinstance(loaded.snapshot.encoder, StandardRGBEncoder):
+            raise UserError(f"--net={name}: works on latents; images are edited by networks that work on pixels")
+        self.encoder = loaded.snapshot.encoder
+        generator = loaded.generator(batch)
+        assert isinstance(generator, DiffusionGenerator)
+        self.generator = generator
+
+    def images_of(self, data: str, indices: Sequence[int]) -> Images:
+        """Images of a dataset, with their classes where it has those that the network knows.
+
+        Raises:
+            UserError: they are not such as the network was trained on, or an index is too large.
+        """
+        spec = self.net.spec
+        dataset = ImageFolderDataset(data, use_labels=spec.conditioning.num_classes > 0)
+        grey = spec.channels == 3 and dataset.num_channels == 1
+        ours = (1 if grey else spec.channels, spec.resolution)
+        if dataset.dtype != np.uint8 or (dataset.num_channels, dataset.resolution) != ours:
+            raise UserError(
+                f"--data={data}: images of {dataset.resolution}x{dataset.resolution} with {dataset.num_channels} "
+                f"channels, but the network knows {spec.resolution}x{spec.resolution} with {spec.channels}: convert "
+                f"them as its training data were"
+            )
+        if max(indices) >= len(dataset):
+            raise UserError(f"--indices: {max(indices)} is too large, {data} has {len(dataset)} images")
+        images, labels = zip(*(dataset[i] for i in indices), strict=True)
+        pixels = torch.from_numpy(np.stack(images)).to(self.device)
+        known = dataset.label_dim > 0 and dataset.label_dim == spec.conditioning.num_classes
+        cond = torch.from_numpy(np.stack(labels)).float().to(self.device) if known else None
+        return Images(list(indices), pixels.expand(-1, spec.channels, -1, -1), cond)
+
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in the units of the denoiser, float32 [N, C, H, W]."""
+        return self.encoder.encode_latents(pixels)
+
+    def sample(self, control: Control, cond: Cond, seeds: Sequence[int]) -> torch.Tensor:
+        """Pixels that agree with what a control puts back, uint8 [N, C, H, W], one image per seed.
+
+        Args:
+            cond: classes; None = as `generate_images.py` would choose them.
+        """
+        rnd = StackedRandomGenerator(self.device, seeds)
+        noise, drawn = self.generator.noise(rnd), self.generator.condition(rnd)
+        with torch.no_grad():
+            x = self.generator(noise, drawn if cond is None else cond, rnd, control)
+            return self.encoder.decode(control(x, 0.0, rnd.randn_like))
+
+    def inpaint(self, images: Images, mask: torch.Tensor, fills: int, seed: int) -> torch.Tensor:
+        """Images with their unknown pixels filled in, uint8 [N, fills, C, H, W].
+
+        Args:
+            mask: 1 where a pixel is known, [N or 1, 1, H, W].
+            fills: of each image.
+            seed: of the first fill of the first image of the dataset; each fill has its own.
+        """
+        latents = self.latents(images.pixels)
+        masks = mask.to(self.device).expand(len(latents), -1, -1, -1)
+        return self._fill(images, fills, seed, lambda part: KnownPixels(latents[part], masks[part]))
+
+    def colorize(self, images: Images, fills: int, seed: int) -> torch.Tensor:
+        """Images with the brightness of the given ones and colours of the network, uint8 [N, fills, C, H, W].
+
+        Raises:
+            UserError: the network makes no colours.
+        """
+        if self.net.spec.channels != 3:
+            raise UserError(f"colouring needs a network of 3 channels, and this one has {self.net.spec.channels}")
+        latents = self.latents(images.pixels)
+        return self._fill(images, fills, seed, lambda part: KnownGrey(latents[part]))
+
+    def _fill(self, images: Images, fills: int, seed: int, control: Any) -> torch.Tensor:
+        """Samples under the control of each image; `control` makes that of some images, named by their positions."""
+        rows = [i for i in range(len(images.indices)) for _ in range(fills)]
+        seeds = [seed + images.indices[i] * fills + k % fills for k, i in enumerate(rows)]
+        parts = []
+        for start in range(0, len(rows), self.batch):
+            chosen = torch.tensor(rows[start : start + self.batch], device=self.device)
+            cond = None if images.cond is None else images.cond[chosen]
+            parts.append(self.sample(control(chosen), cond, seeds[start : start + self.batch]))
+        filled = torch.cat(parts)
+        return filled.reshape(len(images.indices), fills, *filled.shape[1:])
+
+    @torch.no_grad()
+    def encode(self, images: Images) -> torch.Tensor:
+        """The noise that the flow carries images to, of unit variance for typical images, float32 [N, C, H, W]."""
+        schedule, options = without_steps(schedule_of(self.net)), self.loaded.config.sampling.sampler.rk45
+        latents, cond = self.latents(images.pixels), images.cond
+        parts = [
+            encode_by_flow(self._denoiser(None if cond is None else cond[i : i + self.batch]), x, schedule, options)
+            for i, x in zip(range(0, len(latents), self.batch), latents.split(self.batch), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _denoiser(self, cond: Cond) -> Any:
+        return lambda x, sigma: self.net(x.float(), sigma, cond)
+
+    @torch.no_grad()
+    def decode(self, noise: torch.Tensor, cond: Cond, seeds: Sequence[int]) -> torch.Tensor:
+        """Images of noise, uint8 [N, C, H, W], by the chosen sampler; seeds are those of what it draws."""
+        parts = []
+        for i in range(0, len(noise), self.batch):
+            rnd = StackedRandomGenerator(self.device, seeds[i : i + self.batch])
+            part = None if cond is None else cond[i : i + self.batch]
+            parts.append(self.encoder.decode(self.generator(noise[i : i + self.batch], part, rnd)))
+        return torch.cat(parts)
+
+    def ends_of_seeds(self, seeds: Sequence[int]) -> tuple[torch.Tensor, Cond]:
+        """Noise and classes that `generate_images.py` makes images of, one per seed."""
+        rnd = StackedRandomGenerator(self.device, seeds)
+        noise = self.generator.noise(rnd)
+        return noise, self.generator.condition(rnd)
+
+    def interpolate(self, noise: torch.Tensor, cond: Cond, frames: int) -> torch.Tensor:
+        """Pictures on great circles from each noise to the next, uint8 [N - 1, frames, C, H, W].
+
+        A picture has the class of the nearer end.
+        """
+        rows, classes = [], []
+        for i in range(len(noise) - 1):
+            for k in range(frames):
+                t = k / (frames - 1)
+                rows.append(between(noise[i : i + 1], noise[i + 1 : i + 2], t))
+                classes.append(i if t < 0.5 else i + 1)
+        pictures = self.decode(torch.cat(rows), None if cond is None else cond[classes], range(len(rows)))
+        return pictures.reshape(len(noise) - 1, frames, *pictures.shape[1:])
+
+
+def between(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """From a (t = 0) to b (t = 1) with an even angle, which keeps the length of normal draws: [N, ...] like `a`."""
+    x, y = a.flatten(1).double(), b.flatten(1).double()
+    cosine = (x * y).sum(dim=1, keepdim=True) / (x.norm(dim=1, keepdim=True) * y.norm(dim=1, keepdim=True) + 1e-12)
+    angle = cosine.clamp(-1, 1).acos()
+    sine = angle.sin()
+    straight = sine.abs() < 1e-6
+    left = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
+    right = torch.where(straight, t, (t * angle).sin() / sine)
+    return (left * x + right * y).reshape(a.shape).float()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Masks: 1 = known, float32 [N or 1, 1, H, W]
+
+
+def mask_of_file(path: Path, resolution: int) -> torch.Tensor:
+    """White pixels of a picture are known, black ones are to be filled in.
+
+    Raises:
+        UserError: it cannot be read, or is of another size.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            mask = np.asarray(picture.convert("L")) >= 128
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as err:
+        raise UserError(f"--mask={path}: cannot be read as a picture ({err})") from None
+    if mask.shape != (resolution, resolution):
+        height, width = mask.shape
+        raise UserError(f"--mask={path}: is {width}x{height}, and the images are {resolution}x{resolution}")
+    return torch.from_numpy(mask).float()[None, None]
+
+
+def mask_of_box(box: Sequence[int], resolution: int) -> torch.Tensor:
+    """All is known but a box of pixels (left, top, right, bottom), without the last two.
+
+    Raises:
+        UserError: it is empty, or reaches beyond the images.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= resolution and 0 <= top < bottom <= resolution):
+        raise UserError(
+            f"--box={left},{top},{right},{bottom}: must lie within 0,0,{resolution},{resolution} and not be empty"
+        )
+    mask = torch.ones(1, 1, resolution, resolution)
+    mask[..., top:bottom, left:right] = 0
+    return mask
+
+
+def mask_of_ratio(ratio: float, indices: Sequence[int], seed: int, resolution: int) -> torch.Tensor:
+    """That share of all pixels is unknown, at places that depend on seed and image."""
+    masks = []
+    for index in indices:
+        order = np.random.default_rng([seed, index]).permutation(resolution**2)
+        masks.append(torch.from_numpy(order >= round(ratio * resolution**2)).float())
+    return torch.stack(masks).reshape(-1, 1, resolution, resolution)
