@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,8 +109,10 @@ def trained(tmp_path_factory):
 def score_net(tmp_path):
     """A small VP network of the digits, whose pixels are Gaussian as far as it knows."""
     torch.manual_seed(0)
-    small = dict(nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), fir=False, embedding_type="positional")
-    vp = dict(sde="vp", scale_by_sigma=False, centered=True)
+    small: dict[str, Any] = dict(
+        nf=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), fir=False, embedding_type="positional"
+    )
+    vp: dict[str, Any] = dict(sde="vp", scale_by_sigma=False, centered=True)
     net = ScoreSDE(DataSpec(channels=1, resolution=8), **small, **vp)
     path = tmp_path / "vp.safetensors"
     save_network(path, net, StandardRGBEncoder(), {})
@@ -128,7 +131,7 @@ def test_images_of_a_class(trained, score_net, tmp_path):
         assert result.exit_code == 0, result.output
         images[name] = images_in(tmp_path / name)
     assert all((images["3"][file] != images["7"][file]).any() for file in images["3"])
-    facts = read_png_text(tmp_path / "3" / "000000.png")
+    facts = read_png_text(tmp_path / "3" / "000000.png") or {}
     assert facts["classifier"] == str(guide) and len(facts["classifier_sha256"]) == 64
     assert facts["class"] == 3 and facts["sampler"]["guidance"] == 1
     alone = run_cli(generate_images.main, *options, "--class=3", "--batch=1", f"--outdir={tmp_path / 'alone'}")
