@@ -68,7 +68,7 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
 @click.option(
     "--source",
     "sources",
-    help="Images: a folder, or a ZIP, tar, Parquet, IDX or LMDB source; may be repeated",
+    help="Images: a folder, or a ZIP, tar, Parquet, TFRecord, IDX, SVHN or LMDB source; may be repeated",
     metavar="PATH",
     type=click.Path(path_type=Path),
     multiple=True,
