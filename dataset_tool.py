@@ -238,7 +238,8 @@ def run_vae(
         encoder, line = choose_encoder(dataset)
         encoder.batch_size = opts["batch"]
         encoder.prepare(target)
-    distributed.print0(line)
+    for text in (*dataset.summary(), line):
+        distributed.print0(text)
     if dataset.compressed:
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
