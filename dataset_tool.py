@@ -68,7 +68,7 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
 @click.option(
     "--source",
     "sources",
-    help="Images: a folder, or a ZIP, tar, Parquet, IDX or LMDB source; may be repeated",
+    help="Images: a folder, or a ZIP, tar, Parquet, TFRecord, IDX, SVHN or LMDB source; may be repeated",
     metavar="PATH",
     type=click.Path(path_type=Path),
     multiple=True,
@@ -238,7 +238,8 @@ def run_vae(
         encoder, line = choose_encoder(dataset)
         encoder.batch_size = opts["batch"]
         encoder.prepare(target)
-    distributed.print0(line)
+    for text in (*dataset.summary(), line):
+        distributed.print0(text)
     if dataset.compressed:
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "train_edm2": "train_edm2.py",
     "train_score_sde": "train_score_sde.py",
+    "train_classifier": "train_classifier.py",
     "train_uvit": "train_uvit.py",
     "train_nvae": "train_nvae.py",
     "generate_images": "generate_images.py",

@@ -23,7 +23,8 @@ from training.samplers import StackedRandomGenerator
 from training.snapshot import load_network, save_network
 
 TRAINED = [name for name, architecture in ARCHITECTURES.items() if architecture.training is not None]
-DENOISERS = [name for name in TRAINED if ARCHITECTURES[name].is_denoiser]
+GENERATORS = [name for name in TRAINED if ARCHITECTURES[name].makes_images]
+DENOISERS = [name for name in GENERATORS if ARCHITECTURES[name].is_denoiser]
 DEEP = ("nvae-imagenet32", "nvae-celeba256", "nvae-ffhq256")  # hundreds of layers, which take seconds to make
 PRESETS = [
     pytest.param(name, preset, marks=[pytest.mark.slow] * (preset in DEEP))
@@ -47,7 +48,7 @@ def small_network(name: str) -> torch.nn.Module:
     return net.eval().requires_grad_(False)
 
 
-@pytest.fixture(scope="module", params=TRAINED)
+@pytest.fixture(scope="module", params=GENERATORS)
 def net(request) -> torch.nn.Module:
     return small_network(request.param)
 

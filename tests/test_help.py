@@ -13,6 +13,7 @@ from calculate_likelihood import main as calculate_likelihood
 from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
+from train_classifier import main as train_classifier
 from train_edm2 import main as train
 from train_nvae import main as train_nvae
 from train_score_sde import main as train_score_sde
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 COMMANDS = {
     "train_edm2": train,
+    "train_classifier": train_classifier,
     "train_score_sde": train_score_sde,
     "train_uvit": train_uvit,
     "train_nvae": train_nvae,

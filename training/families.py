@@ -14,6 +14,7 @@ from torch import nn
 
 from dnnlib.errors import UserError
 from training.conditioning import Conditioning, DataSpec
+from training.config.classifier import CLASSIFIER_PRESETS, ClassifierNetwork, ClassifierTraining
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
@@ -31,10 +32,11 @@ from training.flops import Inputs
 from training.generators import Generator, VAEGenerator, diffusion_generator, vae_pictures
 from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
-from training.losses import EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
+from training.losses import ClassifierLoss, EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
 from training.losses_vae import PixelObjective
 from training.lr import learning_rate_schedule, warmup_cosine, warmup_linear
 from training.networks import nvae_layers
+from training.networks.classifier import NoisyClassifier
 from training.networks.edm2 import Precond
 from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
@@ -72,7 +74,7 @@ class Architecture:
         family: its name in texts.
         paper: where it is described, in Markdown.
         network_class: of its networks, which say in `spec` what their data look like, and in `precision` what they
-            compute in. None of these where it makes no images.
+            compute in. None of these for points of the plane.
         network: its arguments beside the data, and how large they may be in a file.
         make: arguments by name, and data -> a freshly initialised network in float32.
         inputs: (net, batch, device) -> arguments of one evaluation.
@@ -134,13 +136,17 @@ class Architecture:
         return self.make(arguments, data)
 
     def generator(
-        self, net: Any, sampling: SamplingConfig, batch_size: int | None, guide: Denoiser | None = None
+        self,
+        net: Any,
+        sampling: SamplingConfig,
+        batch_size: int | None,
+        guide: Denoiser | NoisyClassifier | None = None,
     ) -> Generator:
         """What makes images with a finished network.
 
         Args:
             batch_size: images at a time, for which the network is accelerated; None = it stays as it is.
-            guide: guiding denoiser, in the form that it is to be used in.
+            guide: guiding denoiser, in the form that it is to be used in, or classifier.
         """
         if self.generate is not None:
             return self.generate(net, sampling)
@@ -193,7 +199,7 @@ def _score_objective(_net: nn.Module, config: ScoreTraining) -> ScoreLoss:
     )
 
 
-def _score_optimizer(net: nn.Module, config: ScoreTraining) -> AdamOptimizer:
+def _score_optimizer(net: nn.Module, config: ScoreTraining | ClassifierTraining) -> AdamOptimizer:
     chosen = config.optimizer
     return AdamOptimizer(
         net,
@@ -206,7 +212,9 @@ def _score_optimizer(net: nn.Module, config: ScoreTraining) -> AdamOptimizer:
     )
 
 
-def _profiles_and_ema(net: nn.Module, config: ScoreTraining | UViTTraining, *, ramp_up: bool) -> EMA:
+def _profiles_and_ema(
+    net: nn.Module, config: ScoreTraining | UViTTraining | ClassifierTraining, *, ramp_up: bool
+) -> EMA:
     if config.ema.ema_rate == 0:
         return PowerFunctionEMA(net, config.ema.ema_std)
     return ProfilesAndRampedEMA(net, config.ema.ema_std, config.ema.ema_rate, ramp_up)
@@ -245,6 +253,18 @@ def _uvit_optimizer(net: nn.Module, config: UViTTraining) -> AdamOptimizer:
         max_norm=chosen.grad_clip,
         loss_scaling=config.run.ls,
     )
+
+
+def _classifier(arguments: dict[str, Any], data: DataSpec) -> NoisyClassifier:
+    return NoisyClassifier(data, **arguments)
+
+
+def _classifier_objective(_net: nn.Module, _config: ClassifierTraining) -> ClassifierLoss:
+    return ClassifierLoss()
+
+
+def _classifier_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
+    return torch.zeros([batch, *net.spec.shape], device=device), torch.ones(batch, device=device)
 
 
 def _toy_network(arguments: dict[str, Any], _data: None) -> ToyModel:
@@ -350,6 +370,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         generate=VAEGenerator,
         pictures=vae_pictures,
         likelihood=_nvae_likelihood,
+    ),
+    "classifier.NoisyClassifier": Architecture(
+        family="classifier",
+        paper="Song et al., *Score-Based Generative Modeling through Stochastic Differential Equations* (ICLR 2021, "
+        "[arXiv 2011.13456](https://arxiv.org/abs/2011.13456))",
+        network_class=NoisyClassifier,
+        network=ClassifierNetwork,
+        make=_classifier,
+        inputs=_classifier_inputs,
+        training=ClassifierTraining,
+        presets=CLASSIFIER_PRESETS,
+        objective=_classifier_objective,
+        optimizer=_score_optimizer,
+        ema=partial(_profiles_and_ema, ramp_up=True),
+        makes_images=False,
     ),
     "toy.ToyModel": Architecture(
         family="toy example",

@@ -1,6 +1,7 @@
 """Generators: seeds -> latents, by any kind of model."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,8 +15,9 @@ from training.classes import ClassChoice
 from training.conditioning import DataSpec
 from training.config.generation import SamplingConfig, VAESampling
 from training.denoiser import Denoiser
-from training.guidance import GuidedDenoiser, Unconditional
+from training.guidance import ClassifierGuided, GuidedDenoiser, Unconditional
 from training.losses_vae import image_values, to_bytes
+from training.networks.classifier import NoisyClassifier
 from training.networks.nvae import NVAE
 from training.networks.nvae_layers import effective_weights
 from training.networks.nvae_readjust import readjust_batch_norms_
@@ -133,7 +135,7 @@ def diffusion_generator(
     denoiser: Denoiser,
     spec: DataSpec,
     sampling: SamplingConfig,
-    guide: Denoiser | None = None,
+    guide: Denoiser | NoisyClassifier | None = None,
     precision: str = "fp32",
 ) -> DiffusionGenerator:
     """The generator that a sampler and a denoiser are.
@@ -141,11 +143,15 @@ def diffusion_generator(
     Args:
         spec: what the denoiser's images and conditions look like.
         guide: guiding denoiser, used where the weight of guidance is not 1; None = the denoiser itself, without a
-            condition.
+            condition. Or a classifier, whose classes are then those of the images.
         precision: what the denoiser computes in, for `describe`.
     """
     guidance, net = sampling.guidance, denoiser
-    if guidance.guidance != 1:
+    by_classifier = isinstance(guide, NoisyClassifier)
+    if isinstance(guide, NoisyClassifier):
+        spec = dataclasses.replace(spec, conditioning=guide.spec.conditioning)
+        denoiser = ClassifierGuided(net, guide, guidance.guidance, guidance.interval)
+    elif guidance.guidance != 1:
         guide = Unconditional(net) if guide is None else guide
         denoiser = GuidedDenoiser(net, guide, guidance.guidance, guidance.interval)
     sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, net))
@@ -158,7 +164,7 @@ def diffusion_generator(
     ) -> torch.Tensor:
         return sampler(denoiser, noise, cond, randn_like=rnd.randn_like, after_update=control)
 
-    facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
+    facts = {"sampler": sampler.describe() | guidance.describe(by_classifier), "precision": precision}
     return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
 
 

@@ -1,5 +1,6 @@
 """Training objectives and the distribution of noise levels seen in training."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -205,6 +206,41 @@ class WithoutSomeConditions:
         conditioning = net.spec.conditioning
         labels = None if conditioning.kind == "none" else conditioning.drop(labels, self.p, rnd)
         return self.objective(net, images, labels, rnd=rnd, nimg=nimg)
+
+
+class ClassifierLoss(Stateless):
+    """Cross-entropy of a classifier of noisy images, whose noise levels are log-uniform over its range."""
+
+    accuracy: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        net: Any,
+        images: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        rnd: Any,
+        nimg: int = 0,
+    ) -> torch.Tensor:
+        """Loss of each image, float32 [N].
+
+        Args:
+            net: called as net(x, sigma); says its `sigma_min` and `sigma_max`.
+            images: clean images, float32 [N, C, H, W].
+            labels: class vectors [N, K].
+            rnd: what noise and its levels are drawn from (`StackedRandomGenerator`).
+            nimg: not used; this loss is the same throughout training.
+        """
+        assert labels is not None
+        low, high = math.log(net.sigma_min), math.log(net.sigma_max)
+        sigma = (low + (high - low) * rnd.rand([len(images)])).exp()
+        noise = rnd.randn(images.shape)
+        logits = net(images + sigma.reshape(-1, 1, 1, 1) * noise, sigma)
+        self.accuracy = (logits.argmax(dim=1) == labels.argmax(dim=1)).float().mean().detach()
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    def report(self) -> dict[str, Any]:
+        return {} if self.accuracy is None else {"accuracy": self.accuracy}
 
 
 class ScoreLoss(Stateless):

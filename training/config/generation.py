@@ -49,8 +49,8 @@ class GuidanceConfig(Config):
     guidance: float = option(
         1.0,
         "Guidance weight w; without --gnet, the network guides itself by what it knows of images without a condition "
-        "(w is 1 more than the scale of U-ViT's and other papers)",
-        default_text="1, no guidance",
+        "(w is 1 more than the scale of U-ViT's and other papers). With --classifier, the factor of its gradient",
+        default_text="1, which is no guidance without --classifier",
     )
     guidance_interval: tuple[float, float] | None = option(
         None,
@@ -65,10 +65,10 @@ class GuidanceConfig(Config):
     def interval(self) -> tuple[float, float]:
         return self.guidance_interval or (0.0, math.inf)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, by_classifier: bool = False) -> dict[str, Any]:
         """What it stands for, as plain JSON values."""
         facts: dict[str, Any] = {"guidance": self.guidance}
-        if self.guidance_interval is not None and self.guidance != 1:
+        if self.guidance_interval is not None and (by_classifier or self.guidance != 1):
             lo, hi = self.guidance_interval
             facts["guidance_interval"] = [lo, None if hi == math.inf else hi]
         return facts
@@ -111,6 +111,12 @@ class NetworksConfig(Config):
         None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
+    classifier: str | None = option(
+        None,
+        "Classifier of noisy images (train_classifier.py), by which a network that knows no classes is asked for them: "
+        "--guidance is its weight then",
+        metavar="FILE",
+    )
     arch: str | None = option(
         None,
         "Training preset that names the architecture of published files that do not say it (see the training commands' "
@@ -203,6 +209,9 @@ class GenerationConfig(Config):
         useless = config.sampling.sampler.without_effect(given)
         if useless:
             raise UserError(f"{useless[0]} has no effect with --sampler={config.sampling.sampler.solver}: leave it out")
+        if config.networks.classifier is not None and (config.networks.gnet or config.networks.preset) is not None:
+            given = "--gnet" if config.networks.gnet is not None else "--preset"
+            raise UserError(f"--classifier and {given} both say what guides: give one of them")
         net, gnet, guidance = config.networks.net, config.networks.gnet, config.sampling.guidance.guidance
         preset = config.networks.preset
         if preset is not None:

@@ -11,14 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from dnnlib.errors import UserError
+from training.conversion.mat import read_mat
 from training.conversion.sources import Source, SourceImage
 
 OMNIGLOT_SIDE = 28
 OMNIGLOT = {"train": "data", "test": "testdata"}  # names of the arrays
-# Data types of MATLAB 5 files that hold numbers, and the types of elements that hold others.
-MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-MAT_MATRIX, MAT_COMPRESSED = 14, 15
-MAX_MAT_SIZE = 1 << 30  # bytes of a decompressed element; against hostile files
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -47,6 +44,14 @@ def read_omniglot(path: Path, split: str = "train") -> np.ndarray:
     return (255 * columns.transpose(2, 0, 1)).astype(np.uint8)
 
 
+def is_omniglot(path: Path) -> bool:
+    """Whether a MATLAB file holds the arrays of Omniglot."""
+    try:
+        return any(name in OMNIGLOT.values() for name, _ in read_mat(path.read_bytes()))
+    except (ValueError, struct.error, zlib.error):
+        return False
+
+
 def omniglot(path: Path, split: str) -> Source:
     """The characters of a `chardata.mat`.
 
@@ -61,43 +66,6 @@ def omniglot(path: Path, split: str) -> Source:
         return (SourceImage(f"{path}:{i}", image) for i, image in enumerate(characters))
 
     return Source("MATLAB file of Omniglot", path, len(characters), images)
-
-
-def read_mat(data: bytes) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of the numeric arrays in a MATLAB 5 file; other variables are left out.
-
-    Raises:
-        ValueError, struct.error, zlib.error: it is none, or damaged.
-    """
-    order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
-    if not data.startswith(b"MATLAB 5.0") or order is None:
-        raise ValueError("no MATLAB 5 file")
-    for kind, content in _elements(data[128:], order):
-        if kind == MAT_COMPRESSED:
-            decompressor = zlib.decompressobj()
-            inner = decompressor.decompress(content, MAX_MAT_SIZE)
-            ((kind, content),) = _elements(inner, order)
-        if kind == MAT_MATRIX:
-            parts = list(_elements(content, order))
-            if len(parts) == 4 and parts[3][0] in MAT_TYPES:
-                dims, name = np.frombuffer(parts[1][1], f"{order}i4"), parts[2][1].decode("ascii")
-                values = np.frombuffer(parts[3][1], order + MAT_TYPES[parts[3][0]])
-                yield name, values.reshape(dims, order="F")
-
-
-def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
-    """Types and contents of the elements in a row."""
-    position = 0
-    while position < len(data):
-        kind, size = struct.unpack_from(f"{order}II", data, position)
-        if kind >> 16:  # up to four bytes stand within the tag
-            kind, size, start, step = kind & 0xFFFF, kind >> 16, position + 4, 8
-        else:
-            start, step = position + 8, 8 + size + (0 if kind == MAT_COMPRESSED else -size % 8)
-        if start + size > len(data):
-            raise ValueError("truncated")
-        yield kind, data[start : start + size]
-        position += step
 
 
 # ---------------------------------------------------------------------------------------------------------

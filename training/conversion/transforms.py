@@ -14,6 +14,7 @@ Transform = Callable[[np.ndarray], np.ndarray | None]
 LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 BILINEAR = PIL.Image.Resampling.BILINEAR
 CELEBA_BOX = (15, 40, 163, 188)  # left, upper, right, lower edge of the part of a CelebA image that is kept
+CELEBA_CROP = 140
 
 
 def decode_image(data: bytes | np.ndarray, channels: int = 3, value_range: ValueRange | None = None) -> np.ndarray:
@@ -107,6 +108,17 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[y : y + size, x : x + size]
 
 
+def center_crop_celeba(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
+    """The middle 140x140 pixels, resized bilinearly, as score_sde (Song et al. 2021) learns CelebA at 64x64.
+
+    uint8 [H, W, C] -> [height, width, C]; None if the image is too small.
+    """
+    y, x = ((n - CELEBA_CROP) // 2 for n in image.shape[:2])
+    if min(y, x) < 0:
+        return None
+    return resize(image[y : y + CELEBA_CROP, x : x + CELEBA_CROP], width, height, BILINEAR)
+
+
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:
     """The transform of that name (None: resize only) to width x height (None: the image's own size).
 
@@ -131,5 +143,6 @@ def make_transform(name: str | None, width: int | None, height: int | None) -> T
         "center-crop-dhariwal": center_crop_dhariwal,
         "celeba": lambda image, width, _height: resize_shorter(crop_celeba(image), width),
         "shorter-side": lambda image, width, _height: resize_and_crop(image, width),
+        "center-crop-celeba": center_crop_celeba,
     }[name]
     return lambda image: function(image, width, height)

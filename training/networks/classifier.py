@@ -3,16 +3,19 @@
 Source: Song et al. 2021 (arXiv 2011.13456, Appendix I.1), after Zagoruyko & Komodakis 2016 (arXiv 1605.07146).
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dnnlib.errors import UserError
+from training.conditioning import DataSpec
+from training.config.classifier import CIFAR10_MEAN, CIFAR10_STD, ClassifierNetwork
 from training.networks.score_layers import GaussianFourierProjection, GroupNorm, Linear, conv2d, variance_scaling
-
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of pixels in [0, 1]
+from training.preconditioning import compute_dtype
 
 
 class Conv3x3(nn.Module):
@@ -142,3 +145,51 @@ def standardised(x: torch.Tensor) -> torch.Tensor:
     x = x - x.mean(dim=(1, 2, 3), keepdim=True)
     std = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     return x / std.clamp(min=x[0].numel() ** -0.5)
+
+
+class NoisyClassifier(nn.Module):
+    """A classifier of noisy images, and what these look like: logits of log p(class | x, sigma).
+
+    Args:
+        data: size and classes of the images.
+        precision: what the network computes in, 'fp32', 'bf16' or 'fp16'.
+        arguments: fields of `config.classifier.ClassifierNetwork`.
+
+    Raises:
+        UserError: data without classes, or arguments that do not go together.
+    """
+
+    def __init__(self, data: DataSpec, precision: str = "fp32", **arguments: Any):
+        super().__init__()
+        config = ClassifierNetwork(**arguments)
+        if data.conditioning.kind != "classes":
+            raise UserError("a classifier needs images with classes")
+        low, high = (-1.0, 1.0) if config.centered else (0.0, 1.0)
+        self.spec = dataclasses.replace(data, pixel_range=(low, high))
+        self.low, self.span = low, high - low
+        self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
+        self.precision = precision
+        self.net = NoiseConditionalWRN(
+            data.channels,
+            data.conditioning.size,
+            config.depth,
+            config.width,
+            config.nf,
+            config.fourier_scale,
+            config.mean,
+            config.std,
+        )
+        self.init_kwargs = config.to_json()
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: noisy images y + sigma n in the range of `spec`, [N, C, H, W].
+            sigma: noise levels, [N] or one element.
+
+        Returns:
+            Logits, float32 [N, classes].
+        """
+        # The network sees pixels in [0, 1], and noise in their units.
+        x = ((x - self.low) / self.span).to(compute_dtype(self.precision, x.device))
+        return self.net(x, sigma / self.span)
