@@ -22,9 +22,16 @@ from torch_utils.device import check_compiler, resolve_precision, select_device,
 from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
-from training.encoders import AutoencoderEncoder, Encoder, StandardRGBEncoder, same_latents
+from training.encoders import (
+    AutoencoderEncoder,
+    ContextEncoder,
+    Encoder,
+    StandardRGBEncoder,
+    same_latents,
+)
 from training.families import accelerated, architecture_of
-from training.generators import DiffusionGenerator, Generator
+from training.generators import DiffusionGenerator, Generator, Prompted
+from training.prompts import given_prompts, text_encoder_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network, open_snapshot
@@ -72,6 +79,7 @@ class ImageBatches:
         outdir, subdirs: where images are saved (see `image_path`); None = nowhere.
         facts: what makes the images, for the text of PNG files; None = they have none.
         class_names: names of the classes, for the same.
+        prompts: texts that images follow in turn, for the same.
         max_batch_size: images per batch and process.
         verbose: show a progress bar on terminals.
     """
@@ -89,6 +97,7 @@ class ImageBatches:
         verbose: bool = True,
         facts: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
+        prompts: Sequence[str] = (),
     ):
         # As few batches as possible, of nearly equal size, and a whole number of them per process.
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -99,7 +108,7 @@ class ImageBatches:
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.make_generator, self.encoder, self.seeds, self.device = make_generator, encoder, seeds, device
         self.outdir, self.subdirs, self.encoder_batch_size, self.verbose = outdir, subdirs, encoder_batch_size, verbose
-        self.facts, self.class_names = facts, class_names
+        self.facts, self.class_names, self.prompts = facts, class_names, prompts
 
     def __len__(self) -> int:
         return len(self.own)
@@ -139,6 +148,8 @@ class ImageBatches:
         if self.facts is None:
             return {}
         of_image: dict[str, Any] = {"seed": int(seed)}
+        if self.prompts:
+            of_image["prompt"] = self.prompts[seed % len(self.prompts)]
         if class_idx is not None:
             of_image["class"] = class_idx
             if self.class_names is not None and class_idx < len(self.class_names):
@@ -265,6 +276,8 @@ class LoadedGenerator:
     snapshot: Snapshot
     guide: Snapshot | None
     device: torch.device
+    prompts: Sequence[str] = ()
+    text_encoder: ContextEncoder | None = None
 
     @property
     def suffix(self) -> str:
@@ -283,12 +296,15 @@ class LoadedGenerator:
         if guide is not None and batch_size is not None:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
-        return architecture_of(net).generator(net, sampling, batch_size, guide)
+        generator = architecture_of(net).generator(net, sampling, batch_size, guide)
+        if self.text_encoder is None:
+            return generator
+        return Prompted(generator, self.prompts, self.text_encoder.encode)
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
-        encoder, names = self.snapshot.encoder, self.class_names
-        return ImageBatches(self.generator, encoder, seeds, self.device, class_names=names, **kwargs)
+        encoder, texts = self.snapshot.encoder, dict(class_names=self.class_names, prompts=self.prompts)
+        return ImageBatches(self.generator, encoder, seeds, self.device, **texts, **kwargs)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -380,4 +396,5 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot.encoder.prepare(device)
     if isinstance(snapshot.encoder, AutoencoderEncoder):
         snapshot.encoder.check_channels(snapshot.net.spec.channels)
-    return LoadedGenerator(config, snapshot, guide, device)
+    text_encoder = text_encoder_for(config, snapshot, device)
+    return LoadedGenerator(config, snapshot, guide, device, given_prompts(sampling), text_encoder)

@@ -2,7 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +21,8 @@ from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
 from training.samplers.ode import AfterUpdate
 from training.samplers.sampler import Sampler, unchanged
+
+SHOWN_PROMPTS = 100  # that `describe` lists; of more, it says a hash
 
 
 class Generator(Protocol):
@@ -120,6 +124,35 @@ def diffusion_generator(
     return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
 
 
+class Prompted:
+    """A generator whose images follow texts: the one of number (seed modulo how many there are).
+
+    Args:
+        generator: of a network that follows contexts.
+        prompts: the texts.
+        encode: texts -> contexts.
+    """
+
+    def __init__(self, generator: Generator, prompts: Sequence[str], encode: Callable[[Sequence[str]], torch.Tensor]):
+        self.generator, self.prompts, self.encode, self.spec = generator, prompts, encode, generator.spec
+        self.noise = generator.noise
+
+    def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor:
+        texts = [self.prompts[seed % len(self.prompts)] for seed in rnd.seeds]
+        different = list(dict.fromkeys(texts))
+        contexts = self.encode(different).to(rnd.generators[0].device)
+        return contexts[[different.index(text) for text in texts]]
+
+    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return self.generator(noise, cond, rnd)
+
+    def describe(self) -> dict[str, Any]:
+        count = len(self.prompts)
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        texts = {"prompts": list(self.prompts)} if count <= SHOWN_PROMPTS else {"prompts_sha256": digest}
+        return {**self.generator.describe(), "labels": f"prompt seed modulo {count}", **texts}
+
+
 class VAEGenerator:
     """Images by an NVAE from draws of its priors.
 
@@ -157,8 +190,7 @@ class VAEGenerator:
             images = decoder.sample(logits, decoder.draws(logits, rnd.randn_like))
         else:
             images = decoder.mean(logits)
-        c = net.loss_crop
-        return 2 * images[:, :, c : images.shape[2] - c, c : images.shape[3] - c] - 1
+        return 2 * net.crop(images) - 1
 
     def describe(self) -> dict[str, Any]:
         return {"labels": "none", "sampler": self.vae.describe(), "precision": self.net.precision}

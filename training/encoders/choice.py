@@ -233,6 +233,9 @@ def same_latents(one: Encoder, other: Encoder) -> bool:
 
 def data_spec(dataset: ImageFolderDataset, encoder: Encoder) -> DataSpec:
     """What the model sees of a dataset."""
-    conditioning = Conditioning.of_labels(dataset.label_dim)
+    captions = dataset.captions
+    conditioning = (
+        Conditioning.of_labels(dataset.label_dim) if captions is None else Conditioning.of_text(*captions.shape)
+    )
     channels = encoder.final_channels(dataset.num_channels)
     return DataSpec(channels=channels, resolution=dataset.resolution, conditioning=conditioning)
