@@ -361,6 +361,37 @@ def captions(
 
 
 @main.command()
+@click.option(
+    "--source",
+    help="Folder of 0.npy, 1.npy, ...",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+)
+@dest_option
+@click.option(
+    "--scale",
+    help="Factor of the latents  [default: 0.18215, or 0.2301 where there are captions; x>0]",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="FLOAT",
+)
+@resume_option
+def features(source: Path, dest: Path, scale: float | None, resume: bool) -> None:
+    """Convert features that the published U-ViT code has extracted: ImageNet's, or MS-COCO's with captions.
+
+    Nothing in the files is executed.
+
+    \b
+    Example:
+      python dataset_tool.py features --source=assets/datasets/coco256_features/train --dest=coco256.zip
+    """
+    from training.conversion.features import import_features
+
+    images, contexts = import_features(source, dest, scale, resume)
+    print(f"{dest}: {images} latents" + (f", {contexts} contexts of captions" if contexts else ""))
+
+
+@main.command()
 @click.argument("data", metavar="DATA")
 @click.option(
     "--grid", help="Save a contact sheet with labels", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path)

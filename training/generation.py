@@ -30,7 +30,7 @@ from training.encoders import (
     same_latents,
 )
 from training.families import accelerated, architecture_of
-from training.generators import DiffusionGenerator, Generator, Prompted
+from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.prompts import given_prompts, text_encoder_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
@@ -297,9 +297,10 @@ class LoadedGenerator:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
         generator = architecture_of(net).generator(net, sampling, batch_size, guide)
-        if self.text_encoder is None:
-            return generator
-        return Prompted(generator, self.prompts, self.text_encoder.encode)
+        if self.text_encoder is not None:
+            assert isinstance(generator, DiffusionGenerator)
+            generator.prompts = PromptChoice(self.prompts, self.text_encoder.encode)
+        return generator
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""

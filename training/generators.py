@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,33 @@ class Generator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PromptChoice:
+    """The rule by which images get texts: the one of number (seed modulo how many there are).
+
+    Args:
+        prompts: the texts.
+        encode: texts -> contexts.
+    """
+
+    prompts: Sequence[str]
+    encode: Callable[[Sequence[str]], torch.Tensor]
+
+    def of_seeds(self, seeds: Sequence[int], device: torch.device | str) -> torch.Tensor:
+        """The context of each seed, [n, tokens, width]."""
+        texts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
+        different = list(dict.fromkeys(texts))
+        return self.encode(different).to(device)[[different.index(text) for text in texts]]
+
+    def describe(self) -> dict[str, Any]:
+        """The rule, as plain JSON values."""
+        rule = {"labels": f"prompt seed modulo {len(self.prompts)}"}
+        if len(self.prompts) <= SHOWN_PROMPTS:
+            return {**rule, "prompts": list(self.prompts)}
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        return {**rule, "prompts_sha256": digest}
+
+
 class DiffusionGenerator:
     """Images by a function that follows a denoiser from noise.
 
@@ -58,7 +86,11 @@ class DiffusionGenerator:
         sample: (noise, cond, rnd) -> latents. Where known parts can be put back: (noise, cond, rnd, control).
         classes: the rule by which images get classes.
         facts: what `sample` is, as plain JSON values.
+
+    `prompts` is the rule by which images get texts; None = all follow the empty text, where they follow texts.
     """
+
+    prompts: PromptChoice | None = None
 
     def __init__(
         self,
@@ -74,6 +106,8 @@ class DiffusionGenerator:
         return rnd.randn([len(rnd), *self.spec.shape])
 
     def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
+        if self.prompts is not None:
+            return self.prompts.of_seeds(rnd.seeds, rnd.generators[0].device)
         return self.spec.conditioning.draw(rnd, len(rnd), self.classes.of_seeds(rnd.seeds))
 
     def __call__(
@@ -88,6 +122,7 @@ class DiffusionGenerator:
 
     def describe(self) -> dict[str, Any]:
         labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
+        labels = labels if self.prompts is None else self.prompts.describe()
         return {**labels, **self.facts}
 
 
@@ -122,35 +157,6 @@ def diffusion_generator(
 
     facts = {"sampler": sampler.describe() | guidance.describe(), "precision": precision}
     return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)
-
-
-class Prompted:
-    """A generator whose images follow texts: the one of number (seed modulo how many there are).
-
-    Args:
-        generator: of a network that follows contexts.
-        prompts: the texts.
-        encode: texts -> contexts.
-    """
-
-    def __init__(self, generator: Generator, prompts: Sequence[str], encode: Callable[[Sequence[str]], torch.Tensor]):
-        self.generator, self.prompts, self.encode, self.spec = generator, prompts, encode, generator.spec
-        self.noise = generator.noise
-
-    def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor:
-        texts = [self.prompts[seed % len(self.prompts)] for seed in rnd.seeds]
-        different = list(dict.fromkeys(texts))
-        contexts = self.encode(different).to(rnd.generators[0].device)
-        return contexts[[different.index(text) for text in texts]]
-
-    def __call__(self, noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-        return self.generator(noise, cond, rnd)
-
-    def describe(self) -> dict[str, Any]:
-        count = len(self.prompts)
-        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
-        texts = {"prompts": list(self.prompts)} if count <= SHOWN_PROMPTS else {"prompts_sha256": digest}
-        return {**self.generator.describe(), "labels": f"prompt seed modulo {count}", **texts}
 
 
 class VAEGenerator:
