@@ -1,6 +1,7 @@
 """The dataset that everything reads: square images or latents with labels, from a folder or a ZIP file."""
 
 import hashlib
+import json
 import os
 import struct
 import zlib
@@ -287,6 +288,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             digest.update(struct.pack("<I", self._storage.crc(int(self._files[base]))))
         if self._labels is not None:
             digest.update(np.ascontiguousarray(self._labels).tobytes())
+        if self._encoder_record is not None:
+            digest.update(_encoder_digest(self._encoder_record))
         if self.captions is not None:
             digest.update(self.captions.digest())
         return DatasetInfo(
@@ -380,6 +383,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return bytes(self._storage.read(self._storage.names.index("dataset.json")))
         except (ValueError, OSError, struct.error, zlib.error) as err:
             raise UserError(f"{where}: cannot be read ({one_line(err)})") from None
+
+
+def _encoder_digest(record: dict[str, Any]) -> bytes:
+    """What the record of an encoder says of the latents; not where a VAE is that has a checksum."""
+    kwargs = record.get("kwargs")
+    if isinstance(kwargs, dict) and "vae_sha256" in kwargs:
+        record = {**record, "kwargs": {key: value for key, value in kwargs.items() if key != "vae_name"}}
+    return json.dumps(record, sort_keys=True).encode()
 
 
 def _size(shape: tuple[int, ...]) -> str:
