@@ -9,10 +9,12 @@ from conftest import (
 )
 from write_cli_docs import render
 
+from calculate_likelihood import main as calculate_likelihood
 from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_edm2 import main as train
+from train_nvae import main as train_nvae
 from train_score_sde import main as train_score_sde
 from train_uvit import main as train_uvit
 
@@ -23,6 +25,8 @@ COMMANDS = {
     "train_edm2": train,
     "train_score_sde": train_score_sde,
     "train_uvit": train_uvit,
+    "train_nvae": train_nvae,
+    "calculate_likelihood": calculate_likelihood,
     "generate_images": generate,
     "reconstruct_phema": reconstruct,
     "count_flops": count_flops,

@@ -47,7 +47,7 @@ ORDER = [
     {"training.prompts"},
     {"training.generation"},
     {"training.editing"},
-    {"training.dataset_likelihood"},
+    {"training.editing_vae", "training.dataset_likelihood"},
     {"training.monitoring"},
     {"training.training_loop"},
     {"training.launch"},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import DIGITS, assert_all_options, fails_with, make_dataset, npy, random_images, run_cli
 
+from train_edm2 import main as train_edm2
 from train_uvit import main as train
 from training.config.uvit import UViTTraining
 from training.config.uvit_presets import UVIT_PRESETS
@@ -77,13 +78,7 @@ def test_all_options(tmp_path):
     args = [f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits-uvit", *SMALL, *RUN, *NETWORK, *TRAINING]
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # The rest is of all families, and tested with EDM2.
-    common = [
-        "--cond=1", "--captions=0", "--xflip=0", "--cache=0", "--verify=0", "--encoder=x", "--trust-encoder=1", "--workers=0", "--fp16=0", "--ls=1", "--bench=0", "--compile=0", "--checkpoint-activations=0",
-        "--preview-images=1", "--preview-steps=1", "--metrics=none", "--metrics-ref=x", "--metrics-num=2", "--on-divergence=warn",
-    ]  # fmt: skip
-    common += ["--encoder=x", "--trust-encoder=1"]
-    assert_all_options(train, [*args, *common, "--resume", "-n", "--list-presets"])
+    assert_all_options(train, [*args, "--captions=0"], but_those_of=train_edm2)
     flat = UViTTraining.load(tmp_path / "training_options.json").flat()
     assert (flat["predict"], flat["noise_schedule"], flat["embed_dim"]) == ("data", "cosine", 16)
     assert (flat["decay_to"], flat["grad_clip"], flat["ema_rate"], flat["P_std"]) == (128, 0.5, 0.9, 1.2)

@@ -395,5 +395,7 @@ def load(config: GenerationConfig) -> LoadedGenerator:
             )
     snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
+    if isinstance(snapshot.encoder, AutoencoderEncoder):
+        snapshot.encoder.check_channels(snapshot.net.spec.channels)
     text_encoder = text_encoder_for(config, snapshot, device)
     return LoadedGenerator(config, snapshot, guide, device, given_prompts(sampling), text_encoder)

@@ -196,8 +196,7 @@ class VAEGenerator:
             images = decoder.sample(logits, decoder.draws(logits, rnd.randn_like))
         else:
             images = decoder.mean(logits)
-        c = net.loss_crop
-        return 2 * images[:, :, c : images.shape[2] - c, c : images.shape[3] - c] - 1
+        return 2 * net.crop(images) - 1
 
     def describe(self) -> dict[str, Any]:
         return {"labels": "none", "sampler": self.vae.describe(), "precision": self.net.precision}

@@ -156,6 +156,8 @@ class TrainingRun:
         dataset, share = self.dataset, self.share
         for line in dataset.summary():
             journal.log(line)
+        if self.encoder.vae_name:
+            journal.log(f"Encoder: {self.encoder.describe()}")
         assert config.dataset is not None
         journal.log(
             f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "

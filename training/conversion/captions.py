@@ -93,7 +93,7 @@ def add_captions(
     writer = DatasetWriter(dest, json.loads(json.dumps(digest)), resume)
     try:
         names = [dataset.name(i) for i in range(len(dataset))]
-        done: dict[str, Any] = {}  # contexts of captions that many images share
+        done: dict[tuple[str, ...], Any] = {}  # contexts of captions that many images share
         for i, name in enumerate(tqdm(names, unit="img", disable=None, dynamic_ncols=True)):
             if name not in writer.names:
                 writer.write(name, dataset.stored_bytes(i))

@@ -10,6 +10,7 @@ from dnnlib.errors import UserError
 from training.conversion.files import image_folder, image_tar, image_zip
 from training.conversion.formats import CIFAR_FILES, CIFAR_FOLDERS, cifar, idx_files, idx_shape, lmdb_database
 from training.conversion.label_table import LabelTable, read_label_file
+from training.conversion.nvae_data import omniglot
 from training.conversion.parquet import parquet_tables
 from training.conversion.sources import Choice, Source, files_of_split, images_naming_damage, naming_damage, no_images
 from training.conversion.tar import TarContents, list_tar
@@ -60,10 +61,13 @@ def _open_file(path: Path, choice: Choice) -> Source:
     if idx_shape(path) is not None:
         _check_own_part(path, choice.split)
         return idx_files(path, [path])
+    if start == b"MATLAB 5":
+        return omniglot(path, choice.split)
     if tarfile.is_tarfile(path):
         return _open_tar(path, list_tar(path), choice)
     raise UserError(
-        f"--source={path}: neither a ZIP, tar, Parquet or IDX file nor a CIFAR tarball (it begins with {start!r})"
+        f"--source={path}: neither a ZIP, tar, Parquet or IDX file nor a CIFAR tarball (it begins with {start!r}): "
+        "unpack or convert it first"
     )
 
 
@@ -104,6 +108,9 @@ def _open_folder(path: Path, choice: Choice) -> Source:
     if files.images:
         text = (path / "dataset.json").read_bytes() if "dataset.json" in names else None
         return image_folder(path, files, text, choice)
+    if len(shards) == 1 and not has_samples((contents := list_tar(path / shards[0])).names):
+        _chosen, note = files_of_split(path, shards, choice.split)
+        return _open_tar(path / shards[0], contents, replace(choice, split="all") if note else choice)
     for found, make in ((shards, tar_shards), (tables, parquet_tables)):
         if found:
             chosen, note = files_of_split(path, found, choice.split)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.errors import UserError, one_line
 from training.dataset.folders import folders_as_classes, parts_of_folders
-from training.dataset.listing import Listing, many
+from training.dataset.listing import Listing, many, printable
 
 MAX_LABEL = 10**6
 SHOWN = 10  # classes in a line
@@ -56,7 +56,7 @@ def labels_from_folders(where: str, listing: Listing) -> Labels:
         )
     folders = folders_as_classes(where, listing.images, listing.unreadable)
     if not folders.names:
-        return Labels(notes=folders.notes)
+        return Labels(notes=folders.notes + listing.unused_tables())
     return Labels(np.array(folders.labels, np.int64), "class folders", folders.names, folders.notes)
 
 
@@ -74,14 +74,18 @@ def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> Labels:
     if file.class_names is not None and len(file.class_names) < size:
         raise UserError(f"{where}: has names of {len(file.class_names)} classes, but labels of {size}: complete them")
     absent = sorted(file.labels.keys() - set(names))
-    notes = [f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {absent[0]}"] if absent else []
+    notes = []
+    if absent:
+        notes.append(f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {one_line(absent[0])}")
     return Labels(values, "dataset.json", file.class_names, notes, file.encoder)
 
 
 def _as_array(where: str, labels: dict[str, Any], names: Sequence[str]) -> np.ndarray:
     missing = [name for name in names if name not in labels]
     if missing:
-        raise UserError(f"{where} has no label for {len(missing)} images, such as {', '.join(missing[:3])}")
+        raise UserError(
+            f"{where} has no label for {len(missing)} images, such as {', '.join(map(printable, missing[:3]))}"
+        )
     try:
         array = np.array([labels[name] for name in names])
     except ValueError:
@@ -110,7 +114,9 @@ def parse_labels_json(where: str, text: bytes) -> LabelFile:
         for name, label in listed if listed is not None else ():
             name = posixpath.normpath(name.replace("\\", "/"))
             if labels.setdefault(name, label) != label:
-                raise UserError(f"{where}: {name} is listed twice, as {labels[name]} and {label}")
+                raise UserError(
+                    f"{where}: {one_line(name)} is listed twice, as {one_line(labels[name])} and {one_line(label)}"
+                )
         if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise TypeError("classes must be a list of names")
         if encoder is not None and not isinstance(encoder, dict):
@@ -127,6 +133,6 @@ def parse_labels_json(where: str, text: bytes) -> LabelFile:
 
 def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> str:
     """Such as '3 classes: cat (8), dog (8), emu (2)', from the number of images per class."""
-    shown = [f"{names[label] if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
+    shown = [f"{one_line(names[label]) if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
     more = ", ..." if len(counts) > SHOWN else ""
     return f"{len(counts)} class{'es' if len(counts) != 1 else ''}: {', '.join(shown)}{more}"

@@ -189,7 +189,7 @@ def _with_statistics(encoder: Encoder, dataset: ImageFolderDataset, max_items: i
         raw_mean, raw_std = measure(dataset, distribution, max_items)
         return encoder.measured(raw_mean, raw_std)
     channels = encoder.final_channels(dataset.num_channels)
-    if len(encoder.raw_std) not in (1, channels):
+    if not encoder.fits(channels):
         raise UserError(
             f"{dataset.path}: dataset.json has statistics of {len(encoder.raw_std)} channels, and the latents have "
             f"{channels}"

@@ -89,7 +89,7 @@ class TextEncoder:
         except ImportError:
             raise UserError("texts need transformers: pip install transformers") from None
         unknown = bool(self.named_by) and self.model != PUBLISHED_CLIP
-        options = {"local_files_only": offline() or unknown or os.path.isdir(self.model)}
+        options: dict[str, Any] = {"local_files_only": offline() or unknown or os.path.isdir(self.model)}
         try:
             tokenizer = CLIPTokenizer.from_pretrained(self.model, **options)
             model = CLIPTextModel.from_pretrained(self.model, use_safetensors=True, **options)

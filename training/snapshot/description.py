@@ -151,9 +151,8 @@ class Description:
         data = _data_of(net)
         if self.data is not None and not _agree(self.data, data):
             raise misfit(source, "the description of the data is not that of the network")
-        channels = {len(self.encoder.kwargs[key]) for key in ("raw_mean", "raw_std") if key in self.encoder.kwargs}
-        if data is not None and channels and channels != {data.channels}:
-            raise misfit(source, f"the encoder has statistics of {channels} channels")
+        if data is not None and not encoder.fits(data.channels):
+            raise misfit(source, f"the encoder has statistics of another number of channels than {data.channels}")
         return net, encoder
 
     def build_encoder(self, source: str) -> Encoder:

@@ -19,6 +19,7 @@ import torch
 from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from torch_utils.checkpoint import load_checked
+from torch_utils.tensor_files import refused
 from training.config.nvae import NVAENetwork
 from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
@@ -144,9 +145,7 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     except UserError:
         raise
     except pickle.UnpicklingError as err:
-        asked = re.search(r"GLOBAL (\S+)", str(err))
-        what = f"asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else "is no plain data"
-        raise UserError(f"{os.fspath(path)}: it {what}; nothing in the file was run") from None
+        raise refused(path, err) from None
     except Exception as err:  # torch has many ways to say that a file is damaged
         raise DamagedFileError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
     if not isinstance(data, dict) or not {"args", "state_dict"} <= data.keys():

@@ -20,7 +20,9 @@ from torch import nn
 from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from torch_utils.checkpoint import load_checked
+from torch_utils.tensor_files import check_weights, refused
 from training.conditioning import DataSpec
+from training.config.score_sde_presets import SCORE_PRESETS
 from training.snapshot.description import FORMAT_VERSION, Description
 from training.snapshot.layout import GetTensor, Request, SnapshotFile, check_storable
 from training.snapshot.score_sde_shapes import architecture_for
@@ -29,6 +31,7 @@ ARCHITECTURE = "score_sde.ScoreSDE"
 PREFIX = "module."  # of all names, from torch.nn.DataParallel
 # Tensors that are not trained, so that the list of averages leaves them out: a buffer, and the frequencies of labels.
 UNTRAINED = re.compile(r"sigmas|all_modules\.\d+\.W")
+TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 NUMBERS = {
     **{f"f{size}": {2: "e", 4: "f", 8: "d"}[size] for size in (2, 4, 8)},
     **{f"i{size}": {1: "b", 2: "h", 4: "i", 8: "q"}[size] for size in (1, 2, 4, 8)},
@@ -73,17 +76,17 @@ def read(path: str | os.PathLike) -> Checkpoint:
         state = {name.removeprefix(PREFIX): tensor for name, tensor in data["model"].items()}
         average = data["ema"]
         shadow, names = average["shadow_params"], trained(state)
+        listed = {f"average {i}": tensor for i, tensor in enumerate(shadow)}
+        check_weights(Path(path), state | listed, TYPES)
         if [tuple(t.shape) for t in shadow] != [tuple(state[name].shape) for name in names]:
             raise UserError(
-                f"its {len(shadow)} averages do not belong to its {len(names)} trained weights: not a checkpoint of a "
-                f"score_sde network"
+                f"{os.fspath(path)}: its {len(shadow)} averages do not belong to its {len(names)} trained weights: "
+                f"not a checkpoint of a score_sde network"
             )
         ema = {**state, **dict(zip(names, shadow, strict=True))}
         numbers = int(data["step"]), float(average["decay"]), int(average["num_updates"])
         optimizer = data.get("optimizer") or {}
         return Checkpoint(state, ema, *numbers, optimizer=dict(optimizer))
-    except UserError as err:
-        raise UserError(f"{os.fspath(path)}: {err}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise UserError(
             f"{os.fspath(path)}: not a checkpoint of score_sde, with 'model', 'ema' and 'step' ({one_line(err)})"
@@ -95,8 +98,10 @@ MARK, HEAD = b"shadow_params", 1 << 24
 
 
 def is_checkpoint(request: Request) -> bool:
-    """Whether a file looks like a published checkpoint."""
+    """Whether a file looks like a published checkpoint, or is said to be one."""
     path = request.fetch()
+    if request.preset in SCORE_PRESETS:
+        return True
     try:
         with zipfile.ZipFile(path) as file:
             name = next(name for name in file.namelist() if name.endswith("/data.pkl"))
@@ -251,9 +256,7 @@ def _load(path: str | os.PathLike) -> dict[str, Any]:
         with torch.serialization.safe_globals(ALLOWED):
             data = load_checked(path, mmap=True)
     except pickle.UnpicklingError as err:
-        asked = re.search(r"Unsupported (?:global|class)[^\n]*?(?:GLOBAL )?([\w.]+\.\w+)", str(err))
-        what = f"it asks for {asked[1][:100]!r}, which no published checkpoint needs" if asked else one_line(err)
-        raise UserError(f"{os.fspath(path)}: {what}; nothing in the file was run") from None
+        raise refused(path, err) from None
     except Exception as err:  # torch has many ways to say that a file is damaged
         raise DamagedFileError(f"{os.fspath(path)}: damaged checkpoint ({one_line(err)}): copy it again") from None
     if not isinstance(data, dict):

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, one_line
+from training.conditioning import DataSpec
 from training.config.score_sde import ScoreNetwork
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.training import Preset
+from training.networks.score_sde import ScoreSDE
 
 State = Mapping[str, torch.Tensor]
 
@@ -41,20 +43,45 @@ def architecture_for(state: State, preset: str | None) -> Architecture:
     if preset is not None:
         if preset not in SCORE_PRESETS:
             raise UserError(f"{preset!r} is no preset of train_score_sde.py (see its --list-presets)")
-        return _sized(state, preset)
+        found = _sized(state, preset)
+        differing = first_difference(state, found)
+        if differing is not None:
+            raise UserError(f"its weights are not those of preset {preset}: the first differing key is {differing}")
+        return found
     fitting: dict[ScoreNetwork, str] = {}
     for name in SCORE_PRESETS:
         try:
             found = _sized(state, name)
+            fits = found.is_preset and first_difference(state, found) is None
         except UserError:
             continue
-        if found.is_preset:
+        if fits:
             fitting.setdefault(found.network, name)
     if len(fitting) == 1:
         return _sized(state, next(iter(fitting.values())))
     if not fitting:
         raise UserError("its weights are of no preset's size: name the preset that it is most like with --arch")
     raise UserError(f"its weights fit {', '.join(fitting.values())}: name the one with --arch")
+
+
+def first_difference(state: State, found: Architecture) -> str | None:
+    """The first key in which weights are not those of an architecture, and how; None = there is none.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    try:
+        data = DataSpec(channels=found.channels, resolution=found.resolution)
+        with torch.device("meta"):
+            wanted = ScoreSDE(data, **found.network.to_json()).net.state_dict()
+    except UserError as err:
+        raise _misfit(found.like, err) from None
+    for key, tensor in wanted.items():
+        if key not in state:
+            return f"{key}, which is missing"
+        if state[key].shape != tensor.shape:
+            return f"{key}, of shape {list(state[key].shape)} instead of {list(tensor.shape)}"
+    return next((f"{one_line(key)[:50]}, which is not part of it" for key in state if key not in wanted), None)
 
 
 def _sized(state: State, name: str) -> Architecture:
@@ -73,8 +100,15 @@ def _sized(state: State, name: str) -> Architecture:
     if "sigmas" in state and len(state["sigmas"]) > 1:
         high, low = (float(f"{state['sigmas'][i].item():.9g}") for i in (0, -1))
         sizes |= {"sigma_max": high, "sigma_min": low, "num_scales": len(state["sigmas"])}
-    network = dataclasses.replace(base, **sizes)
+    try:
+        network = dataclasses.replace(base, **sizes)
+    except UserError as err:
+        raise _misfit(name, err) from None
     return Architecture(network, channels, preset.resolution, name, network == base and channels == preset.channels)
+
+
+def _misfit(preset: str, err: UserError) -> UserError:
+    return UserError(f"its weights make no network like that of preset {preset}: {one_line(err)}")
 
 
 def _refine_sizes(state: State, base: ScoreNetwork) -> tuple[dict[str, Any], int]:
