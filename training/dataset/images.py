@@ -24,7 +24,7 @@ from training.dataset.labels import (
     labels_from_json,
     parse_labels_json,
 )
-from training.dataset.listing import Listing, counted, is_array, list_files, many, printable
+from training.dataset.listing import NAMES_FILE, Listing, counted, is_array, list_files, many, printable
 from training.dataset.order import evenly_spaced, subset
 from training.dataset.storage import open_storage
 
@@ -212,6 +212,21 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             UserError: it cannot be read.
         """
         return bytes(self._read(idx % len(self._files)))
+
+    def names_before(self) -> list[str]:
+        """What the images were called before `dataset_tool.py convert --keep-names`; else what they are called.
+
+        Raises:
+            UserError: names.json is damaged.
+        """
+        names = [self.name(idx) for idx in range(len(self._files))]
+        if NAMES_FILE not in self._storage.names:
+            return names
+        try:
+            before = json.loads(bytes(self._storage.read(self._storage.names.index(NAMES_FILE))))
+            return [str(before[name]) for name in names]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error, zlib.error) as err:
+            raise UserError(f"{self.path}: {NAMES_FILE}: cannot be used ({one_line(repr(err))[:100]})") from None
 
     def text_beside(self, idx: int) -> str:
         """The text file of the name of item `idx`.
