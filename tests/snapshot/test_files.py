@@ -156,7 +156,7 @@ def test_a_layout_is_an_entry(tmp_path, monkeypatch, snapshot_file):
     with pytest.raises(UserError, match="holds no network 'raw', only 'ema', 'net'"):
         open_snapshot(path, "raw", preset="digits")
     path.write_bytes(b"3")
-    with pytest.raises(UserError, match="net.pth: a .pth of no layout that is known here"):
+    with pytest.raises(UserError, match="net.pth: .*nothing in the file was run"):  # the last reader takes all others
         open_snapshot(path)
     with pytest.raises(UserError, match="snapshots are .safetensors or .pkl or .pth or .pt files"):
         open_snapshot("https://example.com/net.onnx")  # and nothing is fetched
