@@ -295,6 +295,103 @@ def decode(encoder: str | None, trust_encoder: bool, **opts: Any) -> None:
 
 
 @main.command()
+@click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True)
+@dest_option
+@click.option(
+    "--captions",
+    help="Annotations of MS-COCO (.json), a table of filename,caption (.csv, .tsv), or a line per image (.txt)  "
+    "[default: text files beside the images]",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+)
+@click.option("--template", help="Make captions of the classes: 'a photo of a {}'", metavar="TEXT")
+@click.option("--class-names", help="Names of the classes for --template  [default: the dataset's]", metavar="LIST")
+@click.option(
+    "--text-encoder",
+    help="Text model of CLIP: owner/repo on the Hugging Face hub, or a folder; 'words' = random vectors of words, for "
+    "small experiments",
+    metavar="NAME",
+    default="openai/clip-vit-large-patch14",
+    show_default=True,
+)
+@click.option("--tokens", help="Tokens per caption  [default: 77, or 8 of words]", type=click.IntRange(1, 4096))
+@device_option
+@resume_option
+@offline_option
+def captions(
+    source: str,
+    dest: Path,
+    captions: Path | None,
+    template: str | None,
+    class_names: str | None,
+    text_encoder: str,
+    tokens: int | None,
+    device: str,
+    resume: bool,
+) -> None:
+    """Add captions to a dataset of images or latents, and the contexts that a text encoder makes of them.
+
+    Training (train_uvit.py --captions=1) shows an image with one of its captions at a time.
+
+    \b
+    Examples:
+      python dataset_tool.py captions --source=coco256-sd.zip --captions=captions_train2014.json --dest=coco.zip
+      # 'a seven' and so on
+      python dataset_tool.py captions --source=datasets/digits.zip --dest=out/digits-text.zip --text-encoder=words \\
+          --template="a {}" --class-names=zero,one,two,three,four,five,six,seven,eight,nine
+    """
+    from torch_utils.device import select_device, set_up_device
+    from training.conversion.captions import add_captions, captions_of_classes, read_captions
+    from training.dataset.images import ImageFolderDataset
+    from training.encoders import TextEncoder, WordEncoder
+
+    if template is not None and captions is not None:
+        raise UserError("--captions and --template exclude each other: give one of them")
+    dataset = ImageFolderDataset(source)
+    names = None if class_names is None else [name.strip() for name in class_names.split(",")]
+    texts = read_captions(dataset, captions) if template is None else captions_of_classes(dataset, template, names)
+    if text_encoder == "words":
+        encoder = WordEncoder() if tokens is None else WordEncoder(tokens)
+    else:
+        target = select_device(device)
+        set_up_device(target)
+        encoder = (TextEncoder(text_encoder) if tokens is None else TextEncoder(text_encoder, tokens)).to(target)
+    count = add_captions(dataset, dest, texts, encoder, resume)
+    print(f"{dest}: {len(dataset)} images, {count} captions as {encoder.tokens} tokens of width {encoder.width}")
+
+
+@main.command()
+@click.option(
+    "--source",
+    help="Folder of 0.npy, 1.npy, ...",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    required=True,
+)
+@dest_option
+@click.option(
+    "--scale",
+    help="Factor of the latents  [default: 0.18215, or 0.2301 where there are captions; x>0]",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="FLOAT",
+)
+@resume_option
+def features(source: Path, dest: Path, scale: float | None, resume: bool) -> None:
+    """Convert features that the published U-ViT code has extracted: ImageNet's, or MS-COCO's with captions.
+
+    Nothing in the files is executed.
+
+    \b
+    Example:
+      python dataset_tool.py features --source=assets/datasets/coco256_features/train --dest=coco256.zip
+    """
+    from training.conversion.features import import_features
+
+    images, contexts = import_features(source, dest, scale, resume)
+    print(f"{dest}: {images} latents" + (f", {contexts} contexts of captions" if contexts else ""))
+
+
+@main.command()
 @click.argument("data", metavar="DATA")
 @click.option(
     "--grid", help="Save a contact sheet with labels", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path)

@@ -5,12 +5,15 @@ from typing import Any
 
 import click
 
-from dnnlib.cli import CommandGroup, offline_option, parse_int_list, parsed_by, with_options
+from dnnlib.cli import CommandGroup, device_option, offline_option, parse_int_list, parsed_by, with_options
 from dnnlib.errors import UserError
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 
 FLOW_SOLVER = "rk45"  # what carries images to noise, and back
+NET_OPTION = click.option(
+    "--net", help="Network snapshot: a file, a Hugging Face folder, or a URL", metavar="FILE", required=True
+)
 INDICES_OPTION = click.option(
     "--indices",
     help="Which images of --data",
@@ -32,6 +35,16 @@ FILL_OPTIONS = [
 ]
 BATCH_OPTION = click.option(
     "--batch", help="Images at a time", metavar="INT", type=click.IntRange(min=1), default=32, show_default=True
+)
+
+
+TEMPERATURE_OPTION = click.option(
+    "--temperature",
+    help="Scale of what is drawn from the prior",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
 )
 
 
@@ -72,6 +85,27 @@ def open_editor(opts: dict[str, Any], batch: int, flow: bool = False) -> Any:
     config = GenerationConfig.take({**opts, "sampler": FLOW_SOLVER} if flow else opts)
     fetch(config.networks)
     return Editor(load(config), batch)
+
+
+def works_with_denoiser(opts: dict[str, Any]) -> bool:
+    """Whether the network is a denoiser, rather than an NVAE."""
+    from training.families import ARCHITECTURES
+    from training.snapshot import open_snapshot
+
+    if opts["net"] is None:
+        return True  # a preset
+    name = open_snapshot(opts["net"], preset=opts["arch"]).description.architecture.name
+    return name not in ARCHITECTURES or ARCHITECTURES[name].is_denoiser
+
+
+def open_vae(opts: dict[str, Any]) -> Any:
+    """The NVAE that the options name."""
+    from training.editing_vae import Editor
+
+    given = [name for name, value in opts.items() if value is not None and name not in ("net", "arch", "device")]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} has no effect on NVAE: leave it out")
+    return Editor(opts["net"], opts["device"] or "auto", opts["arch"])
 
 
 def save_results(
@@ -258,9 +292,10 @@ def interpolate(
     batch: int,
     **opts: Any,
 ) -> None:
-    """Blend from each image to the next one, on great circles of the noise that the probability flow makes them of.
+    """Blend from each image to the next one, on great circles of what the network makes them of.
 
-    A picture has the class of the nearer end.
+    Of a denoiser, that is noise at the other end of the probability flow; a picture has the class of the nearer end. Of
+    an NVAE, it is the latents of each group.
 
     \b
     Examples:
@@ -278,17 +313,136 @@ def interpolate(
         raise UserError("to blend, two images are needed: see --indices and --seeds")
     if sheet is not None:
         check_picture("--sheet", sheet, {"--data": data})
-    editor = open_editor(opts, batch, flow=True)
     if seeds is not None:
         check_seed(max(seeds))
-        noise, cond = editor.ends_of_seeds(seeds)
+    if works_with_denoiser(opts):
+        editor = open_editor(opts, batch, flow=True)
+        if seeds is not None:
+            noise, cond = editor.ends_of_seeds(seeds)
+        else:
+            images = editor.images_of(data, indices)
+            noise, cond = editor.encode(images), images.cond
+        pictures = editor.interpolate(noise, cond, frames)
     else:
-        images = editor.images_of(data, indices)
-        noise, cond = editor.encode(images), images.cond
-    pictures = editor.interpolate(noise, cond, frames)
+        editor = open_vae(opts)
+        latents = editor.draw(seeds) if seeds is not None else editor.encode(editor.images_of(data, indices))
+        pictures = editor.interpolate(latents, frames)
     rows = {f"{a:06d}-{b:06d}": row for a, b, row in zip(chosen[:-1], chosen[1:], pictures, strict=True)}
     captions = [f"{k / (frames - 1):.2f}" for k in range(frames)]
     save_results(outdir, sheet, editor, rows, [row[:0] for row in pictures], captions)
+
+
+@main.command()
+@NET_OPTION
+@with_options([data_option(), INDICES_OPTION, sheet_option()])
+@click.option(
+    "--keep",
+    help="A row for each of these: so many groups from the top come from the image, the others from the prior  "
+    "[default: all]",
+    metavar="LIST",
+    callback=parsed_by(parse_int_list),
+)
+@TEMPERATURE_OPTION
+@click.option(
+    "--outdir",
+    help="Also save each reconstruction",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+)
+@with_options([device_option, offline_option])
+def reconstruct(
+    net: str,
+    data: str,
+    indices: list[int],
+    sheet: Path,
+    keep: list[int] | None,
+    temperature: float,
+    outdir: Path | None,
+    device: str,
+) -> None:
+    """Images as an NVAE's posterior means show them, and what remains when only the top groups are kept.
+
+    \b
+    Example:
+      python edit_images.py reconstruct --net=out/digits-nvae/network-snapshot-0000051.safetensors \\
+          --data=datasets/digits.zip --keep=3,2,1 --sheet=out/digits-nvae/reconstructions.png
+    """
+    from torch_utils.pictures import check_picture, save_image
+    from training import editing_vae
+
+    check_picture("--sheet", sheet, {"--net": net, "--data": data})
+    editor = editing_vae.Editor(net, device)
+    images, picture = editing_vae.reconstruct(editor, editor.images_of(data, indices), keep, temperature)
+    editing_vae.save_sheet(sheet, picture)
+    if outdir is not None:
+        outdir.mkdir(parents=True, exist_ok=True)
+        for index, image in zip(indices, images, strict=True):
+            save_image(outdir / f"{index:06d}.png", image)
+    print(f"Contact sheet: {sheet}")
+
+
+@main.command()
+@NET_OPTION
+@with_options([data_option(required=False), INDICES_OPTION])
+@click.option(
+    "--seeds",
+    help="Images of these seeds, in the place of --data and --indices",
+    metavar="LIST",
+    callback=parsed_by(parse_int_list),
+)
+@click.option(
+    "--outdir",
+    help="Where to save a contact sheet for each group, named after it and its scale",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+)
+@click.option(
+    "--groups",
+    help="Which groups, the top one is 0  [default: all]",
+    metavar="LIST",
+    callback=parsed_by(parse_int_list),
+)
+@click.option(
+    "--columns", help="Pictures in a row", metavar="INT", type=click.IntRange(min=2), default=8, show_default=True
+)
+@TEMPERATURE_OPTION
+@with_options([device_option, offline_option])
+def traverse(
+    net: str,
+    data: str | None,
+    indices: list[int],
+    seeds: list[int] | None,
+    outdir: Path,
+    groups: list[int] | None,
+    columns: int,
+    temperature: float,
+    device: str,
+) -> None:
+    """What each group of an NVAE's latents does: it is drawn again while the others stay.
+
+    \b
+    Example:
+      python edit_images.py traverse --net=out/digits-nvae/network-snapshot-0000051.safetensors \\
+          --seeds=0-5 --outdir=out/digits-nvae/traversal
+    """
+    from training import editing_vae
+
+    if (data is None) == (seeds is None):
+        raise UserError("which images? Give --data, or --seeds of images to generate")
+    editor = editing_vae.Editor(net, device)
+    count = editor.net.num_groups
+    groups = list(range(count)) if groups is None else groups
+    if max(groups) >= count:
+        raise UserError(f"--groups: {max(groups)} is too large, the network has groups 0 to {count - 1}")
+    if seeds is not None:
+        latents = editor.draw(seeds, temperature)
+    else:
+        latents = editor.encode(editor.images_of(str(data), indices))
+    for group in groups:
+        path = outdir / f"{editor.name_of_group(group).replace(' ', '-')}.png"
+        editing_vae.save_sheet(path, editing_vae.traverse(editor, latents, group, columns, temperature))
+        print(f"Contact sheet: {path}")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,11 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None, a
     from training.snapshot import open_snapshot
     from training.snapshot.hub import export_folder
 
-    export_folder(open_snapshot(source, preset=arch), dest, license_id, PRECISIONS.get(dtype or ""))
+    file = open_snapshot(source, preset=arch)
+    export_folder(file, dest, license_id, PRECISIONS.get(dtype or ""))
+    vae = file.description.build_encoder(source).vae_name
+    if Path(vae).is_absolute():
+        print(f"Note: images are decoded with the VAE {vae}, which others need, too: say on the model card where it is")
     print(dest)
 
 

@@ -122,8 +122,11 @@ def given_options(ctx: click.Context, leave_out: Iterable[str] = ()) -> list[str
         if ctx.get_parameter_source(name) != click.core.ParameterSource.COMMANDLINE or name in leave_out:
             continue
         value = ctx.meta.get(f"{__name__}.text.{name}", ctx.params.get(name))
-        is_flag = isinstance(param, click.Option) and param.is_flag
-        options.append(param.opts[0] if is_flag else f"{param.opts[0]}={shlex.quote(str(value))}")
+        if isinstance(param, click.Option) and param.is_flag:
+            options.append(param.opts[0])
+            continue
+        values = value if isinstance(value, tuple) and isinstance(param, click.Option) and param.multiple else [value]
+        options += [f"{param.opts[0]}={shlex.quote(str(value))}" for value in values]
     return options
 
 

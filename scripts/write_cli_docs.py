@@ -14,6 +14,7 @@ COMMANDS = {
     "train_uvit": "train_uvit.py",
     "train_nvae": "train_nvae.py",
     "generate_images": "generate_images.py",
+    "edit_images": "edit_images.py",
     "calculate_likelihood": "calculate_likelihood.py",
     "calculate_metrics": "calculate_metrics.py",
     "reconstruct_phema": "reconstruct_phema.py",

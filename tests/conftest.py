@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -165,8 +166,11 @@ def options_of(command, args: list[str]) -> set[str]:
     return {names[arg.split("=")[0]] for arg in args if arg.startswith("-")}
 
 
-def assert_all_options(command, args: list[str]) -> None:
-    assert options_of(command, args) == {p.name for p in command.params if p.name != "help"}
+def assert_all_options(command, args: list[str], but_those_of: click.Command | None = None) -> None:
+    """Assert that a command line sets all options of a command, but for those that another one's tests set."""
+    others = set() if but_those_of is None else {p.name for p in but_those_of.params}
+    wanted = {p.name for p in command.params} - {"help"} - others
+    assert options_of(command, args) - others == wanted
 
 
 @pytest.fixture(scope="session")

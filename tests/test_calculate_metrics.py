@@ -124,7 +124,7 @@ def test_gen(snapshot_file, digits_ref, tmp_path):
     # The same as with saved images.
     run_cli(generate, *options, "--seeds=5-24", f"--outdir={tmp_path / 'images'}")
     saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").rglob("*.png")}
-    assert saved == {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert saved == {path.name: path.read_bytes() for path in (tmp_path / "images").glob("*.png")}
     note = "fd_pixels of 20 images in 192 dimensions mostly reflects the small sample: use far more"
     assert record["note"] == note and result.output.count(f"Note: {note}") == 1 and "Warning" not in result.output
     calc = tool("calc", f"--images={tmp_path / 'images'}", *measuring, "--workers=0")

@@ -70,15 +70,8 @@ def test_all_generation_options(run, tmp_path):
     result = run_cli(generate, *args)
     assert result.exit_code == 0, result.output
     # The rest is tested below, or with networks that it is for.
-    others = [
-        "--temperature=1",
-        "--readjust-bn=1",
-        "--pixels=mean",
-        "--encoder=x",
-        "--trust-encoder=1",
-        "--arch=x",
-        "--classifier=x",
-    ]
+    others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--encoder=x", "--trust-encoder=1", "--arch=x"]
+    others += ["--prompt=x", "--prompts=x", "--text-encoder=x", "--classifier=x"]
     others += [option for options in OPTIONS_OF_SOLVERS.values() for option in options]
     assert_all_options(generate, [*args, *others, "--preset=x", "--print-config", "--list-presets"])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}

@@ -9,11 +9,13 @@ from conftest import (
 )
 from write_cli_docs import render
 
+from calculate_likelihood import main as calculate_likelihood
 from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_classifier import main as train_classifier
 from train_edm2 import main as train
+from train_nvae import main as train_nvae
 from train_score_sde import main as train_score_sde
 from train_uvit import main as train_uvit
 
@@ -25,6 +27,8 @@ COMMANDS = {
     "train_classifier": train_classifier,
     "train_score_sde": train_score_sde,
     "train_uvit": train_uvit,
+    "train_nvae": train_nvae,
+    "calculate_likelihood": calculate_likelihood,
     "generate_images": generate,
     "reconstruct_phema": reconstruct,
     "count_flops": count_flops,

@@ -73,7 +73,7 @@ def latents(vae, photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(latents, tmp_path_factory) -> Path:
     path, output = train_on(latents, tmp_path_factory.mktemp("trained"))
-    assert "shows latents" not in output  # the previews are pixels
+    assert "Encoder: AutoencoderKL " in output and "shows latents" not in output  # the previews are pixels
     return path
 
 
@@ -134,6 +134,31 @@ def test_training_and_sampling_take_the_vae_over(vae, latents, trained, tmp_path
     assert images_in(tmp_path / "out")["000000.png"].shape == (64, 64, 3)
     # Decoding asks for no VAE either.
     ok(dataset_tool, "decode", f"--source={latents}", f"--dest={tmp_path / 'decoded'}", "--max-images=1")
+
+
+def test_the_hub_gets_no_path_of_this_machine(vae, trained, tmp_path):
+    output = ok(snapshot_tool, "export", trained, tmp_path / "hub", "--license=mit")
+    assert f"Note: images are decoded with the VAE {vae}, which others need, too" in output
+    assert f"8 x 8 x 4 latents of {vae.name} |" in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_a_folder_and_a_revision_of_the_hub(vae, photos, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(vae, tmp_path / "models--owner--repo" / "snapshots" / commit / "vae")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name = f"owner/repo@{commit}/vae"
+    args = ["encode", f"--source={photos}", f"--dest={tmp_path / 'l.zip'}", f"--encoder={name}", "--max-images=1"]
+    ok(dataset_tool, *args)
+    kwargs = record_of(tmp_path / "l.zip")["kwargs"]
+    assert (kwargs["vae_name"], kwargs["vae_sha256"]) == (name, file_sha256(vae / WEIGHTS))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"raw_mean": [], "raw_std": []}, {"raw_mean": [0.0], "raw_std": [1.0]}])
+def test_snapshots_without_statistics_are_refused(kwargs, tmp_path):
+    net = tiny_network(img_channels=4, label_dim=0)
+    save_network(tmp_path / "x.safetensors", net, AutoencoderDCEncoder("owner/repo", **kwargs), {})
+    args = [f"--net={tmp_path / 'x.safetensors'}", f"--outdir={tmp_path / 'out'}"]
+    fails_with(run_cli(generate, *args), "the encoder has statistics of another number of channels than 4")
 
 
 def test_class_labels_or_not_the_record_is_read(latents):
@@ -323,7 +348,9 @@ def test_options_that_do_not_fit(vae, vae16, photos, unrecorded, trained, tmp_pa
         run_cli(train, f"--data={unrecorded}", *base, "--encoder=nowhere"), "the VAE nowhere could not be loaded"
     )
     args = ["decode", f"--source={unrecorded}", f"--dest={tmp_path / 'd'}", f"--encoder={vae16}"]
-    fails_with(run_cli(dataset_tool, *args), "holds 8 channels, and the VAE", "has 16")
+    fails_with(run_cli(dataset_tool, *args), f"the VAE {vae16} has latents of 16 channels, not 8", "--encoder")
+    args = [f"--net={trained}", f"--outdir={tmp_path / 'out'}", f"--encoder={vae16}"]
+    fails_with(run_cli(generate, *args), f"the VAE {vae16} has latents of 16 channels, not 4", "--encoder")
     save_network(tmp_path / "rgb.safetensors", tiny_network(), StandardRGBEncoder(), {})
     args = [f"--net={tmp_path / 'rgb.safetensors'}", f"--outdir={tmp_path / 'out'}", f"--encoder={vae}"]
     fails_with(run_cli(generate, *args), "--encoder is for networks that make latents of a VAE")

@@ -4,9 +4,13 @@ import pytest
 import torch
 from conftest import DIGITS, assert_all_options, fails_with, make_dataset, npy, random_images, run_cli
 
+from train_edm2 import main as train_edm2
 from train_uvit import main as train
 from training.config.uvit import UViTTraining
 from training.config.uvit_presets import UVIT_PRESETS
+from training.conversion.captions import add_captions
+from training.dataset.images import ImageFolderDataset
+from training.encoders import WordEncoder
 from training.families import preset_network, trained_by
 from training.flops import count_parameters
 from training.networks.uvit_denoiser import uvit_schedule
@@ -61,6 +65,10 @@ def test_presets_dry_run(preset, tmp_path):
     else:
         latents = torch.randn(wanted.channels, wanted.resolution, wanted.resolution).numpy()
         data = make_dataset(tmp_path / "data.zip", {"0.npy": npy(latents)}, {"0.npy": 0})
+    if wanted.context[0]:
+        plain, data = data, tmp_path / "captions.zip"
+        texts = ["x"] * len(ImageFolderDataset(plain))
+        add_captions(ImageFolderDataset(plain), data, [(text,) for text in texts], WordEncoder(*wanted.context))
     result = run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={data}", f"--preset={preset}", "-n")
     assert result.exit_code == 0, result.output
     assert "Dry run; exiting." in result.output
@@ -70,13 +78,7 @@ def test_all_options(tmp_path):
     args = [f"--outdir={tmp_path}", f"--data={DIGITS}", "--preset=digits-uvit", *SMALL, *RUN, *NETWORK, *TRAINING]
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # The rest is of all families, and tested with EDM2.
-    common = [
-        "--cond=1", "--xflip=0", "--cache=0", "--verify=0", "--encoder=x", "--trust-encoder=1", "--workers=0", "--fp16=0", "--ls=1", "--bench=0", "--compile=0", "--checkpoint-activations=0",
-        "--preview-images=1", "--preview-steps=1", "--metrics=none", "--metrics-ref=x", "--metrics-num=2", "--on-divergence=warn",
-    ]  # fmt: skip
-    common += ["--encoder=x", "--trust-encoder=1"]
-    assert_all_options(train, [*args, *common, "--resume", "-n", "--list-presets"])
+    assert_all_options(train, [*args, "--captions=0"], but_those_of=train_edm2)
     flat = UViTTraining.load(tmp_path / "training_options.json").flat()
     assert (flat["predict"], flat["noise_schedule"], flat["embed_dim"]) == ("data", "cosine", 16)
     assert (flat["decay_to"], flat["grad_clip"], flat["ema_rate"], flat["P_std"]) == (128, 0.5, 0.9, 1.2)

@@ -22,13 +22,19 @@ from torch_utils.device import check_compiler, resolve_precision, select_device,
 from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
-from training.encoders import AutoencoderEncoder, Encoder, StandardRGBEncoder, same_latents
+from training.encoders import (
+    AutoencoderEncoder,
+    ContextEncoder,
+    Encoder,
+    StandardRGBEncoder,
+)
 from training.families import accelerated, architecture_of
-from training.generators import DiffusionGenerator, Generator
-from training.networks.classifier import NoisyClassifier
+from training.generators import DiffusionGenerator, Generator, PromptChoice
+from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
+from training.prompts import given_prompts, text_encoder_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
-from training.snapshot import Snapshot, load_network, open_snapshot
+from training.snapshot import Snapshot, open_snapshot
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
@@ -41,31 +47,6 @@ def image_resolution(spec: DataSpec, encoder: Encoder, device: torch.device | st
     """Height and width of the images that `encoder` makes of a network's latents."""
     with torch.inference_mode():
         return encoder.decode(torch.zeros([1, *spec.shape], device=device)).shape[-1]
-
-
-def _check_same_data(flag: str, spec: DataSpec, guide: DataSpec) -> None:
-    """Check that what guides a network sees images like its own.
-
-    Raises:
-        UserError: it does not.
-    """
-    parts = [("resolution", "resolution"), ("channels", "number of channels"), ("pixel_range", "range of pixels")]
-    for name, what in parts:
-        ours, theirs = getattr(spec, name), getattr(guide, name)
-        if ours != theirs:
-            raise UserError(f"{flag} has {what} {theirs}, but --net has {ours}: they must agree")
-
-
-def check_guide(spec: DataSpec, guide: DataSpec) -> None:
-    """Check that a network can be guided by another.
-
-    Raises:
-        UserError: their data differ.
-    """
-    _check_same_data("--gnet", spec, guide)
-    ours, theirs = spec.conditioning.size, guide.conditioning.size
-    if theirs not in (0, ours):
-        raise UserError(f"--gnet has {theirs} classes, but --net has {ours}: they must agree, or the guide have none")
 
 
 class ImageBatches:
@@ -82,6 +63,7 @@ class ImageBatches:
         outdir, subdirs: where images are saved (see `image_path`); None = nowhere.
         facts: what makes the images, for the text of PNG files; None = they have none.
         class_names: names of the classes, for the same.
+        prompts: texts that images follow in turn, for the same.
         max_batch_size: images per batch and process.
         verbose: show a progress bar on terminals.
     """
@@ -99,6 +81,7 @@ class ImageBatches:
         verbose: bool = True,
         facts: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
+        prompts: Sequence[str] = (),
     ):
         # As few batches as possible, of nearly equal size, and a whole number of them per process.
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -109,7 +92,7 @@ class ImageBatches:
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.make_generator, self.encoder, self.seeds, self.device = make_generator, encoder, seeds, device
         self.outdir, self.subdirs, self.encoder_batch_size, self.verbose = outdir, subdirs, encoder_batch_size, verbose
-        self.facts, self.class_names = facts, class_names
+        self.facts, self.class_names, self.prompts = facts, class_names, prompts
 
     def __len__(self) -> int:
         return len(self.own)
@@ -149,6 +132,8 @@ class ImageBatches:
         if self.facts is None:
             return {}
         of_image: dict[str, Any] = {"seed": int(seed)}
+        if self.prompts:
+            of_image["prompt"] = self.prompts[seed % len(self.prompts)]
         if class_idx is not None:
             of_image["class"] = class_idx
             if self.class_names is not None and class_idx < len(self.class_names):
@@ -251,22 +236,6 @@ def fetch(networks: NetworksConfig) -> None:
                     open_snapshot(network, preset=networks.arch)
 
 
-def load_image_network(
-    path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
-) -> Snapshot:
-    """As `load_network`, for a network that makes images.
-
-    Raises:
-        UserError: also if it makes none.
-    """
-    snapshot = load_network(path_or_url, device, preset=arch)
-    if snapshot.note:
-        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
-    if not architecture_of(snapshot.net).makes_images:
-        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
-    return snapshot
-
-
 @dataclass(frozen=True)
 class LoadedGenerator:
     """Networks that are ready to generate; `guide` is a denoiser or a classifier."""
@@ -275,6 +244,8 @@ class LoadedGenerator:
     snapshot: Snapshot
     guide: Snapshot | None
     device: torch.device
+    prompts: Sequence[str] = ()
+    text_encoder: ContextEncoder | None = None
 
     @property
     def suffix(self) -> str:
@@ -293,17 +264,21 @@ class LoadedGenerator:
         if guide is not None and batch_size is not None:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
-        return architecture_of(net).generator(net, sampling, batch_size, guide)
+        generator = architecture_of(net).generator(net, sampling, batch_size, guide)
+        if self.text_encoder is not None:
+            assert isinstance(generator, DiffusionGenerator)
+            generator.prompts = PromptChoice(self.prompts, self.text_encoder.encode)
+        return generator
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
-        encoder, names = self.snapshot.encoder, self.class_names
-        return ImageBatches(self.generator, encoder, seeds, self.device, class_names=names, **kwargs)
+        encoder, texts = self.snapshot.encoder, dict(class_names=self.class_names, prompts=self.prompts)
+        return ImageBatches(self.generator, encoder, seeds, self.device, **texts, **kwargs)
 
     @property
     def class_names(self) -> list[str] | None:
         """What the classes are called; None = the network, or the classifier, does not say."""
-        return _that_knows_classes(self.snapshot, self.guide).metadata.get("class_names")
+        return that_knows_classes(self.snapshot, self.guide).metadata.get("class_names")
 
     def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What makes the images of these seeds, as plain JSON values."""
@@ -333,73 +308,6 @@ def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
         given = "--encoder" if networks.encoder is not None else "--trust-encoder"
         raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
     return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
-
-
-def _that_knows_classes(snapshot: Snapshot, guide: Snapshot | None) -> Snapshot:
-    """The network, or the classifier that guides it."""
-    return guide if guide is not None and isinstance(guide.net, NoisyClassifier) else snapshot
-
-
-def _load_guide(
-    networks: NetworksConfig, sampling: SamplingConfig, snapshot: Snapshot, device: torch.device
-) -> Snapshot | None:
-    """What guides a network: another, or a classifier of noisy images; None = nothing, or the network itself.
-
-    Raises:
-        UserError: it cannot be loaded, or the two do not go together.
-    """
-    if networks.classifier is not None:
-        return _load_classifier(networks.classifier, snapshot, device)
-    weight, given = sampling.guidance.guidance, networks.gnet
-    if weight == 1:
-        if given is not None or sampling.guidance.guidance_interval is not None:
-            useless = "--gnet" if given is not None else "--guidance-interval"
-            distributed.print0(f"Note: {useless} has no effect without --guidance")
-        return None
-    if given is None:
-        if not snapshot.net.spec.conditioning.optional:
-            raise UserError(
-                f"--guidance={weight:g} needs a guiding network: give --gnet (that of --net knows no images without a "
-                f"condition)"
-            )
-        return None
-    guide = load_image_network(given, device, networks.arch)
-    check_guide(snapshot.net.spec, guide.net.spec)
-    guide.net.precision = resolve_precision(sampling.precision, device)
-    _check_same_latents("--gnet", snapshot, guide)
-    return guide
-
-
-def _load_classifier(path_or_url: str, snapshot: Snapshot, device: torch.device) -> Snapshot:
-    """A classifier that can guide a network. It computes in float32: gradients are small.
-
-    Raises:
-        UserError: it is none, or the two do not go together.
-    """
-    architecture = architecture_of(snapshot.net)
-    if not architecture.is_denoiser:
-        raise UserError(f"--classifier has no meaning for {architecture.family} networks: leave it out")
-    if snapshot.net.spec.conditioning.kind != "none":
-        raise UserError("--classifier is for networks that know no conditions, and --net has its own: leave it out")
-    classifier = load_network(path_or_url, device)
-    if not isinstance(classifier.net, NoisyClassifier):
-        raise UserError(
-            f"--classifier={path_or_url}: holds a {type(classifier.net).__name__}, which is no classifier of noisy "
-            f"images (train_classifier.py makes them)"
-        )
-    _check_same_data("--classifier", snapshot.net.spec, classifier.net.spec)
-    _check_same_latents("--classifier", snapshot, classifier)
-    return classifier
-
-
-def _check_same_latents(flag: str, snapshot: Snapshot, guide: Snapshot) -> None:
-    """Check that two networks share an encoder.
-
-    Raises:
-        UserError: they do not.
-    """
-    if not same_latents(snapshot.encoder, guide.encoder):
-        raise UserError(f"{flag} works on other latents than --net: they must share an encoder")
 
 
 def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingConfig:
@@ -435,10 +343,13 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot = load_image_network(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
-    guide = _load_guide(networks, sampling, snapshot, device)
-    chosen = _numbered_classes(sampling, _that_knows_classes(snapshot, guide))
+    guide = load_guide(networks, sampling, snapshot, device)
+    chosen = _numbered_classes(sampling, that_knows_classes(snapshot, guide))
     config = dataclasses.replace(config, sampling=chosen)
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
-    return LoadedGenerator(config, snapshot, guide, device)
+    if isinstance(snapshot.encoder, AutoencoderEncoder):
+        snapshot.encoder.check_channels(snapshot.net.spec.channels)
+    text_encoder = text_encoder_for(config, snapshot, device)
+    return LoadedGenerator(config, snapshot, guide, device, given_prompts(sampling), text_encoder)

@@ -3,7 +3,10 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +24,8 @@ from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
 from training.samplers.ode import AfterUpdate
 from training.samplers.sampler import Sampler, unchanged
+
+SHOWN_PROMPTS = 100  # that `describe` lists; of more, it says a hash
 
 
 class Generator(Protocol):
@@ -48,6 +53,33 @@ class Generator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class PromptChoice:
+    """The rule by which images get texts: the one of number (seed modulo how many there are).
+
+    Args:
+        prompts: the texts.
+        encode: texts -> contexts.
+    """
+
+    prompts: Sequence[str]
+    encode: Callable[[Sequence[str]], torch.Tensor]
+
+    def of_seeds(self, seeds: Sequence[int], device: torch.device | str) -> torch.Tensor:
+        """The context of each seed, [n, tokens, width]."""
+        texts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
+        different = list(dict.fromkeys(texts))
+        return self.encode(different).to(device)[[different.index(text) for text in texts]]
+
+    def describe(self) -> dict[str, Any]:
+        """The rule, as plain JSON values."""
+        rule = {"labels": f"prompt seed modulo {len(self.prompts)}"}
+        if len(self.prompts) <= SHOWN_PROMPTS:
+            return {**rule, "prompts": list(self.prompts)}
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        return {**rule, "prompts_sha256": digest}
+
+
 class DiffusionGenerator:
     """Images by a function that follows a denoiser from noise.
 
@@ -56,7 +88,11 @@ class DiffusionGenerator:
         sample: (noise, cond, rnd) -> latents. Where known parts can be put back: (noise, cond, rnd, control).
         classes: the rule by which images get classes.
         facts: what `sample` is, as plain JSON values.
+
+    `prompts` is the rule by which images get texts; None = all follow the empty text, where they follow texts.
     """
+
+    prompts: PromptChoice | None = None
 
     def __init__(
         self,
@@ -72,6 +108,8 @@ class DiffusionGenerator:
         return rnd.randn([len(rnd), *self.spec.shape])
 
     def condition(self, rnd: StackedRandomGenerator) -> torch.Tensor | None:
+        if self.prompts is not None:
+            return self.prompts.of_seeds(rnd.seeds, rnd.generators[0].device)
         return self.spec.conditioning.draw(rnd, len(rnd), self.classes.of_seeds(rnd.seeds))
 
     def __call__(
@@ -86,6 +124,7 @@ class DiffusionGenerator:
 
     def describe(self) -> dict[str, Any]:
         labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
+        labels = labels if self.prompts is None else self.prompts.describe()
         return {**labels, **self.facts}
 
 
@@ -163,8 +202,7 @@ class VAEGenerator:
             images = decoder.sample(logits, decoder.draws(logits, rnd.randn_like))
         else:
             images = decoder.mean(logits)
-        c = net.loss_crop
-        return 2 * images[:, :, c : images.shape[2] - c, c : images.shape[3] - c] - 1
+        return 2 * net.crop(images) - 1
 
     def describe(self) -> dict[str, Any]:
         return {"labels": "none", "sampler": self.vae.describe(), "precision": self.net.precision}

@@ -136,10 +136,12 @@ def make_config(
     data = config.data
     if not data.data:
         raise UserError("Missing option '--data'.")
-    dataset = ImageFolderDataset(data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify)
+    dataset = ImageFolderDataset(
+        data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify, use_captions=data.captions
+    )
     if data.cache:
         check_memory(dataset, config.data.workers or 0)
-    if data.cond and not dataset.has_labels:
+    if data.cond and not data.captions and not dataset.has_labels:
         raise UserError(f"--cond=1 needs labels, and {data.data} has none: use --cond=0, or add dataset.json")
     config = dataclasses.replace(config, dataset=dataset.info())
     dataset.verify()

@@ -36,7 +36,10 @@ SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in m
 def build_network(config: TrainConfig, dataset: ImageFolderDataset, encoder: Encoder) -> Any:
     """A freshly initialised network: the same for the same seed, on every device and process."""
     torch.manual_seed(config.run.seed)
-    return trained_by(config).build(config.network, data_spec(dataset, encoder))
+    net = trained_by(config).build(config.network, data_spec(dataset, encoder))
+    if dataset.captions is not None:
+        net.empty_context.copy_(torch.from_numpy(dataset.captions.empty))
+    return net
 
 
 def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
@@ -153,6 +156,8 @@ class TrainingRun:
         dataset, share = self.dataset, self.share
         for line in dataset.summary():
             journal.log(line)
+        if self.encoder.vae_name:
+            journal.log(f"Encoder: {self.encoder.describe()}")
         assert config.dataset is not None
         journal.log(
             f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
@@ -231,7 +236,13 @@ class TrainingRun:
         """Images and labels of each round from here on."""
         config, share = self.config, self.share
         sampler = RunSampler(
-            len(self.dataset), config.run.seed, self.nimg, config.run.batch, share.part, share.batch_gpu
+            len(self.dataset),
+            config.run.seed,
+            self.nimg,
+            config.run.batch,
+            share.part,
+            share.batch_gpu,
+            visits=self.dataset.captions is not None,
         )
         workers = config.data.workers or 0
         loader = torch.utils.data.DataLoader(
@@ -339,6 +350,7 @@ class TrainingRun:
                 "config": config.to_json(),
                 "dataset": config.dataset.to_json(),
                 "class_names": self.dataset.class_names,
+                "text_encoder": None if self.dataset.captions is None else self.dataset.captions.encoder,
             }
             path = self.outdir / snapshot_name(self.nimg, suffix)
             dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32

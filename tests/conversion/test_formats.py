@@ -89,6 +89,20 @@ def test_tar_of_class_folders(tmp_path):
     assert labels_of(convert(tmp_path, path, dest="b.zip")) == [7, 7, 7, 7]
 
 
+def test_folders_of_tar_files_without_samples(tmp_path):
+    """One is taken as it is by itself; of several, where classes might be is said."""
+    files = {f"{c}/{i}.png": encoded(image(8, 8, seed=i)) for c in ("dog", "cat") for i in range(2)}
+    for name in ("one", "many"):
+        (tmp_path / name).mkdir()
+    make_tar(tmp_path / "one" / "photos.tar", files)
+    assert labels_of(convert(tmp_path, tmp_path / "one")) == [1, 1, 0, 0]
+    for name in ("dog", "cat"):
+        make_tar(tmp_path / "many" / f"{name}.tar", {f"{i}.png": encoded(image(8, 8, seed=i)) for i in range(2)})
+    result = convert(tmp_path, tmp_path / "many", dest="many.zip", ok=False)
+    assert "labels: none" in result.output and "no classes" in result.output
+    assert "if each tar file is a class, unpack each into a folder of its name" in result.output
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_files_of_equal_names(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:

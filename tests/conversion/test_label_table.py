@@ -6,6 +6,8 @@ import pytest
 from conftest import fails_with, make_dataset, png
 from sources import convert, image, labels_of
 
+from training.dataset.images import ImageFolderDataset
+
 
 def photos(path: Path, *names: str) -> Path:
     return make_dataset(path, {name: png(image(8, 8, seed=i)) for i, name in enumerate(names)})
@@ -92,3 +94,38 @@ def test_what_does_not_fit_is_told(tmp_path):
         left.unlink()
     result = labelled(tmp_path, "0.png,0\n1.png,1\n2.png,1\n", source, ok=False)
     assert result.exit_code == 0 and f"1 row of {tmp_path / 't.csv'} without an image, such as 2.png\n" in result.output
+
+
+HF = {"csv": "file_name,label\n0.png,dog\n1.png,cat\n", "jsonl": ""}
+HF["jsonl"] = "".join(f'{{"file_name": "{i}.png", "label": "{c}", "box": [1]}}\n' for i, c in enumerate(["dog", "cat"]))
+
+
+@pytest.mark.parametrize("kind", HF)
+def test_tables_beside_the_images(kind, tmp_path):
+    """As the Hugging Face hub keeps folders of images: what is not taken is said, with the remedy."""
+    files = {f"{i}.png": png(image(8, 8, seed=i)) for i in range(2)}
+    source = make_dataset(tmp_path / "src", {**files, f"metadata.{kind}": HF[kind].encode()})
+    note = f"metadata.{kind} may hold labels: they are taken by dataset_tool.py convert --labels"
+    assert note in ImageFolderDataset(source).notes
+    assert ImageFolderDataset(make_dataset(tmp_path / "l", {**files}, {name: 0 for name in files})).notes == []
+    result = convert(tmp_path, source, dest="none.zip", ok=False)
+    assert note in result.output and "no classes" in result.output
+    dataset = convert(tmp_path, source, options=[f"--labels={source / f'metadata.{kind}'}"])
+    assert labels_of(dataset) == [1, 0] and dataset.class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]\n", "'[1]' is no JSON object"),
+        ('{"file_name": "0.png", "label": 1', "is no JSON object"),
+        ('{"file_name": "0.png"}\n', "holds no labels"),
+        ("", "holds no labels"),
+        ('{"file_name": "0.png", "label": 1}\n{"label": 1}\n', "line 2 has other entries than file_name, label"),
+    ],
+)
+def test_json_lines_of_another_form(text, message, tmp_path):
+    (tmp_path / "t.jsonl").write_text(text)
+    source = photos(tmp_path / "src", "0.png")
+    result = convert(tmp_path, source, ok=False, options=[f"--labels={tmp_path / 't.jsonl'}"])
+    fails_with(result, f"t.jsonl: {message}" if message[0] != "i" else message)

@@ -5,9 +5,14 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import fails_with, make_dataset, png, run_cli
 
+from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
-from training.conversion.nvae_data import crop_celeba, fixed_split, open_lmdb, read_mat, read_omniglot
+from training.conversion.nvae_data import fixed_split, read_mat, read_omniglot
+from training.conversion.opening import open_source
+from training.conversion.transforms import crop_celeba
+from training.dataset.images import ImageFolderDataset
 
 
 def element(kind: int, content: bytes) -> bytes:
@@ -67,14 +72,33 @@ def test_lmdb_with_other_keys(tmp_path):
     with lmdb.open(str(tmp_path / "db")) as env, env.begin(write=True) as transaction:
         transaction.put(b"a", b"x")
         transaction.put(b"0", bytes(range(12)))
-    iterator = open_lmdb(tmp_path / "db").images()
+    iterator = open_source(tmp_path / "db").images()
     first = next(iterator)
     assert first.data.shape == (2, 2, 3)
     with pytest.raises(UserError, match="entry 1 of 2"):
         next(iterator)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError):
-        open_lmdb(tmp_path / "folder")
+
+
+def test_conversion(tmp_path):
+    """Omniglot, CelebA and LSUN through the command."""
+    (tmp_path / "chardata.mat").write_bytes(mat_file(True, data=np.ones([784, 3]), testdata=np.zeros([784, 2])))
+    for split, count in [("train", 3), ("test", 2), ("all", 5)]:
+        dest = tmp_path / f"{split}.zip"
+        args = [f"--source={tmp_path / 'chardata.mat'}", f"--dest={dest}", "--channels=1", f"--split={split}"]
+        result = run_cli(dataset_tool, "convert", *args, "--workers=1")
+        assert result.exit_code == 0, result.output
+        dataset = ImageFolderDataset(dest)
+        assert (len(dataset), dataset.resolution, dataset.num_channels) == (count, 28, 1)
+    fails_with(run_cli(dataset_tool, "convert", *args[:3], "--split=validation"), "parts train and test")
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, [218, 178, 3], dtype=np.uint8)
+    data = make_dataset(tmp_path / "faces.zip", {"a.png": png(image)})
+    for transform in ("celeba", "shorter-side"):
+        dest = tmp_path / f"{transform}.zip"
+        options = [f"--transform={transform}", "--resolution=64x64", "--workers=1"]
+        result = run_cli(dataset_tool, "convert", f"--source={data}", f"--dest={dest}", *options)
+        assert result.exit_code == 0, result.output
+        assert ImageFolderDataset(dest).image_shape == (3, 64, 64)
 
 
 def test_crop_of_other_images():

@@ -79,3 +79,18 @@ def test_classes_and_label_vectors_in_the_summary(tmp_path):
     assert dataset.summary()[1] == "labels: dataset.json, vectors of length 3"
     assert ImageFolderDataset(DIGITS).summary()[1].startswith("labels: dataset.json, 10 classes: 0 (178), 1 (182), ")
     assert ImageFolderDataset(DIGITS, use_labels=False).summary()[1] == "labels: not used"
+
+
+@pytest.mark.parametrize("bad", ["a\nb", "\x1b[31m", "\x7f"])
+def test_messages_are_one_line_whatever_names_hold(bad, tmp_path):
+    """Found with damaged archives: names that control the terminal."""
+    files = {f"{bad}.png": next(iter(random_images(1).values())), f"c.{bad}": b""}
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "plain.zip", files))
+    named = json.dumps({"labels": [[f"{bad}.png", 0], [bad, 1]], "classes": [bad, "b"]}).encode()
+    other = ImageFolderDataset(make_dataset(tmp_path / "named.zip", {**files, "dataset.json": named}))
+    assert all(line.isprintable() for line in [*dataset.summary(), *other.summary(), dataset.name(0)])
+    for i, labels in enumerate(([], [[bad, 0], [bad, 1], [f"{bad}.png", 1]])):
+        text = json.dumps({"labels": labels}).encode()
+        with pytest.raises(UserError) as err:
+            ImageFolderDataset(make_dataset(tmp_path / f"{i}.zip", {**files, "dataset.json": text}))
+        assert str(err.value).isprintable()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Golden
 from nvae_golden import (
+    EXPECTED,
     FORWARD,
     GRADIENT,
     check_output,
@@ -30,9 +31,7 @@ NETWORKS = files("network_*")
 PRESETS = [name for name in files("preset_*") if not name.endswith("structure")]
 
 
-@pytest.mark.parametrize(
-    "pattern", ["network_*", "preset_*", "layers", "losses", "optimiser", "evaluation", "data", "checkpoints*"]
-)
+@pytest.mark.parametrize("pattern", EXPECTED)
 def test_there_are_files(pattern):
     assert files(pattern)
 
@@ -94,6 +93,7 @@ def test_training_step(name, shared, close):
 # Published presets
 
 
+@pytest.mark.slow
 def test_structure_of_presets():
     """Names, shapes and counts of all presets at full size, without allocating them."""
     g = Golden("nvae/preset_structure")

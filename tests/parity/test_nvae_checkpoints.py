@@ -3,13 +3,14 @@
 import pytest
 import torch
 from conftest import GOLDEN, Golden
-from nvae_golden import FORWARD, files, published_objective, start_power_method, stored_noise
+from nvae_golden import FORWARD, files, published_objective, skip_without, start_power_method, stored_noise
 
 from training.losses_vae import image_values, reconstruction_loss
 from training.lr import warmup_cosine_by_epochs
 from training.networks.nvae_layers import effective_weights
 from training.snapshot.published_nvae import Checkpoint, load_checkpoint, save_checkpoint
 
+skip_without("checkpoints*")
 CHECKPOINTS = GOLDEN / "nvae" / "checkpoints"
 VALUES = Golden("nvae/checkpoints")
 FILES = sorted(path.name for path in CHECKPOINTS.glob("*.pt"))

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, Golden
+from nvae_golden import skip_without
 
-from training.conversion.nvae_data import crop_celeba, open_lmdb, read_omniglot, resize_and_crop, resize_shorter
+from training.conversion.nvae_data import read_omniglot
 from training.conversion.opening import open_source
-from training.conversion.transforms import decode_image, resize
+from training.conversion.transforms import crop_celeba, decode_image, resize, resize_and_crop, resize_shorter
 from training.losses_vae import binarize, image_values
 from training.networks.nvae_distributions import BernoulliDecoder, LogisticMixtureDecoder
 
-if not (GOLDEN / "nvae").is_dir():
-    pytest.skip("no golden values of NVAE here: OPENEDM2_GOLDEN names a set that has them", allow_module_level=True)
-
+skip_without("data")
 DATA, ARCHIVES = Golden("nvae/data"), GOLDEN / "nvae" / "data"
 JPEG = 2 / 255  # between builds of the decoder
 BITS = sorted(name for name in DATA.arrays.files if name.startswith("bits/"))
@@ -80,7 +79,7 @@ def test_omniglot():
 def test_lmdb(name):
     pytest.importorskip("lmdb")
     _, kind, split = name.split("/")
-    source = open_lmdb(ARCHIVES / f"lmdb_{kind}" / f"{split}.lmdb")
+    source = open_source(ARCHIVES / f"lmdb_{kind}" / f"{split}.lmdb")
     expected = DATA[f"{name}/items"]
     assert source.count == len(expected) == int(DATA[f"{name}/actual_len"])
     for item, value in zip(source.images(), expected, strict=True):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import Golden
-from nvae_golden import FORWARD, published_network, stored_noise
+from nvae_golden import FORWARD, published_network, skip_without, stored_noise
 
 from training.likelihood_vae import Bounds, importance_bounds
 from training.losses_vae import image_values
 from training.networks.nvae_readjust import readjust_batch_norms_
 
+skip_without("evaluation")
 EVALUATION = Golden("nvae/evaluation")
 IMAGES = 1e-4
 CASES = [name for name, value in EVALUATION.meta.items() if isinstance(value, dict) and "args" in value]

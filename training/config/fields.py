@@ -44,6 +44,7 @@ class Option:
     default_text: str | None
     may_change: bool
     infinite: bool
+    multiple: bool
 
 
 def option(
@@ -62,6 +63,7 @@ def option(
     default_text: str | None = None,
     may_change: bool = False,
     infinite: bool = False,
+    multiple: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -76,9 +78,23 @@ def option(
         metavar, default_text: what the help shows for the value and the default.
         may_change: whether a resumed run may have another value.
         infinite: whether infinity is a value.
+        multiple: a list of texts whose option may be given several times, once for each.
     """
     described = Option(
-        help, flag, low, high, above, below, items, tuple(choices), parse, metavar, default_text, may_change, infinite
+        help,
+        flag,
+        low,
+        high,
+        above,
+        below,
+        items,
+        tuple(choices),
+        parse,
+        metavar,
+        default_text,
+        may_change,
+        infinite,
+        multiple,
     )
     return dataclasses.field(default=default, metadata={"option": described})
 
@@ -322,7 +338,10 @@ def _click_option(field: Field, default: str | None) -> Callable:
     described = field.option
     kind = typing.get_origin(field.type) or field.type
     keywords: dict[str, Any] = {"type": kind, "metavar": described.metavar or METAVARS[kind]}
-    if described.choices and kind is str:
+    if described.multiple:
+        not_given_is_none = {"callback": lambda _ctx, _param, value: value or None}
+        keywords = {"type": str, "multiple": True, "metavar": described.metavar, **not_given_is_none}
+    elif described.choices and kind is str:
         keywords = {"type": click.Choice(described.choices)}
     elif described.parse is not None:
         keywords = {"callback": parsed_by(described.parse), "metavar": described.metavar or METAVARS[kind]}

@@ -130,6 +130,12 @@ class NetworksConfig(Config):
         metavar="NAME",
         default_text="the one that the snapshot names",
     )
+    text_encoder: str | None = option(
+        None,
+        "Text model of CLIP for prompts: owner/repo on the Hugging Face hub, or a folder",
+        metavar="NAME",
+        default_text="the one that the snapshot names",
+    )
     trust_encoder: bool = option(False, "Fetch whatever VAE the snapshot names on the hub")
 
 
@@ -149,6 +155,14 @@ class SamplingConfig(Config):
         choices=("random", "balanced"),
         default_text="random",
     )
+    prompt: tuple[str, ...] = option(
+        (),
+        "Text that images follow; may be repeated, and images take turns: seed modulo how many",
+        metavar="TEXT",
+        items=(0, 10_000),
+        multiple=True,
+    )
+    prompts: str | None = option(None, "File of prompts, one per line", metavar="FILE")
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     vae: VAESampling = VAESampling()

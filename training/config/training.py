@@ -67,6 +67,7 @@ class DataConfig(Config):
         "", "Training images: folder or ZIP file", metavar="ZIP|DIR", default_text=REQUIRED, may_change=True
     )
     cond: bool = option(True, "Train a class-conditional model")
+    captions: bool = option(False, flag=None)
     encoder: str = option(
         "",
         "VAE that made the latents: owner/repo on the Hugging Face hub, a folder or a file; raw = none is known",

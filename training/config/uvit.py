@@ -118,11 +118,21 @@ class UViTOptimizer(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UViTData(DataConfig):
+    """The images that a run learns from, with classes or captions."""
+
+    cond: bool = option(True, "Train a model that follows classes, or captions")
+    captions: bool = option(
+        False, "Learn captions (dataset_tool.py captions) in place of classes", default_text=FROM_PRESET
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class UViTTraining(TrainConfig):
     """A training run of a U-ViT."""
 
     family: ClassVar[str] = "uvit"
-    data: DataConfig = DataConfig()
+    data: UViTData = UViTData()
     network: UViTNetwork = UViTNetwork()
     objective: UViTObjective = UViTObjective()
     optimizer: UViTOptimizer = UViTOptimizer()
@@ -130,7 +140,10 @@ class UViTTraining(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.cond and self.objective.cond_dropout > 0 and not self.network.null_class:
+        if self.data.captions and not self.data.cond:
+            raise UserError("--captions=1 contradicts --cond=0: leave out one of them")
+        classes = self.data.cond and not self.data.captions
+        if classes and self.objective.cond_dropout > 0 and not self.network.null_class:
             raise UserError(
                 f"--cond-dropout={self.objective.cond_dropout:g} needs a class that stands for none: "
                 f"give --null-class=1, or --cond-dropout=0"

@@ -9,8 +9,8 @@ from typing import Any
 
 from training.config.dpm_solver import DPMSolver
 from training.config.samplers import GridConfig, SamplerConfig
-from training.config.training import DataConfig, EMAConfig, Ki, Preset, RunConfig
-from training.config.uvit import UViTNetwork, UViTObjective, UViTOptimizer, UViTTraining
+from training.config.training import EMAConfig, Ki, Preset, RunConfig
+from training.config.uvit import UViTData, UViTNetwork, UViTObjective, UViTOptimizer, UViTTraining
 
 # Networks by their names in the paper.
 SMALL = dict(embed_dim=512, depth=12, num_heads=8)
@@ -18,6 +18,7 @@ MID = dict(embed_dim=768, depth=16, num_heads=12)
 LARGE = dict(embed_dim=1024, depth=20, num_heads=16)
 HUGE = dict(embed_dim=1152, depth=28, num_heads=16, conv=False)
 CLIP = (77, 768)  # tokens of captions, and their width
+WORDS = (8, 32)  # the same of `dataset_tool.py captions --text-encoder=words`
 LAST_SIGMA = math.sqrt(math.expm1(0.1e-4 + 9.95e-8))  # of the continuous schedule at t = 1e-4
 
 EULER_MARUYAMA = SamplerConfig(solver="euler-maruyama", grid=GridConfig(num_steps=1000))
@@ -48,7 +49,7 @@ def _preset(
 ) -> Preset:
     """A published configuration. Its figures in steps become figures in images."""
     config = UViTTraining(
-        data=DataConfig(cond=classes > 0 or context[0] > 0, xflip=xflip),
+        data=UViTData(cond=classes > 0 or context[0] > 0, captions=context[0] > 0, xflip=xflip),
         network=UViTNetwork(**network, null_class=dropout > 0),
         objective=UViTObjective(cond_dropout=dropout),
         optimizer=UViTOptimizer(lr=lr, beta1=betas[0], beta2=betas[1], warmup=warmup * batch),
@@ -108,17 +109,19 @@ def _captions(network: dict[str, Any], published: str) -> Preset:
     )
 
 
-def _digits() -> Preset:
-    """Handwritten digits, 8x8 grayscale (datasets/digits.zip), 0.27 M parameters."""
+def _digits(context: tuple[int, int] = (0, 0)) -> Preset:
+    """Handwritten digits, 8x8 grayscale (datasets/digits.zip), 0.27 M parameters; by class, or with captions."""
     batch, duration = 32, 144 * Ki
+    text = context[0] > 0
     config = UViTTraining(
+        data=UViTData(captions=text),
         network=UViTNetwork(patch_size=2, embed_dim=64, depth=4, num_heads=4, prediction="edm"),
         objective=UViTObjective(cond_dropout=0.1, noise_levels="lognormal"),
         optimizer=UViTOptimizer(lr=2e-3, beta1=0.9, warmup=100 * batch, decay_to=duration),
         ema=EMAConfig(ema_rate=0.99),
         run=RunConfig(duration=duration, batch=batch, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
-    return Preset(config, resolution=8, channels=1, classes=10)
+    return Preset(config, resolution=8, channels=1, classes=0 if text else 10, context=context)
 
 
 UVIT_PRESETS: dict[str, Preset] = {
@@ -135,4 +138,5 @@ UVIT_PRESETS: dict[str, Preset] = {
     "mscoco_uvit_small": _captions(SMALL, "FID 5.95 with guidance 2"),
     "mscoco_uvit_small_deep": _captions(SMALL | {"depth": 16}, "FID 5.48 with guidance 2"),
     "digits-uvit": _digits(),
+    "digits-uvit-text": _digits(WORDS),
 }

@@ -105,7 +105,7 @@ def _understand(path: Path, files: Listing, text: bytes | None, split: str) -> _
     names, below, notes = _of_part(path, files.images, split)
     folders = folders_as_classes(f"--source={path}", below, files.unreadable)
     if not folders.names:
-        return _Found(names, notes=[*notes, *folders.notes, *files.left_out()])
+        return _Found(names, notes=[*notes, *folders.notes, *files.unused_tables(), *files.left_out()])
     by_name: dict[str, Label] = {name: folders.names[label] for name, label in zip(names, folders.labels, strict=True)}
     return _Found(names, CLASS_FOLDERS, by_name, notes=[*notes, *folders.notes, *files.left_out()])
 

@@ -1,6 +1,7 @@
 """Datasets in their published formats: Python tarballs of CIFAR, IDX files of MNIST, LMDB databases of LSUN."""
 
 import gzip
+import math
 import posixpath
 import re
 import struct
@@ -122,7 +123,11 @@ def _read_idx(path: Path) -> np.ndarray:
 
 
 def lmdb_database(path: Path) -> Source:
-    """An LMDB environment whose values are encoded images, as LSUN ships them."""
+    """An LMDB environment whose values are encoded images, as LSUN ships them.
+
+    Where keys are 0, 1, ... in decimal, as NVAE's published code keeps datasets, images come in that order, and values
+    may be raw pixels: RGB, row by row, of square images.
+    """
     try:
         import lmdb
     except ImportError:
@@ -130,8 +135,15 @@ def lmdb_database(path: Path) -> Source:
 
     def images() -> Iterator[SourceImage]:
         with lmdb.open(str(path), readonly=True, lock=False) as env, env.begin(buffers=False) as transaction:
-            for key, value in transaction.cursor():
-                yield SourceImage(key.decode("latin-1"), value)
+            if transaction.get(b"0") is None:
+                for key, value in transaction.cursor():
+                    yield SourceImage(key.decode("latin-1"), value)
+                return
+            for i in range(count):
+                value = transaction.get(str(i).encode())
+                if value is None:
+                    raise UserError(f"--source={path}: entry {i} of {count} is missing: keys must be 0, 1, ...")
+                yield SourceImage(f"{path}:{i}", _raw_pixels(value))
 
     with lmdb.open(str(path), readonly=True, lock=False) as env:
         count = env.stat()["entries"]
@@ -139,3 +151,12 @@ def lmdb_database(path: Path) -> Source:
         if (path / "data.mdb").stat().st_size < size:  # reading it would kill the process
             raise UserError(f"--source={path}: data.mdb is truncated, it should have {size} bytes: copy it again")
     return Source("LMDB database", path, count, images)
+
+
+def _raw_pixels(data: bytes) -> bytes | np.ndarray:
+    """Pixels [R, R, 3] where there are just as many bytes, an encoded file otherwise."""
+    side = math.isqrt(len(data) // 3)
+    encoded = data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"))
+    if encoded or 3 * side * side != len(data):
+        return data
+    return np.frombuffer(data, np.uint8).reshape(side, side, 3)

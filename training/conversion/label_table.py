@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -94,7 +95,7 @@ _FORMS = (str, str.casefold, lambda name: _without_suffix(name).casefold())
 
 
 def read_label_file(path: Path, choice: Choice) -> LabelTable:
-    """Labels by image name from a table of filename,label (with or without headings), or a dataset.json.
+    """Labels by image name from a table of filename,label (with or without headings), JSON lines, or a dataset.json.
 
     Labels that are all whole numbers (also written 0.0) are numbers; else they are names of classes.
 
@@ -110,7 +111,8 @@ def read_label_file(path: Path, choice: Choice) -> LabelTable:
             contents = parse_labels_json(f"--labels={path}", data)
             return LabelTable(path, contents.labels or {}, contents.class_names)
         encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        headings, rows = _read_rows(path, data.decode(encoding))
+        read = _read_json_lines if path.suffix.lower() == ".jsonl" else _read_rows
+        headings, rows = read(path, data.decode(encoding))
     except (OSError, UnicodeError, csv.Error) as err:
         raise UserError(f"--labels={path}: cannot be read ({err})") from None
     name_column, label_column = _choose_columns(path, headings, rows, choice)
@@ -163,6 +165,28 @@ def _read_rows(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
     if bad is not None:
         raise _malformed(path, bad)
     return headings, rows
+
+
+def _read_json_lines(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
+    """The same, of a file with a JSON object per line; entries that are lists or objects are left out.
+
+    Raises:
+        UserError: it is of another form, or lines differ in their entries.
+    """
+    rows: list[dict[str, str]] = []
+    for line in filter(str.strip, text.splitlines()):
+        try:
+            entries = json.loads(line).items()
+        except (ValueError, AttributeError, RecursionError):
+            raise UserError(f"--labels={path}: {one_line(line)[:80]!r} is no JSON object") from None
+        rows.append({key.lower(): str(value).strip() for key, value in entries if isinstance(value, str | int | float)})
+    headings = list(rows[0]) if rows else []
+    if len(headings) < 2:
+        raise UserError(f"--labels={path}: holds no labels")
+    odd = next((i for i, row in enumerate(rows, 1) if list(row) != headings), None)
+    if odd is not None:
+        raise UserError(f"--labels={path}: line {odd} has other entries than {', '.join(headings)}")
+    return headings, [list(row.values()) for row in rows]
 
 
 def _are_headings(rows: list[list[str]]) -> bool:

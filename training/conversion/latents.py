@@ -92,11 +92,8 @@ def decode_latents(
     if dataset.dtype != np.float32:
         raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not VAE latents")
     channels = encoder.latent_channels()
-    if dataset.num_channels not in {channels, 2 * channels if encoder.distribution else channels}:
-        raise UserError(
-            f"{dataset.path}: holds {dataset.num_channels} channels, and the VAE {encoder.vae_name} has {channels}: "
-            "give the VAE that made them by --encoder"
-        )
+    if not (encoder.distribution and dataset.num_channels == 2 * channels):
+        encoder.check_channels(dataset.num_channels)
 
     def decode(latents: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         raw = latents[:, :channels].to(device)

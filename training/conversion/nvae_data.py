@@ -1,66 +1,21 @@
-"""Data as NVAE's published code keeps it: LMDB archives, Omniglot's `chardata.mat`, and its ways to resize images.
+"""Data as NVAE's published code keeps it: Omniglot's `chardata.mat`, and splits.
 
 Everything reads without executing anything in a file.
 """
 
-import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 
 from dnnlib.errors import UserError
 from training.conversion.mat import read_mat
-from training.conversion.opening import open_source
 from training.conversion.sources import Source, SourceImage
-from training.conversion.transforms import resize
 
-BILINEAR = PIL.Image.Resampling.BILINEAR
-CELEBA_BOX = (15, 40, 163, 188)  # left, upper, right, lower edge of the part of a CelebA image that is kept
-LMDB_KIND = "LMDB database"  # what `open_source` calls one
 OMNIGLOT_SIDE = 28
-
-
-# ---------------------------------------------------------------------------------------------------------
-# LMDB archives
-
-
-def open_lmdb(path: Path) -> Source:
-    """Images of an archive whose keys are 0, 1, ... in decimal, in that order: raw pixels or encoded files.
-
-    Raw pixels are RGB, row by row, of square images. Only what is there counts, not the split that a name promises.
-
-    Raises:
-        UserError: no such archive, a damaged one, one that is keyed in another way, or no package that reads it.
-    """
-    source = open_source(path)
-    if source.kind != LMDB_KIND:
-        raise UserError(f"--source={path}: no LMDB database")
-
-    def images() -> Iterator[SourceImage]:
-        import lmdb
-
-        with lmdb.open(str(path), readonly=True, lock=False) as env, env.begin() as transaction:
-            for i in range(source.count or 0):
-                data = transaction.get(str(i).encode())
-                if data is None:
-                    raise UserError(f"--source={path}: entry {i} of {source.count} is missing: keys must be 0, 1, ...")
-                yield SourceImage(f"{path}:{i}", _raw_pixels(bytes(data)))
-
-    return replace(source, images=images)
-
-
-def _raw_pixels(data: bytes) -> bytes | np.ndarray:
-    """Pixels [R, R, 3] where there are just as many bytes, an encoded file otherwise."""
-    side = math.isqrt(len(data) // 3)
-    encoded = data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"))
-    if encoded or 3 * side * side != len(data):
-        return data
-    return np.frombuffer(data, np.uint8).reshape(side, side, 3)
+OMNIGLOT = {"train": "data", "test": "testdata"}  # names of the arrays
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -78,7 +33,7 @@ def read_omniglot(path: Path, split: str = "train") -> np.ndarray:
     Raises:
         UserError: no such file, no MATLAB 5 file, or one without these arrays.
     """
-    name = {"train": "data", "test": "testdata"}[split]
+    name = OMNIGLOT[split]
     if not path.is_file():
         raise UserError(f"--source={path}: no such file")
     try:
@@ -89,34 +44,24 @@ def read_omniglot(path: Path, split: str = "train") -> np.ndarray:
     return (255 * columns.transpose(2, 0, 1)).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sizes
-
-
-def crop_celeba(image: np.ndarray) -> np.ndarray:
-    """The face of a CelebA image: [218, 178, C] -> [148, 148, C].
+def omniglot(path: Path, split: str) -> Source:
+    """The characters of a `chardata.mat`.
 
     Raises:
-        UserError: it is of another size.
+        UserError: as `read_omniglot`, or a part that it does not have.
     """
-    left, upper, right, lower = CELEBA_BOX
-    if image.shape[0] < lower or image.shape[1] < right:
-        raise UserError(f"CelebA images are 178x218, this one is {image.shape[1]}x{image.shape[0]}")
-    return image[upper:lower, left:right]
+    if split == "validation":
+        raise UserError(f"--source={path}: Omniglot has the parts train and test, not validation: see --split")
+    characters = np.concatenate([read_omniglot(path, part) for part in (OMNIGLOT if split == "all" else [split])])
+
+    def images() -> Iterator[SourceImage]:
+        return (SourceImage(f"{path}:{i}", image) for i, image in enumerate(characters))
+
+    return Source("MATLAB file of Omniglot", path, len(characters), images)
 
 
-def resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
-    """[H, W, C] with the shorter side resized to `size`, bilinearly, and the other one in proportion."""
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    return resize(image, size * width // shorter, size * height // shorter, BILINEAR)
-
-
-def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The middle [size, size, C] of `resize_shorter`, as LSUN's images are evaluated."""
-    image = resize_shorter(image, size)
-    y, x = (round((n - size) / 2) for n in image.shape[:2])
-    return image[y : y + size, x : x + size]
+# ---------------------------------------------------------------------------------------------------------
+# Splits
 
 
 def fixed_split(count: int, num_validation: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

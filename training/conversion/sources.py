@@ -133,4 +133,5 @@ def _part_of(name: str) -> str | None:
 def no_images(path: Path, listing: Listing) -> UserError:
     """The error about a source that holds only other files."""
     found = "; ".join(listing.left_out()) or "it is empty"
-    return UserError(f"--source={path}: no images in it ({found}): unpack archives first")
+    remedy = "write Arrow files as Parquet" if listing.others[".arrow"] else "unpack archives"
+    return UserError(f"--source={path}: no images in it ({found}): {remedy} first")

@@ -14,6 +14,7 @@ Transform = Callable[[np.ndarray], np.ndarray | None]
 LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 BILINEAR = PIL.Image.Resampling.BILINEAR
 CELEBA_CROP = 140
+CELEBA_BOX = (15, 40, 163, 188)  # left, upper, right, lower edge of the part of a CelebA image that is kept
 
 
 def decode_image(data: bytes | np.ndarray, channels: int = 3, value_range: ValueRange | None = None) -> np.ndarray:
@@ -92,6 +93,32 @@ def center_crop_celeba(image: np.ndarray, width: int, height: int) -> np.ndarray
     return resize(image[y : y + CELEBA_CROP, x : x + CELEBA_CROP], width, height, BILINEAR)
 
 
+def crop_celeba(image: np.ndarray) -> np.ndarray:
+    """The face of a CelebA image: [218, 178, C] -> [148, 148, C].
+
+    Raises:
+        UserError: it is of another size.
+    """
+    left, upper, right, lower = CELEBA_BOX
+    if image.shape[0] < lower or image.shape[1] < right:
+        raise UserError(f"CelebA images are 178x218, this one is {image.shape[1]}x{image.shape[0]}")
+    return image[upper:lower, left:right]
+
+
+def resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
+    """[H, W, C] with the shorter side resized to `size`, bilinearly, and the other one in proportion."""
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    return resize(image, size * width // shorter, size * height // shorter, BILINEAR)
+
+
+def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle [size, size, C] of `resize_shorter`, as LSUN's images are evaluated."""
+    image = resize_shorter(image, size)
+    y, x = (round((n - size) / 2) for n in image.shape[:2])
+    return image[y : y + size, x : x + size]
+
+
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:
     """The transform of that name (None: resize only) to width x height (None: the image's own size).
 
@@ -115,5 +142,7 @@ def make_transform(name: str | None, width: int | None, height: int | None) -> T
         "center-crop-wide": center_crop_wide,
         "center-crop-dhariwal": center_crop_dhariwal,
         "center-crop-celeba": center_crop_celeba,
+        "celeba": lambda image, width, _height: resize_shorter(crop_celeba(image), width),
+        "shorter-side": lambda image, width, _height: resize_and_crop(image, width),
     }[name]
     return lambda image: function(image, width, height)

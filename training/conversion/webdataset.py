@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dnnlib.errors import UserError, one_line
 from training.conversion.sources import Choice, Label, Source, SourceImage, images_naming_damage
-from training.conversion.tar import read_member, tar_members
+from training.conversion.tar import list_tar, read_member, tar_members
 from training.dataset.listing import HIDDEN, image_suffixes
 
 LABEL_KEY = "cls"
@@ -53,8 +53,11 @@ def tar_shards(path: Path, shards: Sequence[Path], choice: Choice, note: str = "
                 samples = _samples(archive)
                 yield from images_naming_damage(shard, _with_images(shard, samples, choice))
 
-    labels = f"key {choice.label_key}" if choice.label_key else "files .cls, or keys of .json"
-    return Source(f"tar shards{note}", path, None, images, labels, has_keys=True)
+    labels, notes = f"key {choice.label_key}" if choice.label_key else "files .cls, or keys of .json", []
+    if not choice.label_key and not has_samples(list_tar(shards[0]).names):
+        labels = ""
+        notes = ["no labels beside the images: if each tar file is a class, unpack each into a folder of its name"]
+    return Source(f"tar shards{note}", path, None, images, labels, has_keys=True, notes=notes)
 
 
 def _samples(archive: tarfile.TarFile) -> Iterator[list[_File]]:

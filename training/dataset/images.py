@@ -13,6 +13,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
+from training.dataset.captions import Captions
 from training.dataset.decoding import HEADER_BYTES, WITH_ALPHA, are_moderate, decode, plain_npy_header, read_header
 from training.dataset.folders import parts_of_folders
 from training.dataset.labels import (
@@ -49,8 +50,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         cache: keep decoded images in memory.
         opaque: put images with an alpha channel on white, as conversions do; False = alpha is a channel.
         checksums: compare the CRC-32 of each ZIP entry when it is first read.
+        use_captions: give contexts of captions (`training.dataset.captions`) in place of labels.
 
-    Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim].
+    Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim] or, of captions, [tokens,
+    width].
 
     Raises:
         UserError: the path is missing or damaged, holds no images, labels are incomplete, or, when an image is
@@ -68,9 +71,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         cache: bool = False,
         opaque: bool = False,
         checksums: bool = True,
+        use_captions: bool = False,
     ):
         self.path = Path(path)
-        self.use_labels = use_labels
+        self.use_labels = use_labels and not use_captions
         self._opaque, self._checksums = opaque, checksums
         self._storage = open_storage(self.path)
         listing = list_files(self._storage.names, arrays=True)
@@ -88,6 +92,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._label_dim = 0 if values is None else int(values.max()) + 1 if values.ndim == 1 else values.shape[1]
         self._labels = None if values is None else values[indices]
         self._xflip = xflip
+        self.captions = self._load_captions() if use_captions else None
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
         self._npy_header = b""
@@ -166,16 +171,21 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return image.copy(), label
 
     def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Items for a DataLoader's batch: views into the file where it holds the numbers as they are, not copies."""
-        return [self._view(idx) for idx in indices]
+        """Items for a DataLoader's batch: views into the file where it holds the numbers as they are, not copies.
 
-    def _view(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        Indices beyond the last are later visits to the same images, which may have other captions then.
+        """
+        return [self._view(idx % len(self), idx // len(self)) for idx in indices]
+
+    def _view(self, idx: int, visit: int = 0) -> tuple[np.ndarray, np.ndarray]:
         flipped, base = divmod(range(len(self))[idx], len(self._files))
         image = self._image(base)
-        return image[:, :, ::-1] if flipped else image, self.get_label(idx)
+        return image[:, :, ::-1] if flipped else image, self.get_label(idx, visit)
 
-    def get_label(self, idx: int) -> np.ndarray:
-        """Label vector of item `idx`, float32 [label_dim]."""
+    def get_label(self, idx: int, visit: int = 0) -> np.ndarray:
+        """Label vector of item `idx`, float32 [label_dim], or the context of the caption that a visit shows."""
+        if self.captions is not None:
+            return self.captions.context(idx % len(self._files), visit)
         if self._labels is None:
             return np.zeros([0], dtype=np.float32)
         label = self._labels[idx % len(self._files)]
@@ -194,13 +204,39 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """File name of item `idx`, as text that can be printed."""
         return self._name(idx % len(self._files))
 
+    def stored_bytes(self, idx: int) -> bytes:
+        """The file of item `idx` as it is.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        return bytes(self._read(idx % len(self._files)))
+
+    def text_beside(self, idx: int) -> str:
+        """The text file of the name of item `idx`.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        name = os.path.splitext(self._storage.names[int(self._files[idx % len(self._files)])])[0] + ".txt"
+        try:
+            return bytes(self._storage.read(self._storage.names.index(name))).decode("utf-8")
+        except ValueError:
+            raise UserError(f"{self.path}: {printable(name)}: no such text file, or not UTF-8") from None
+        except (OSError, struct.error, zlib.error) as err:
+            raise UserError(f"{self.path}: cannot read {printable(name)}: {one_line(err)}") from None
+
     def summary(self) -> list[str]:
         """What the dataset contains and how it was understood, in lines for users; the last ones are `notes`."""
         shape = "latents" if self._dtype != np.uint8 else "pixels"
         chosen, total = len(self._files), self._kinds.total()
         count = many(len(self), "image") if chosen == total else f"{chosen} of {total} images"
         lines = [f"{self.path}: {count} ({counted(self._kinds)}), {shape} of {_size(self._shape)}"]
-        if self._labels is None:
+        if self.captions is not None:
+            tokens, width = self.captions.shape
+            count = sum(map(len, self.captions.texts))
+            lines.append(f"labels: {many(count, 'caption')}, contexts of {tokens} tokens of width {width}")
+        elif self._labels is None:
             lines.append("labels: none" if self.use_labels else "labels: not used")
         elif self._labels.ndim == 2:
             lines.append(f"labels: {self._label_source}, vectors of length {self.label_dim}")
@@ -251,6 +287,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             digest.update(struct.pack("<I", self._storage.crc(int(self._files[base]))))
         if self._labels is not None:
             digest.update(np.ascontiguousarray(self._labels).tobytes())
+        if self.captions is not None:
+            digest.update(self.captions.digest())
         return DatasetInfo(
             count=len(self),
             resolution=self.resolution,
@@ -326,6 +364,16 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if not described:
             return labels_from_folders(str(self.path), listing)
         return labels_from_json(where, self._read_json(where), listing.images)
+
+    def _load_captions(self) -> Captions:
+        where = f"{self.path}: dataset.json"
+        record = None
+        if "dataset.json" in self._storage.names:
+            record = parse_labels_json(where, self._read_json(where)).captions
+        if record is None:
+            raise UserError(f"{self.path}: has no captions: add them by dataset_tool.py captions")
+        names = [self._storage.names[int(file)] for file in self._files]
+        return Captions(str(self.path), self._storage, record, names)
 
     def _read_json(self, where: str) -> bytes:
         try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.errors import UserError, one_line
 from training.dataset.folders import folders_as_classes, parts_of_folders
-from training.dataset.listing import Listing, many
+from training.dataset.listing import Listing, many, printable
 
 MAX_LABEL = 10**6
 SHOWN = 10  # classes in a line
@@ -18,12 +18,13 @@ SHOWN = 10  # classes in a line
 
 @dataclass(frozen=True)
 class LabelFile:
-    """The contents of a dataset.json: labels by name of the image (None: there are none), names of the classes, and
-    the encoder of latents."""
+    """The contents of a dataset.json: labels by name of the image (None: there are none), names of the classes, the
+    encoder of latents, and captions."""
 
     labels: dict[str, Any] | None
     class_names: list[str] | None = None
     encoder: dict[str, Any] | None = None
+    captions: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def labels_from_folders(where: str, listing: Listing) -> Labels:
         )
     folders = folders_as_classes(where, listing.images, listing.unreadable)
     if not folders.names:
-        return Labels(notes=folders.notes)
+        return Labels(notes=folders.notes + listing.unused_tables())
     return Labels(np.array(folders.labels, np.int64), "class folders", folders.names, folders.notes)
 
 
@@ -73,14 +74,18 @@ def labels_from_json(where: str, text: bytes, names: Sequence[str]) -> Labels:
     if file.class_names is not None and len(file.class_names) < size:
         raise UserError(f"{where}: has names of {len(file.class_names)} classes, but labels of {size}: complete them")
     absent = sorted(file.labels.keys() - set(names))
-    notes = [f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {absent[0]}"] if absent else []
+    notes = []
+    if absent:
+        notes.append(f"missing: {many(len(absent), 'image')} that dataset.json lists, such as {one_line(absent[0])}")
     return Labels(values, "dataset.json", file.class_names, notes, file.encoder)
 
 
 def _as_array(where: str, labels: dict[str, Any], names: Sequence[str]) -> np.ndarray:
     missing = [name for name in names if name not in labels]
     if missing:
-        raise UserError(f"{where} has no label for {len(missing)} images, such as {', '.join(missing[:3])}")
+        raise UserError(
+            f"{where} has no label for {len(missing)} images, such as {', '.join(map(printable, missing[:3]))}"
+        )
     try:
         array = np.array([labels[name] for name in names])
     except ValueError:
@@ -105,24 +110,29 @@ def parse_labels_json(where: str, text: bytes) -> LabelFile:
     try:
         contents = json.loads(text)
         listed, classes, encoder = contents["labels"], contents.get("classes"), contents.get("encoder")
+        captions = contents.get("captions")
         for name, label in listed if listed is not None else ():
             name = posixpath.normpath(name.replace("\\", "/"))
             if labels.setdefault(name, label) != label:
-                raise UserError(f"{where}: {name} is listed twice, as {labels[name]} and {label}")
+                raise UserError(
+                    f"{where}: {one_line(name)} is listed twice, as {one_line(labels[name])} and {one_line(label)}"
+                )
         if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
             raise TypeError("classes must be a list of names")
         if encoder is not None and not isinstance(encoder, dict):
             raise TypeError("encoder must have a name and kwargs")
+        if captions is not None and not isinstance(captions, dict):
+            raise TypeError("captions must have an encoder and texts")
     except UserError:
         raise
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as err:
         reason = one_line(err)
         raise UserError(f"{where} is not of the form {{'labels': [[name, label], ...]}}: {reason}") from None
-    return LabelFile(labels if listed is not None else None, classes, encoder)
+    return LabelFile(labels if listed is not None else None, classes, encoder, captions)
 
 
 def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> str:
     """Such as '3 classes: cat (8), dog (8), emu (2)', from the number of images per class."""
-    shown = [f"{names[label] if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
+    shown = [f"{one_line(names[label]) if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
     more = ", ..." if len(counts) > SHOWN else ""
     return f"{len(counts)} class{'es' if len(counts) != 1 else ''}: {', '.join(shown)}{more}"

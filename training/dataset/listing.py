@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import PIL.Image
 
 ARRAY_SUFFIX = ".npy"
+CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
 OUR_FILES = ("dataset.json", "report.json", "generation.json")  # beside images
 # Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
@@ -23,6 +24,7 @@ HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 # Other pictures that cannot be read: of cameras, vector graphics, and newer formats.
 OTHER_PICTURES = {".avif", ".jxl", ".jxr", ".svg", ".exr", ".hdr", ".eps", ".wmf", ".emf", ".xcf", ".raw", ".dng"}
 OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SHOWN = 5  # names and suffixes in a line
 
 
@@ -53,8 +55,10 @@ def is_image(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A file name as text: bytes that are none, as old archives have them, become '\\xe9' and the like."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name as text on one line: bytes that are none, as old archives have them, become '\\xe9' and the like, and
+    so do line feeds and other characters that control a terminal."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def many(count: int, noun: str) -> str:
@@ -78,6 +82,15 @@ class Listing:
     hidden: Counter[str] = field(default_factory=Counter)  # images in hidden files and folders, by that file or folder
     unreadable: list[str] = field(default_factory=list)  # names of pictures of other types
     others: Counter[str] = field(default_factory=Counter)  # all other files, by type
+    tables: list[str] = field(default_factory=list)  # names of those among them that may hold labels
+
+    def unused_tables(self) -> list[str]:
+        """A line that says how labels get used that may be in tables beside the images, if there are any."""
+        if not self.tables:
+            return []
+        name, more = printable(self.tables[0]), len(self.tables) - 1
+        others = f" (and {more} more)" if more else ""
+        return [f"{name}{others} may hold labels: they are taken by dataset_tool.py convert --labels"]
 
     def left_out(self) -> list[str]:
         """One line for each reason why files are left out."""
@@ -115,6 +128,8 @@ def list_files(names: Iterable[str], arrays: bool = False) -> Listing:
             listing.kinds[suffix] += 1
         elif suffix in HEIF_SUFFIXES or suffix in OTHER_PICTURES:
             listing.unreadable.append(name)
-        elif posixpath.basename(name) not in OUR_FILES:
+        elif posixpath.basename(name) not in OUR_FILES and suffix != CONTEXTS_SUFFIX:
             listing.others[suffix or "without a suffix"] += 1
+            if suffix in TABLE_SUFFIXES:
+                listing.tables.append(name)
     return listing

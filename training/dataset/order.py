@@ -57,22 +57,36 @@ class RunSampler(torch.utils.data.Sampler[list[int]]):
         batch: images per optimiser step, over all processes.
         part: this process's share (first, last) of each step, as offsets into the step's batch.
         round_size: images per accumulation round: of each list.
+        visits: add `count` to an index for each earlier pass over the dataset.
     """
 
-    def __init__(self, count: int, seed: int, start: int, batch: int, part: tuple[int, int], round_size: int):
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        start: int,
+        batch: int,
+        part: tuple[int, int],
+        round_size: int,
+        visits: bool = False,
+    ):
         self.count = count
         self.seed = seed
         self.start = start
         self.batch = batch
         self.part = part
         self.round_size = round_size
+        self.visits = visits
 
     def __iter__(self) -> Iterator[list[int]]:
         nimg = self.start
         while True:
             run_indices = np.arange(nimg + self.part[0], nimg + self.part[1])
-            for indices in dataset_indices(run_indices, self.count, self.seed).reshape(-1, self.round_size):
-                yield indices.tolist()
+            indices = dataset_indices(run_indices, self.count, self.seed)
+            if self.visits:
+                indices = indices + run_indices // self.count * self.count
+            for part in indices.reshape(-1, self.round_size):
+                yield part.tolist()
             nimg += self.batch
 
 

@@ -23,20 +23,34 @@ from training.encoders.choice import (
     same_latents,
 )
 from training.encoders.models import KNOWN_VAES, PUBLISHED_VAE
+from training.encoders.text import (
+    PUBLISHED_CLIP,
+    TEXT_ENCODERS,
+    ContextEncoder,
+    TextEncoder,
+    WordEncoder,
+    text_encoder_from_record,
+    text_record,
+)
 
 __all__ = [
     "ENCODERS",
     "FINAL_STD",
     "KNOWN_VAES",
+    "PUBLISHED_CLIP",
     "PUBLISHED_VAE",
+    "TEXT_ENCODERS",
     "AutoencoderDCEncoder",
     "AutoencoderEncoder",
+    "ContextEncoder",
     "Encoder",
     "Moments",
     "RandnLike",
     "RawLatentEncoder",
     "StabilityVAEEncoder",
     "StandardRGBEncoder",
+    "TextEncoder",
+    "WordEncoder",
     "data_spec",
     "encoder_for",
     "encoder_from_record",
@@ -44,6 +58,8 @@ __all__ = [
     "encoder_to_decode",
     "encoder_to_encode",
     "same_latents",
+    "text_encoder_from_record",
+    "text_record",
     "to_pixels",
     "unwhiten",
     "whiten",

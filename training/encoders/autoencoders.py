@@ -92,6 +92,9 @@ class AutoencoderEncoder(Encoder):
         """Whether the statistics are known."""
         return len(self.raw_std) > 0
 
+    def fits(self, channels: int) -> bool:
+        return self.scale is not None or len(self.raw_mean) == len(self.raw_std) == channels
+
     def final_channels(self, stored: int) -> int:
         return stored // 2 if self.distribution else stored
 
@@ -124,6 +127,18 @@ class AutoencoderEncoder(Encoder):
     def downsampling(self) -> int:
         """Pixels per latent along a side. Errors as for `vae`."""
         raise NotImplementedError
+
+    def check_channels(self, channels: int) -> None:
+        """Check that latents of so many channels can be decoded. Errors as for `vae`, and:
+
+        Raises:
+            UserError: the VAE has another number.
+        """
+        if channels != self.latent_channels():
+            raise UserError(
+                f"the VAE {self.vae_name} has latents of {self.latent_channels()} channels, not {channels}: give the "
+                "VAE that made them by --encoder"
+            )
 
     def latent_channels(self) -> int:
         """Channels of the VAE's latents. Errors as for `vae`."""
@@ -170,6 +185,7 @@ class AutoencoderEncoder(Encoder):
 
     def raw_to_floats(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw latents (no distributions) -> pixels as the VAE gives them, brought to around [0, 1]."""
+        self.check_channels(raw.shape[1])
         vae = self.vae(raw.device)
         black, white = self.pixel_range
         with torch.inference_mode():

@@ -25,6 +25,10 @@ class Encoder:
         """Channels of the final latents that raw latents of `stored` channels become."""
         return stored
 
+    def fits(self, channels: int) -> bool:
+        """Whether its statistics are those of final latents of so many channels."""
+        return True
+
     def for_pixels(self, low: float, high: float) -> "Encoder":
         """The encoder for networks to which pixels are numbers from `low` to `high`; of latents, it itself."""
         return self
@@ -108,6 +112,9 @@ class RawLatentEncoder(Encoder):
     def __init__(self, raw_mean: Sequence[float], raw_std: Sequence[float]):
         self.raw_mean = list(raw_mean)
         self.raw_std = list(raw_std)
+
+    def fits(self, channels: int) -> bool:
+        return len(self.raw_mean) == len(self.raw_std) == channels
 
     @property
     def init_kwargs(self) -> dict:

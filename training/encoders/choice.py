@@ -189,7 +189,7 @@ def _with_statistics(encoder: Encoder, dataset: ImageFolderDataset, max_items: i
         raw_mean, raw_std = measure(dataset, distribution, max_items)
         return encoder.measured(raw_mean, raw_std)
     channels = encoder.final_channels(dataset.num_channels)
-    if len(encoder.raw_std) not in (1, channels):
+    if not encoder.fits(channels):
         raise UserError(
             f"{dataset.path}: dataset.json has statistics of {len(encoder.raw_std)} channels, and the latents have "
             f"{channels}"
@@ -233,6 +233,9 @@ def same_latents(one: Encoder, other: Encoder) -> bool:
 
 def data_spec(dataset: ImageFolderDataset, encoder: Encoder) -> DataSpec:
     """What the model sees of a dataset."""
-    conditioning = Conditioning.of_labels(dataset.label_dim)
+    captions = dataset.captions
+    conditioning = (
+        Conditioning.of_labels(dataset.label_dim) if captions is None else Conditioning.of_text(*captions.shape)
+    )
     channels = encoder.final_channels(dataset.num_channels)
     return DataSpec(channels=channels, resolution=dataset.resolution, conditioning=conditioning)

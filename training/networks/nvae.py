@@ -208,6 +208,11 @@ class NVAE(nn.Module):
         self._top_down(latent, x.shape[0])
         return found
 
+    def crop(self, images: torch.Tensor) -> torch.Tensor:
+        """Images without the border that `loss_crop` names."""
+        c = self.loss_crop
+        return images[:, :, c : images.shape[2] - c, c : images.shape[3] - c]
+
     def weight_stacks(self) -> dict[tuple[int, int], torch.Tensor]:
         """Effective weights of all convolutions as `stacked_weights` gives them."""
         return stacked_weights(convolutions(self)) if self.shared_stacks is None else self.shared_stacks

@@ -39,6 +39,7 @@ class Description:
         preconditioning: what turns the network into a denoiser; None = the architecture has its own, or needs none.
         data: what the network works on; None = no images.
         class_names: what the classes are called.
+        text_encoder: what made the contexts of captions, as `text_encoder_from_record` reads it.
         nimg: images that it was trained on.
         ema_std: relative width of its EMA profile.
         config: training configuration.
@@ -57,6 +58,7 @@ class Description:
     preconditioning: Part | None = None
     data: DataSpec | None = None
     class_names: list[str] | None = None
+    text_encoder: dict[str, Any] | None = None
     nimg: int | None = None
     ema_std: float | None = None
     config: dict[str, Any] | None = None
@@ -149,9 +151,8 @@ class Description:
         data = _data_of(net)
         if self.data is not None and not _agree(self.data, data):
             raise misfit(source, "the description of the data is not that of the network")
-        channels = {len(self.encoder.kwargs[key]) for key in ("raw_mean", "raw_std") if key in self.encoder.kwargs}
-        if data is not None and channels and channels != {data.channels}:
-            raise misfit(source, f"the encoder has statistics of {channels} channels")
+        if data is not None and not encoder.fits(data.channels):
+            raise misfit(source, f"the encoder has statistics of another number of channels than {data.channels}")
         return net, encoder
 
     def build_encoder(self, source: str) -> Encoder:
@@ -162,7 +163,7 @@ class Description:
 # Type of each entry of the JSON block.
 _JSON_TYPES: dict[str, type] = {
     **dict.fromkeys(["architecture", "encoder", "preconditioning", "data"], dict),
-    **dict.fromkeys(["config", "dataset", "dataset_kwargs", "loss_kwargs", "notes"], dict),
+    **dict.fromkeys(["text_encoder", "config", "dataset", "dataset_kwargs", "loss_kwargs", "notes"], dict),
     **dict.fromkeys(["source", "license", "code_version"], str),
     **dict.fromkeys(["format_version", "nimg"], int),
     "use_fp16": bool,

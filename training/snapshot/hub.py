@@ -94,7 +94,8 @@ def model_card(net: Any, encoder: Encoder, description: Description) -> str:
     rows.append(("Parameters", f"{count_parameters(net) / 1e6:.2f} M"))
     architecture, data = architecture_of(net), net.spec
     size = f"{data.resolution} x {data.resolution} x {data.channels}"
-    rows.append(("Makes", f"{size} latents of {encoder.vae_name}" if encoder.vae_name else f"{size} images"))
+    vae = Path(encoder.vae_name).name if Path(encoder.vae_name).is_absolute() else encoder.vae_name
+    rows.append(("Makes", f"{size} latents of {vae}" if vae else f"{size} images"))
     rows.append(("Classes", _classes(data.conditioning.size, description.class_names)))
     if description.nimg is not None:
         rows.append(("Trained on", f"{description.nimg:,} images"))

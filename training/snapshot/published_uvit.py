@@ -24,7 +24,7 @@ from training.config.names import unknown_preset
 from training.config.training import Preset
 from training.config.uvit import UViTNetwork
 from training.config.uvit_presets import UVIT_PRESETS
-from training.encoders import PUBLISHED_VAE, Encoder, StabilityVAEEncoder, StandardRGBEncoder
+from training.encoders import PUBLISHED_CLIP, PUBLISHED_VAE, Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.networks.uvit import UViT
 from training.networks.uvit_denoiser import known_conditions
 from training.snapshot.description import FORMAT_VERSION, Description
@@ -177,6 +177,9 @@ class PublishedUViT(SnapshotFile):
             "data": data.to_json(),
             "source": self.path.name,
         }
+        if conditioning.kind == "tokens":
+            kwargs = {"model": PUBLISHED_CLIP, "tokens": conditioning.tokens, "width": conditioning.size}
+            block["text_encoder"] = {"name": "TextEncoder", "kwargs": kwargs}
         self.description = Description.from_json(str(self.path), block)
 
     def shape(self, name: str) -> tuple[int, ...]:
