@@ -44,7 +44,7 @@ ORDER = [
     },
     {"training.families"},
     {"training.snapshot"},
-    {"training.prompts"},
+    {"training.prompts", "training.guides"},
     {"training.generation"},
     {"training.editing"},
     {"training.editing_vae", "training.dataset_likelihood"},

@@ -21,7 +21,7 @@ from training.config.likelihood import LikelihoodConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
-from training.generation import load_image_network
+from training.guides import load_image_network
 from training.likelihood import Likelihood
 from training.samplers import StackedRandomGenerator
 from training.snapshot import open_snapshot

@@ -18,7 +18,7 @@ from torch_utils.device import select_device, set_up_device
 from training.dataset.images import ImageFolderDataset
 from training.editing import between
 from training.encoders import StandardRGBEncoder
-from training.generation import load_image_network
+from training.guides import load_image_network
 from training.losses_vae import image_values
 from training.networks.nvae import NVAE
 from training.networks.nvae_layers import effective_weights

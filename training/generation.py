@@ -28,15 +28,14 @@ from training.encoders import (
     ContextEncoder,
     Encoder,
     StandardRGBEncoder,
-    same_latents,
 )
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
-from training.networks.classifier import NoisyClassifier
+from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
 from training.prompts import given_prompts, text_encoder_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
-from training.snapshot import Snapshot, load_network, open_snapshot
+from training.snapshot import Snapshot, open_snapshot
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
@@ -49,31 +48,6 @@ def image_resolution(spec: DataSpec, encoder: Encoder, device: torch.device | st
     """Height and width of the images that `encoder` makes of a network's latents."""
     with torch.inference_mode():
         return encoder.decode(torch.zeros([1, *spec.shape], device=device)).shape[-1]
-
-
-def _check_same_data(flag: str, spec: DataSpec, guide: DataSpec) -> None:
-    """Check that what guides a network sees images like its own.
-
-    Raises:
-        UserError: it does not.
-    """
-    parts = [("resolution", "resolution"), ("channels", "number of channels"), ("pixel_range", "range of pixels")]
-    for name, what in parts:
-        ours, theirs = getattr(spec, name), getattr(guide, name)
-        if ours != theirs:
-            raise UserError(f"{flag} has {what} {theirs}, but --net has {ours}: they must agree")
-
-
-def check_guide(spec: DataSpec, guide: DataSpec) -> None:
-    """Check that a network can be guided by another.
-
-    Raises:
-        UserError: their data differ.
-    """
-    _check_same_data("--gnet", spec, guide)
-    ours, theirs = spec.conditioning.size, guide.conditioning.size
-    if theirs not in (0, ours):
-        raise UserError(f"--gnet has {theirs} classes, but --net has {ours}: they must agree, or the guide have none")
 
 
 class ImageBatches:
@@ -269,22 +243,6 @@ def fetch(networks: NetworksConfig) -> None:
                     open_snapshot(network, preset=networks.arch)
 
 
-def load_image_network(
-    path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
-) -> Snapshot:
-    """As `load_network`, for a network that makes images.
-
-    Raises:
-        UserError: also if it makes none.
-    """
-    snapshot = load_network(path_or_url, device, preset=arch)
-    if snapshot.note:
-        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
-    if not architecture_of(snapshot.net).makes_images:
-        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
-    return snapshot
-
-
 @dataclass(frozen=True)
 class LoadedGenerator:
     """Networks that are ready to generate; `guide` is a denoiser or a classifier."""
@@ -327,7 +285,7 @@ class LoadedGenerator:
     @property
     def class_names(self) -> list[str] | None:
         """What the classes are called; None = the network, or the classifier, does not say."""
-        return _that_knows_classes(self.snapshot, self.guide).metadata.get("class_names")
+        return that_knows_classes(self.snapshot, self.guide).metadata.get("class_names")
 
     def describe(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What makes the images of these seeds, as plain JSON values."""
@@ -357,73 +315,6 @@ def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
         given = "--encoder" if networks.encoder is not None else "--trust-encoder"
         raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
     return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
-
-
-def _that_knows_classes(snapshot: Snapshot, guide: Snapshot | None) -> Snapshot:
-    """The network, or the classifier that guides it."""
-    return guide if guide is not None and isinstance(guide.net, NoisyClassifier) else snapshot
-
-
-def _load_guide(
-    networks: NetworksConfig, sampling: SamplingConfig, snapshot: Snapshot, device: torch.device
-) -> Snapshot | None:
-    """What guides a network: another, or a classifier of noisy images; None = nothing, or the network itself.
-
-    Raises:
-        UserError: it cannot be loaded, or the two do not go together.
-    """
-    if networks.classifier is not None:
-        return _load_classifier(networks.classifier, snapshot, device)
-    weight, given = sampling.guidance.guidance, networks.gnet
-    if weight == 1:
-        if given is not None or sampling.guidance.guidance_interval is not None:
-            useless = "--gnet" if given is not None else "--guidance-interval"
-            distributed.print0(f"Note: {useless} has no effect without --guidance")
-        return None
-    if given is None:
-        if not snapshot.net.spec.conditioning.optional:
-            raise UserError(
-                f"--guidance={weight:g} needs a guiding network: give --gnet (that of --net knows no images without a "
-                f"condition)"
-            )
-        return None
-    guide = load_image_network(given, device, networks.arch)
-    check_guide(snapshot.net.spec, guide.net.spec)
-    guide.net.precision = resolve_precision(sampling.precision, device)
-    _check_same_latents("--gnet", snapshot, guide)
-    return guide
-
-
-def _load_classifier(path_or_url: str, snapshot: Snapshot, device: torch.device) -> Snapshot:
-    """A classifier that can guide a network. It computes in float32: gradients are small.
-
-    Raises:
-        UserError: it is none, or the two do not go together.
-    """
-    architecture = architecture_of(snapshot.net)
-    if not architecture.is_denoiser:
-        raise UserError(f"--classifier has no meaning for {architecture.family} networks: leave it out")
-    if snapshot.net.spec.conditioning.kind != "none":
-        raise UserError("--classifier is for networks that know no conditions, and --net has its own: leave it out")
-    classifier = load_network(path_or_url, device)
-    if not isinstance(classifier.net, NoisyClassifier):
-        raise UserError(
-            f"--classifier={path_or_url}: holds a {type(classifier.net).__name__}, which is no classifier of noisy "
-            f"images (train_classifier.py makes them)"
-        )
-    _check_same_data("--classifier", snapshot.net.spec, classifier.net.spec)
-    _check_same_latents("--classifier", snapshot, classifier)
-    return classifier
-
-
-def _check_same_latents(flag: str, snapshot: Snapshot, guide: Snapshot) -> None:
-    """Check that two networks share an encoder.
-
-    Raises:
-        UserError: they do not.
-    """
-    if not same_latents(snapshot.encoder, guide.encoder):
-        raise UserError(f"{flag} works on other latents than --net: they must share an encoder")
 
 
 def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingConfig:
@@ -459,8 +350,8 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot = load_image_network(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
-    guide = _load_guide(networks, sampling, snapshot, device)
-    chosen = _numbered_classes(sampling, _that_knows_classes(snapshot, guide))
+    guide = load_guide(networks, sampling, snapshot, device)
+    chosen = _numbered_classes(sampling, that_knows_classes(snapshot, guide))
     config = dataclasses.replace(config, sampling=chosen)
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))

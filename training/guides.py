@@ -1,0 +1,123 @@
+"""What a network is guided by: another network, a classifier of noisy images, or itself."""
+
+from pathlib import Path
+
+import torch
+
+from dnnlib.errors import UserError
+from torch_utils import distributed
+from torch_utils.device import resolve_precision
+from training.conditioning import DataSpec
+from training.config.generation import NetworksConfig, SamplingConfig
+from training.encoders import same_latents
+from training.families import architecture_of
+from training.networks.classifier import NoisyClassifier
+from training.snapshot import Snapshot, load_network
+
+
+def load_image_network(
+    path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
+) -> Snapshot:
+    """As `load_network`, for a network that makes images.
+
+    Raises:
+        UserError: also if it makes none.
+    """
+    snapshot = load_network(path_or_url, device, preset=arch)
+    if snapshot.note:
+        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
+    if not architecture_of(snapshot.net).makes_images:
+        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
+    return snapshot
+
+
+def that_knows_classes(snapshot: Snapshot, guide: Snapshot | None) -> Snapshot:
+    """The network, or the classifier that guides it."""
+    return guide if guide is not None and isinstance(guide.net, NoisyClassifier) else snapshot
+
+
+def load_guide(
+    networks: NetworksConfig, sampling: SamplingConfig, snapshot: Snapshot, device: torch.device
+) -> Snapshot | None:
+    """What guides a network: another, or a classifier of noisy images; None = nothing, or the network itself.
+
+    Raises:
+        UserError: it cannot be loaded, or the two do not go together.
+    """
+    if networks.classifier is not None:
+        return _load_classifier(networks.classifier, snapshot, device)
+    weight, given = sampling.guidance.guidance, networks.gnet
+    if weight == 1:
+        if given is not None or sampling.guidance.guidance_interval is not None:
+            useless = "--gnet" if given is not None else "--guidance-interval"
+            distributed.print0(f"Note: {useless} has no effect without --guidance")
+        return None
+    if given is None:
+        if not snapshot.net.spec.conditioning.optional:
+            raise UserError(
+                f"--guidance={weight:g} needs a guiding network: give --gnet (that of --net knows no images without a "
+                f"condition)"
+            )
+        return None
+    guide = load_image_network(given, device, networks.arch)
+    check_guide(snapshot.net.spec, guide.net.spec)
+    guide.net.precision = resolve_precision(sampling.precision, device)
+    _check_same_latents("--gnet", snapshot, guide)
+    return guide
+
+
+def _load_classifier(path_or_url: str, snapshot: Snapshot, device: torch.device) -> Snapshot:
+    """A classifier that can guide a network. It computes in float32: gradients are small.
+
+    Raises:
+        UserError: it is none, or the two do not go together.
+    """
+    architecture = architecture_of(snapshot.net)
+    if not architecture.is_denoiser:
+        raise UserError(f"--classifier has no meaning for {architecture.family} networks: leave it out")
+    if snapshot.net.spec.conditioning.kind != "none":
+        raise UserError("--classifier is for networks that know no conditions, and --net has its own: leave it out")
+    classifier = load_network(path_or_url, device)
+    if not isinstance(classifier.net, NoisyClassifier):
+        raise UserError(
+            f"--classifier={path_or_url}: holds a {type(classifier.net).__name__}, which is no classifier of noisy "
+            f"images (train_classifier.py makes them)"
+        )
+    _check_same_data("--classifier", snapshot.net.spec, classifier.net.spec)
+    _check_same_latents("--classifier", snapshot, classifier)
+    return classifier
+
+
+def _check_same_latents(flag: str, snapshot: Snapshot, guide: Snapshot) -> None:
+    """Check that two networks share an encoder.
+
+    Raises:
+        UserError: they do not.
+    """
+    if not same_latents(snapshot.encoder, guide.encoder):
+        raise UserError(f"{flag} works on other latents than --net: they must share an encoder")
+
+
+def _check_same_data(flag: str, spec: DataSpec, guide: DataSpec) -> None:
+    """Check that what guides a network sees images like its own.
+
+    Raises:
+        UserError: it does not.
+    """
+    parts = [("resolution", "resolution"), ("channels", "number of channels"), ("pixel_range", "range of pixels")]
+    for name, what in parts:
+        ours, theirs = getattr(spec, name), getattr(guide, name)
+        if ours != theirs:
+            raise UserError(f"{flag} has {what} {theirs}, but --net has {ours}: they must agree")
+
+
+def check_guide(spec: DataSpec, guide: DataSpec) -> None:
+    """Check that a network can be guided by another.
+
+    Raises:
+        UserError: their data differ.
+    """
+    _check_same_data("--gnet", spec, guide)
+    ours, theirs = spec.conditioning.size, guide.conditioning.size
+    if theirs not in (0, ours):
+        raise UserError(f"--gnet has {theirs} classes, but --net has {ours}: they must agree, or the guide have none")
