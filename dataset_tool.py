@@ -117,6 +117,7 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
     default="train",
     show_default=True,
 )
+@click.option("--keep-names", help="Write what images were called into names.json, for captions", is_flag=True)
 @click.option("--workers", help="Worker processes  [default: all cores]", metavar="INT", type=click.IntRange(min=1))
 @click.option(
     "--on-error",
@@ -138,6 +139,7 @@ def convert(
     image_key: str | None,
     label_key: str | None,
     split: str,
+    keep_names: bool,
     workers: int | None,
     on_error: str,
     resume: bool,
@@ -175,7 +177,7 @@ def convert(
         print("--range=auto: " + (f"{value_range[0]:g},{value_range[1]:g}" if value_range else "no use for it"))
     width, height = resolution or (None, None)
     settings = ImageSettings(transform, width, height, int(channels), value_range)
-    report = convert_images(opened, dest, settings, table, max_images, workers, on_error, resume)
+    report = convert_images(opened, dest, settings, table, max_images, workers, on_error, resume, keep_names)
     classes = describe_classes(report.class_counts, report.classes) if report.class_counts else "no classes"
     print(f"{dest}: {many(report.written, 'image')}, {classes}")
     for note in report.notes:
@@ -238,7 +240,8 @@ def run_vae(
         encoder, line = choose_encoder(dataset)
         encoder.batch_size = opts["batch"]
         encoder.prepare(target)
-    distributed.print0(line)
+    for text in (*dataset.summary(), line):
+        distributed.print0(text)
     if dataset.compressed:
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)

@@ -18,7 +18,15 @@ def test_all_options_of_convert(tmp_path):
     (tmp_path / "labels.csv").write_text("name,age,sex\n0,30,f\n1,40,m\n")
     args = [f"--source={source}", f"--dest={tmp_path / 'out'}", "--max-images=2", "--transform=center-crop"]
     args += ["--resolution=8x8", "--channels=1", "--range=0,4095", f"--labels={tmp_path / 'labels.csv'}"]
-    args += ["--image-key=png", "--label-key=sex", "--split=train", "--workers=1", "--on-error=skip", "--resume"]
+    args += [
+        "--image-key=png",
+        "--label-key=sex",
+        "--split=train",
+        "--keep-names",
+        "--workers=1",
+        "--on-error=skip",
+        "--resume",
+    ]
     assert_all_options(convert_command, args)
     result = run_cli(dataset_tool, "convert", *args)
     assert result.exit_code == 0, result.output

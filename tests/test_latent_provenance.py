@@ -161,6 +161,23 @@ def test_snapshots_without_statistics_are_refused(kwargs, tmp_path):
     fails_with(run_cli(generate, *args), "the encoder has statistics of another number of channels than 4")
 
 
+def test_a_run_continues_only_with_the_same_encoder(latents, tmp_path):
+    def rewritten(name: str, **changes) -> Path:
+        record = record_of(latents)
+        record["kwargs"] |= changes
+        with zipfile.ZipFile(latents) as old, zipfile.ZipFile(tmp_path / name, "w") as new:
+            for file in old.namelist():
+                contents = json.dumps({"labels": None, "encoder": record}) if file == "dataset.json" else old.read(file)
+                new.writestr(file, contents)
+        return tmp_path / name
+
+    args = [f"--outdir={tmp_path / 'run'}", *RUN, "--preview=0"]
+    ok(train, *args, f"--data={latents}")
+    assert "Nothing to do" in ok(train, *args, f"--data={rewritten('moved.zip', vae_name='elsewhere/vae')}")
+    other = rewritten("other.zip", raw_mean=[1.0, 2, 3, 4])
+    fails_with(run_cli(train, *args, f"--data={other}"), "was trained on other data", "their content differs")
+
+
 def test_class_labels_or_not_the_record_is_read(latents):
     assert isinstance(encoder_for(ImageFolderDataset(latents, use_labels=False)), StabilityVAEEncoder)
     assert ImageFolderDataset(latents, use_labels=False).encoder_record == record_of(latents)

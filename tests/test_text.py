@@ -150,6 +150,21 @@ def test_sources_of_captions(tmp_path, name, text, kind):
     assert np.array_equal(batch[1][0], batch[0][0]) and np.array_equal(batch[1][1], visits[1])
 
 
+def test_captions_of_images_that_were_converted(tmp_path):
+    source = make_dataset(
+        tmp_path / "images", dict(zip(["b/y.png", "a/x.png"], random_images(2).values(), strict=True))
+    )
+    result = run_cli(
+        dataset_tool, "convert", f"--source={source}", f"--dest={tmp_path / 'd.zip'}", "--keep-names", "--workers=1"
+    )
+    assert result.exit_code == 0, result.output
+    (tmp_path / "c.json").write_text(json.dumps(COCO))
+    result = captions(tmp_path / "d.zip", tmp_path / "out.zip", f"--captions={tmp_path / 'c.json'}")
+    assert result.exit_code == 0, result.output
+    assert ImageFolderDataset(tmp_path / "out.zip", use_captions=True).captions.texts == [("one", "three"), ("two",)]
+    assert ImageFolderDataset(tmp_path / "d.zip").notes == []
+
+
 def test_visits_are_counted():
     sampler = RunSampler(5, 0, 0, 4, (0, 4), 4, visits=True)
     plain = RunSampler(5, 0, 0, 4, (0, 4), 4)

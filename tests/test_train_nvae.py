@@ -8,12 +8,14 @@ import torch
 from conftest import DIGITS, assert_all_options, fails_with, make_dataset, random_images, run_cli
 
 from calculate_metrics import main as metrics_tool
+from dnnlib.errors import UserError
 from generate_images import main as generate
 from train_edm2 import main as train_edm2
 from train_nvae import main as train
 from training.config.data import DatasetInfo
 from training.config.nvae import ARCH_INSTANCES, TRAINING_PRESETS, NVAETraining
 from training.families import preset_network, trained_by
+from training.generation import generate_images
 from training.networks.nvae_cells import ARCHITECTURES
 from training.optimizers import AdamaxOptimizer
 from training.snapshot import load_network
@@ -88,6 +90,8 @@ def test_all_training_options(tmp_path):
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
     assert_all_options(train, args, but_those_of=train_edm2)
+    names = {f"fakes-0000000{name}.png" for name in ("", "-reconstructions", "-t0.7", "-t0.8", "-t0.9")}
+    assert {path.name for path in tmp_path.glob("fakes-*")} == names
     config = NVAETraining.load(tmp_path / "training_options.json")
     assert config.network.num_channels_dec == 8 and config.optimizer.warmup_portion == 0.1
     net = load_network(tmp_path / "network-snapshot-0000000-0.100.safetensors").net
@@ -126,6 +130,16 @@ def test_generated_images(trained, tmp_path, options):
         assert result.exit_code == 0, result.output
     together, alone = ([path.read_bytes() for path in sorted((tmp_path / d).iterdir())] for d in ("together", "alone"))
     assert together == alone and len(set(together)) > 1
+
+
+def test_from_python(trained):
+    net = load_network(trained / "network-snapshot-0000002.safetensors").net
+    warm, cold = (
+        next(iter(generate_images(net, seeds=[3, 4], verbose=False, temperature=t))).images for t in (1.0, 0.5)
+    )
+    assert warm.shape == (2, 1, 8, 8) and not torch.equal(warm, cold)
+    with pytest.raises(UserError, match="unknown option 'num_steps'"):
+        generate_images(net, num_steps=3)
 
 
 @pytest.mark.parametrize(

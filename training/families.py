@@ -29,7 +29,7 @@ from training.config.uvit import UViTNetwork, UViTTraining
 from training.config.uvit_presets import UVIT_PRESETS
 from training.denoiser import Denoiser
 from training.flops import Inputs
-from training.generators import Generator, VAEGenerator, diffusion_generator
+from training.generators import Generator, VAEGenerator, diffusion_generator, vae_pictures
 from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
 from training.losses import ClassifierLoss, EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
@@ -88,6 +88,7 @@ class Architecture:
             follow its later changes.
         makes_images: whether it can be asked for images.
         generate: (net, sampling) -> what makes images where the network is no denoiser.
+        pictures: (net in eval mode, real latents) -> what else previews show of it, latents by name.
         likelihood: (net, configuration) -> what computes likelihoods; None = nothing here.
         take_data: takes what describes the data out of the arguments in a file; None = they say nothing of it.
     """
@@ -108,6 +109,7 @@ class Architecture:
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
     generate: Callable[[Any, SamplingConfig], Generator] | None = None
+    pictures: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]] = lambda _net, _latents: {}
     likelihood: Callable[[Any, LikelihoodConfig], Likelihood] | None = None
     take_data: Callable[[dict[str, Any]], DataSpec] | None = None
 
@@ -366,6 +368,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ema=_nvae_ema,
         step=nvae_layers.effective_weights,
         generate=VAEGenerator,
+        pictures=vae_pictures,
         likelihood=_nvae_likelihood,
     ),
     "classifier.NoisyClassifier": Architecture(
@@ -428,6 +431,11 @@ def architecture_of(net: Any) -> Architecture:
         UserError: it is none of the registry's.
     """
     return ARCHITECTURES[architecture_name(net)]
+
+
+def is_other_than_denoiser(net: Any) -> bool:
+    """Whether something is a network of this project that makes images in another way than by denoising."""
+    return any(type(net) is entry.network_class and not entry.is_denoiser for entry in ARCHITECTURES.values())
 
 
 def accelerated(denoiser: Any, batch_size: int, compiled: bool = False) -> Denoiser:

@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
 from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
+from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, VAESampling
 from training.encoders import (
     AutoencoderEncoder,
     ContextEncoder,
     Encoder,
     StandardRGBEncoder,
 )
-from training.families import accelerated, architecture_of
+from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
 from training.prompts import given_prompts, text_encoder_for
@@ -162,7 +163,8 @@ def generate_images(
 
     Args:
         net, gnet: main and guiding denoiser: networks, or any callables D(x, sigma, cond). `gnet` is used where
-            `sampler_kwargs` ask for guidance.
+            `sampler_kwargs` ask for guidance. `net` may also be an NVAE; `sampler_kwargs` are then those of
+            `VAESampling`.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
         outdir: where images are saved as {seed:06d}.png; None = nowhere.
         subdirs: save in a folder per thousand seeds.
@@ -186,10 +188,18 @@ def generate_images(
     spec = spec if spec is not None else getattr(net, "spec", None)
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
-    _check_arguments(sampler_fn, sampler_kwargs)
+    encoder = encoder if encoder is not None else StandardRGBEncoder(*spec.pixel_range)
     classes = (
         None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.num_classes), "fixed")
     )
+    batches = partial(
+        ImageBatches, encoder=encoder, seeds=seeds, device=device, outdir=outdir, subdirs=subdirs,
+        max_batch_size=max_batch_size, encoder_batch_size=encoder_batch_size, verbose=verbose,
+    )  # fmt: skip
+    if is_other_than_denoiser(net):
+        sampling = SamplingConfig(vae=VAESampling.from_json(sampler_kwargs))
+        return batches(lambda _largest: architecture_of(net.to(device).eval()).generator(net, sampling, None))
+    _check_arguments(sampler_fn, sampler_kwargs)
     if gnet is not None and hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
     for network in (net, gnet):
@@ -208,10 +218,7 @@ def generate_images(
 
         return DiffusionGenerator(spec, sample, classes)
 
-    encoder = encoder if encoder is not None else StandardRGBEncoder(*spec.pixel_range)
-    return ImageBatches(
-        make_generator, encoder, seeds, device, outdir, subdirs, max_batch_size, encoder_batch_size, verbose
-    )
+    return batches(make_generator)
 
 
 def _check_arguments(function: Callable, arguments: dict[str, Any]) -> None:

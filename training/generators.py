@@ -13,9 +13,10 @@ import torch
 
 from training.classes import ClassChoice
 from training.conditioning import DataSpec
-from training.config.generation import SamplingConfig
+from training.config.generation import SamplingConfig, VAESampling
 from training.denoiser import Denoiser
 from training.guidance import ClassifierGuided, GuidedDenoiser, Unconditional
+from training.losses_vae import image_values, to_bytes
 from training.networks.classifier import NoisyClassifier
 from training.networks.nvae import NVAE
 from training.networks.nvae_layers import effective_weights
@@ -26,6 +27,8 @@ from training.samplers.ode import AfterUpdate
 from training.samplers.sampler import Sampler, unchanged
 
 SHOWN_PROMPTS = 100  # that `describe` lists; of more, it says a hash
+
+PICTURED_TEMPERATURES = (0.7, 0.8, 0.9)  # beside 1, as published
 
 
 class Generator(Protocol):
@@ -206,3 +209,23 @@ class VAEGenerator:
 
     def describe(self) -> dict[str, Any]:
         return {"labels": "none", "sampler": self.vae.describe(), "precision": self.net.precision}
+
+
+@torch.no_grad()
+def vae_pictures(net: NVAE, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What shows the training of an NVAE beside its samples: reconstructions, and samples at lower temperatures.
+
+    Args:
+        latents: real images in [-1, 1].
+    """
+    count, device = len(latents), latents.device
+    rnd = StackedRandomGenerator(device, range(count))
+    x = image_values(net.decoder, to_bytes(latents), net.loss_crop, rnd.randn_like)
+    with effective_weights(net):
+        mean = net.decoder.mean(net(x, torch.zeros_like).logits)
+    pictures = {"reconstructions": 2 * net.crop(mean) - 1}
+    for temperature in PICTURED_TEMPERATURES:
+        rnd = StackedRandomGenerator(device, range(count))
+        generator = VAEGenerator(net, SamplingConfig(vae=VAESampling(temperature=temperature)))
+        pictures[f"t{temperature:g}"] = generator(generator.noise(rnd), None, rnd)
+    return pictures

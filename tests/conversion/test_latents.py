@@ -136,6 +136,7 @@ def test_compressed_datasets_are_noted(vae, tmp_path):
             result = run_cli(*args)
             assert result.exit_code == 0, result.output
             assert result.output.count(f"={source} is compressed: slow to read; store it without compression") == notes
+            assert f"{source}: 2 images (2 .png), pixels of 16x16 with 3 channels" in result.output
         assert ("compressed" in check(source)) == bool(notes)
 
 

@@ -17,8 +17,8 @@ MAX_TOKENS = 1 << 12
 class DatasetInfo(Config):
     """Number, size and labels of a dataset's images, and a hash of their content.
 
-    `content_hash` is the SHA-256 of all names, sizes and labels and of the CRC-32 of up to 1024 evenly spaced images;
-    a folder and a ZIP file of the same files agree.
+    `content_hash` is the SHA-256 of all names, sizes and labels, of the CRC-32 of up to 1024 evenly spaced images, and
+    of the record of an encoder; a folder and a ZIP file of the same files agree.
     """
 
     count: int = option(flag=None, low=1)

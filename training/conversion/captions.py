@@ -27,12 +27,13 @@ def read_captions(dataset: ImageFolderDataset, path: Path | None) -> Texts:
     Args:
         path: annotations of MS-COCO (.json), a table of names and captions (.csv, .tsv), where an image may have
             several rows, or a text file with a line per image, in their order; None = text files of the images' names
-            beside them, a caption per line. Names are those in the dataset, with or without folders and file types.
+            beside them, a caption per line. Names are those that images have, or had before `convert --keep-names`,
+            with or without folders and file types.
 
     Raises:
         UserError: it cannot be read, or leaves out an image.
     """
-    names = [dataset.name(i) for i in range(len(dataset))]
+    names = dataset.names_before()
     if path is None:
         return [tuple(_lines(dataset.text_beside(i), names[i])) for i in range(len(dataset))]
     try:

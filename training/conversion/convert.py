@@ -20,7 +20,7 @@ from training.conversion.sources import CLASS_FOLDERS, Label, Source, SourceImag
 from training.conversion.transforms import decode_image, make_transform
 from training.conversion.workers import map_in_order
 from training.conversion.writer import DatasetWriter, encode_png, image_name
-from training.dataset.listing import many
+from training.dataset.listing import NAMES_FILE, many
 from training.dataset.order import evenly_spaced
 
 CHUNK = 16  # images that a worker gets at a time
@@ -60,12 +60,14 @@ def convert_images(
     workers: int = 1,
     on_error: str = "fail",
     resume: bool = False,
+    keep_names: bool = False,
 ) -> Report:
     """Convert images into a dataset of uncompressed PNG files. Its bytes do not depend on the number of workers.
 
     Args:
         labels: a table of labels; None = those of the sources.
         on_error: 'fail', or 'skip' images that are broken.
+        keep_names: write names.json, which says what images were called in the source.
 
     Raises:
         UserError: no images, broken ones, sizes or labels that do not go together, or `dest` exists.
@@ -91,6 +93,7 @@ def convert_images(
         channels=settings.channels,
         range=None if settings.value_range is None else list(settings.value_range),
         max_images=max_images,
+        **({"keep_names": True} if keep_names else {}),
     )
     writer = DatasetWriter(dest, options, resume)
     try:
@@ -100,6 +103,8 @@ def convert_images(
         if labels is not None and (unused := labels.unused()):
             report.notes.append(f"{many(len(unused), 'row')} of {labels.path} without an image, such as {unused[0]}")
         writer.write("dataset.json", written_labels.to_json())
+        if keep_names:
+            writer.write(NAMES_FILE, json.dumps(conversion.names).encode())
         writer.write("report.json", json.dumps({**asdict(report), "options": options}, indent=2).encode())
         writer.finish()
     except BaseException:
@@ -117,6 +122,7 @@ class _Conversion:
         self.labels = labels
         self.on_error = on_error
         self.report = Report()
+        self.names: dict[str, str] = {}  # of images in the source, by their names in the dataset
         self._first: _Converted | None = None
 
     def write_images(self, sources: Sequence[Source], max_images: int | None, workers: int) -> None:
@@ -151,6 +157,7 @@ class _Conversion:
             self._leave_out(result)
             return
         self.labels.add(name, result.source, result.name, result.label)
+        self.names[name] = result.name
         self.report.written += 1
 
     def _leave_out(self, result: "_Converted") -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write, naming_errors
+from training.dataset.listing import NAMES_FILE
 
 # ZIP records (APPNOTE 4.3): local file header, entry of the central directory, end of it in both sizes.
 LOCAL = struct.Struct("<4s5H3I2H")
@@ -25,7 +26,7 @@ END64_LOCATOR = struct.Struct("<4sIQI")
 END = struct.Struct("<4s4H2IH")
 DATE = (1 << 5) | 1  # 1 January 1980 for all files: the same images make the same archive
 VERSION, UNIX, STORED, UTF8 = 45, 3 << 8, 0, 1 << 11
-LAST_FILES = ("dataset.json", "report.json")  # written after all images
+LAST_FILES = ("dataset.json", "report.json", NAMES_FILE)  # written after all images
 MAX32, MAX16 = 0xFFFFFFFF, 0xFFFF
 PNG_COLOR_TYPES = {1: 0, 3: 2}  # by number of channels
 

@@ -1,6 +1,7 @@
 """The dataset that everything reads: square images or latents with labels, from a folder or a ZIP file."""
 
 import hashlib
+import json
 import os
 import struct
 import zlib
@@ -23,7 +24,7 @@ from training.dataset.labels import (
     labels_from_json,
     parse_labels_json,
 )
-from training.dataset.listing import Listing, counted, is_array, list_files, many, printable
+from training.dataset.listing import NAMES_FILE, Listing, counted, is_array, list_files, many, printable
 from training.dataset.order import evenly_spaced, subset
 from training.dataset.storage import open_storage
 
@@ -212,6 +213,21 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """
         return bytes(self._read(idx % len(self._files)))
 
+    def names_before(self) -> list[str]:
+        """What the images were called before `dataset_tool.py convert --keep-names`; else what they are called.
+
+        Raises:
+            UserError: names.json is damaged.
+        """
+        names = [self.name(idx) for idx in range(len(self._files))]
+        if NAMES_FILE not in self._storage.names:
+            return names
+        try:
+            before = json.loads(bytes(self._storage.read(self._storage.names.index(NAMES_FILE))))
+            return [str(before[name]) for name in names]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error, zlib.error) as err:
+            raise UserError(f"{self.path}: {NAMES_FILE}: cannot be used ({one_line(repr(err))[:100]})") from None
+
     def text_beside(self, idx: int) -> str:
         """The text file of the name of item `idx`.
 
@@ -287,6 +303,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             digest.update(struct.pack("<I", self._storage.crc(int(self._files[base]))))
         if self._labels is not None:
             digest.update(np.ascontiguousarray(self._labels).tobytes())
+        if self._encoder_record is not None:
+            digest.update(_encoder_digest(self._encoder_record))
         if self.captions is not None:
             digest.update(self.captions.digest())
         return DatasetInfo(
@@ -380,6 +398,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return bytes(self._storage.read(self._storage.names.index("dataset.json")))
         except (ValueError, OSError, struct.error, zlib.error) as err:
             raise UserError(f"{where}: cannot be read ({one_line(err)})") from None
+
+
+def _encoder_digest(record: dict[str, Any]) -> bytes:
+    """What the record of an encoder says of the latents; not where a VAE is that has a checksum."""
+    kwargs = record.get("kwargs")
+    if isinstance(kwargs, dict) and "vae_sha256" in kwargs:
+        record = {**record, "kwargs": {key: value for key, value in kwargs.items() if key != "vae_name"}}
+    return json.dumps(record, sort_keys=True).encode()
 
 
 def _size(shape: tuple[int, ...]) -> str:

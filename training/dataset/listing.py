@@ -14,7 +14,8 @@ import PIL.Image
 
 ARRAY_SUFFIX = ".npy"
 CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
-OUR_FILES = ("dataset.json", "report.json", "generation.json")  # beside images
+NAMES_FILE = "names.json"  # what the images of a dataset were called before
+OUR_FILES = ("dataset.json", "report.json", "generation.json", NAMES_FILE)  # beside images
 # Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
 HIDDEN = re.compile(rf"(?:^|/)(\.(?!\.?(?:/|$))[^/]*|{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|$)")

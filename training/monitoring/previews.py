@@ -61,8 +61,8 @@ class Previews:
         self.labels = torch.from_numpy(np.stack(labels)).to(device)
         self.seeds = list(range(len(chosen)))
         rnd = StackedRandomGenerator(device, self.seeds)
-        latents = encoder.encode_latents(torch.from_numpy(np.stack(reals)).to(device), rnd.randn_like)
-        self._save(latents, outdir / "reals.png")
+        self.latents = encoder.encode_latents(torch.from_numpy(np.stack(reals)).to(device), rnd.randn_like)
+        self._save(self.latents, outdir / "reals.png")
 
     def draw(self, net: Any, path: Path, stop: Callable[[], bool] = lambda: False) -> None:
         """Sample the grid with `net` and write it; nothing where `stop` says so between two batches."""
@@ -77,6 +77,8 @@ class Previews:
             with torch.inference_mode():
                 parts.append(generator(noise, labels, rnd))
         self._save(torch.cat(parts), path)
+        for name, pictures in architecture_of(net).pictures(net, self.latents).items():
+            self._save(pictures, path.with_name(f"{path.stem}-{name}.png"))
 
     def _save(self, latents: torch.Tensor, path: Path) -> None:
         try:
