@@ -18,7 +18,17 @@ from dnnlib.files import atomic_write
 from dnnlib.util import code_version
 
 # Each has a list JOBS.
-MODULES = ("sampling", "training_step", "uvit", "frechet", "dataset", "conversion", "reconstruction", "toy")
+MODULES = (
+    "sampling",
+    "training_step",
+    "uvit",
+    "score_sde",
+    "frechet",
+    "dataset",
+    "conversion",
+    "reconstruction",
+    "toy",
+)
 
 
 def all_jobs() -> list[Job]:

@@ -34,7 +34,7 @@ FULL = Description(
     architecture=Part("edm2.Precond", {"img_resolution": 8}),
     encoder=Part("StandardRGBEncoder", {}),
     preconditioning=Part("Epsilon", {"beta_min": 0.1}),
-    text_encoder=Part("TextEncoder", {"tokens": 77}),
+    text_encoder={"name": "TextEncoder", "kwargs": {"tokens": 77}},
     data=DataSpec(channels=3, resolution=8, conditioning=Conditioning(kind="vector", size=768)),
     class_names=["cat", "dog"],
     nimg=5,

@@ -10,7 +10,7 @@ import numpy as np
 from dnnlib.errors import UserError
 from training.conversion.sources import Source, SourceImage
 
-SVHN_NAMES = ("train_32x32.mat", "test_32x32.mat", "extra_32x32.mat")  # of cropped digits
+MAT_MAGIC = b"MATLAB 5"
 # Data types of MATLAB 5 files that hold numbers, and the types of elements that hold others.
 MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 MAT_MATRIX, MAT_COMPRESSED = 14, 15

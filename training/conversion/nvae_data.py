@@ -44,6 +44,14 @@ def read_omniglot(path: Path, split: str = "train") -> np.ndarray:
     return (255 * columns.transpose(2, 0, 1)).astype(np.uint8)
 
 
+def is_omniglot(path: Path) -> bool:
+    """Whether a MATLAB file holds the arrays of Omniglot."""
+    try:
+        return any(name in OMNIGLOT.values() for name, _ in read_mat(path.read_bytes()))
+    except (ValueError, struct.error, zlib.error):
+        return False
+
+
 def omniglot(path: Path, split: str) -> Source:
     """The characters of a `chardata.mat`.
 

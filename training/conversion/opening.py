@@ -10,8 +10,8 @@ from dnnlib.errors import UserError
 from training.conversion.files import image_folder, image_tar, image_zip
 from training.conversion.formats import CIFAR_FILES, CIFAR_FOLDERS, cifar, idx_files, idx_shape, lmdb_database
 from training.conversion.label_table import LabelTable, read_label_file
-from training.conversion.mat import SVHN_NAMES, svhn_files
-from training.conversion.nvae_data import omniglot
+from training.conversion.mat import MAT_MAGIC, svhn_files
+from training.conversion.nvae_data import is_omniglot, omniglot
 from training.conversion.parquet import parquet_tables
 from training.conversion.sources import Choice, Source, files_of_split, images_naming_damage, naming_damage, no_images
 from training.conversion.tar import TarContents, list_tar
@@ -63,17 +63,17 @@ def _open_file(path: Path, choice: Choice) -> Source:
     if idx_shape(path) is not None:
         _check_own_part(path, choice.split)
         return idx_files(path, [path])
-    for is_one, make in ((path.name.endswith(SVHN_NAMES), svhn_files), (is_tfrecord(path), tfrecord_files)):
+    if start == MAT_MAGIC and is_omniglot(path):
+        return omniglot(path, choice.split)
+    for is_one, make in ((start == MAT_MAGIC, svhn_files), (is_tfrecord(path), tfrecord_files)):
         if is_one:
             _check_own_part(path, choice.split)
             return make(path, [path])
-    if start == b"MATLAB 5":
-        return omniglot(path, choice.split)
     if tarfile.is_tarfile(path):
         return _open_tar(path, list_tar(path), choice)
     raise UserError(
-        f"--source={path}: neither a ZIP, tar, Parquet, IDX, TFRecord or MATLAB file nor a CIFAR tarball (it begins "
-        f"with {start!r}): unpack or convert it first"
+        f"--source={path}: neither a ZIP, tar, Parquet, IDX, TFRecord or SVHN file nor a CIFAR tarball (it begins with "
+        f"{start!r})"
     )
 
 
@@ -121,8 +121,8 @@ def _open_folder(path: Path, choice: Choice) -> Source:
         if found:
             chosen, note = files_of_split(path, found, choice.split)
             return make(path, [path / name for name in chosen], choice, note)
-    for endings, make in (((".tfrecord", ".tfrecords"), tfrecord_files), (SVHN_NAMES, svhn_files)):
-        chosen = [name for name in visible if name.endswith(endings)]
+    for endings, make in (((".tfrecord", ".tfrecords"), tfrecord_files), (("_32x32.mat",), svhn_files)):
+        chosen = [name for name in visible if name.lower().endswith(endings)]
         if chosen:
             chosen, note = files_of_split(path, chosen, choice.split)
             return make(path, [path / name for name in chosen], note)

@@ -13,8 +13,8 @@ from training.dataset.decoding import on_white, open_picture
 Transform = Callable[[np.ndarray], np.ndarray | None]
 LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 BILINEAR = PIL.Image.Resampling.BILINEAR
-CELEBA_CROP = 140
 CELEBA_BOX = (15, 40, 163, 188)  # left, upper, right, lower edge of the part of a CelebA image that is kept
+CELEBA_CROP = 140
 
 
 def decode_image(data: bytes | np.ndarray, channels: int = 3, value_range: ValueRange | None = None) -> np.ndarray:
@@ -82,17 +82,6 @@ def center_crop_dhariwal(image: np.ndarray, width: int, height: int) -> np.ndarr
     return image[y : y + height, x : x + width]
 
 
-def center_crop_celeba(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
-    """The middle 140x140 pixels, resized bilinearly, as score_sde (Song et al. 2021) learns CelebA at 64x64.
-
-    uint8 [H, W, C] -> [height, width, C]; None if the image is too small.
-    """
-    y, x = ((n - CELEBA_CROP) // 2 for n in image.shape[:2])
-    if min(y, x) < 0:
-        return None
-    return resize(image[y : y + CELEBA_CROP, x : x + CELEBA_CROP], width, height, BILINEAR)
-
-
 def crop_celeba(image: np.ndarray) -> np.ndarray:
     """The face of a CelebA image: [218, 178, C] -> [148, 148, C].
 
@@ -119,6 +108,17 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return image[y : y + size, x : x + size]
 
 
+def center_crop_celeba(image: np.ndarray, width: int, height: int) -> np.ndarray | None:
+    """The middle 140x140 pixels, resized bilinearly, as score_sde (Song et al. 2021) learns CelebA at 64x64.
+
+    uint8 [H, W, C] -> [height, width, C]; None if the image is too small.
+    """
+    y, x = ((n - CELEBA_CROP) // 2 for n in image.shape[:2])
+    if min(y, x) < 0:
+        return None
+    return resize(image[y : y + CELEBA_CROP, x : x + CELEBA_CROP], width, height, BILINEAR)
+
+
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:
     """The transform of that name (None: resize only) to width x height (None: the image's own size).
 
@@ -141,8 +141,8 @@ def make_transform(name: str | None, width: int | None, height: int | None) -> T
         "center-crop": center_crop,
         "center-crop-wide": center_crop_wide,
         "center-crop-dhariwal": center_crop_dhariwal,
-        "center-crop-celeba": center_crop_celeba,
         "celeba": lambda image, width, _height: resize_shorter(crop_celeba(image), width),
         "shorter-side": lambda image, width, _height: resize_and_crop(image, width),
+        "center-crop-celeba": center_crop_celeba,
     }[name]
     return lambda image: function(image, width, height)
