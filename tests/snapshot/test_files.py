@@ -158,5 +158,5 @@ def test_a_layout_is_an_entry(tmp_path, monkeypatch, snapshot_file):
     path.write_bytes(b"3")
     with pytest.raises(UserError, match="net.pth: .*nothing in the file was run"):  # the last reader takes all others
         open_snapshot(path)
-    with pytest.raises(UserError, match="snapshots are .safetensors or .pkl or .pth or .pt files"):
+    with pytest.raises(UserError, match="snapshots are .pth or .safetensors or .pkl or .pt files"):
         open_snapshot("https://example.com/net.onnx")  # and nothing is fetched
