@@ -56,3 +56,24 @@ def test_damaged_description_of_the_detector(detector, tmp_path):
     save_stats(tmp_path / "a.safetensors", stats)
     with pytest.raises(UserError, match="its metadata is damaged"):
         load_stats(tmp_path / "a.safetensors")
+
+
+def test_features_of_score_sde(tmp_path):
+    """Its files hold Inception's features of all images; mean and covariance are made of them."""
+    features = np.random.default_rng(0).normal(size=[50, 16]).astype(np.float32)
+    np.savez_compressed(tmp_path / "cifar10_stats.npz", pool_3=features)
+    stats = load_stats(tmp_path / "cifar10_stats.npz")
+    assert stats.num_images == 50
+    np.testing.assert_allclose(stats.fid.mu, features.astype(np.float64).mean(axis=0))
+    np.testing.assert_allclose(stats.fid.sigma, np.cov(features.astype(np.float64), rowvar=False))
+    for damaged, message in [
+        (features[:1], "1 image, which have no covariance"),
+        (features[0], "shapes .D. and .D, D., features of .N, D."),
+    ]:
+        np.savez(tmp_path / "damaged.npz", pool_3=damaged)
+        with pytest.raises(UserError, match=message):
+            load_stats(tmp_path / "damaged.npz")
+    features[3, 4] = np.nan
+    np.savez(tmp_path / "nan.npz", pool_3=features)
+    with pytest.raises(UserError, match="nan.npz: mu and sigma must be finite"):
+        load_stats(tmp_path / "nan.npz")

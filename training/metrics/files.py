@@ -37,6 +37,7 @@ MAX_FEATURES = 1 << 13
 ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_pixels": "pixels"}  # detector of each entry
 ARRAYS = {"mu": 1, "sigma": 2, "features": 2}  # number of dimensions
 DESCRIPTION = {"detector", "resize", "weights"}  # see `Detector.describe`
+POOL = "pool_3.npy"  # features in the files of score_sde
 SUFFIXES = (".safetensors", ".npz", ".pkl")
 
 
@@ -103,10 +104,10 @@ def _write_published(path: Path, stats: Mapping[str, Any]) -> None:
 
 
 def load_stats(path_or_url: str | Path) -> EasyDict:
-    """The statistics in a file: ours (.safetensors, .npz), a published pickle, or an .npz file of `mu` and `sigma`.
+    """The statistics in a file: ours (.safetensors, .npz), a published pickle, or an .npz file of `mu` and `sigma`
+    (older releases, pytorch-fid, ADM) or of `pool_3`, Inception's features of all images (score_sde).
 
-    The latter is what older releases, pytorch-fid and ADM write, and is taken to be for FID. Nothing in a file is
-    executed.
+    Both kinds of .npz files are taken to be for FID. Nothing in a file is executed.
 
     Raises:
         UserError: the file is missing or damaged, or holds no statistics.
@@ -218,7 +219,7 @@ def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: An
 
 
 def _read_npz(path: Path) -> EasyDict:
-    """The statistics in an .npz file, ours or with `mu` and `sigma`; empty if it holds something else.
+    """The statistics in an .npz file: ours, with `mu` and `sigma`, or of `pool_3`; empty if it holds something else.
 
     Arrays that would take too much memory are refused.
     """
@@ -230,6 +231,8 @@ def _read_npz(path: Path) -> EasyDict:
                 shapes = {name.removesuffix(".npy"): _npy_shape(archive, name) for name in names - {"metadata.npy"}}
                 text = str(_read_npy(archive, "metadata.npy", kinds="U"))
                 return _ours(path, text, shapes, lambda name: _read_npy(archive, f"{name}.npy"))
+            if POOL in names:
+                return _of_features(path, _read_npy(archive, POOL))
             if not {"mu.npy", "sigma.npy"} <= names:
                 return EasyDict()
             arrays = {key: _read_npy(archive, f"{key}.npy") for key in ("mu", "sigma")}
@@ -241,6 +244,16 @@ def _read_npz(path: Path) -> EasyDict:
     return EasyDict(fid=EasyDict({key: _finite(array, str(path)) for key, array in arrays.items()}))
 
 
+def _of_features(path: Path, features: np.ndarray) -> EasyDict:
+    """The statistics of Inception's features [N, D] of all images, as score_sde (Song et al. 2021) publishes them."""
+    _check_shapes({"features": features.shape}, str(path))
+    if len(features) < 2:
+        raise UserError(f"{path}: {POOL} holds the features of {len(features)} image, which have no covariance")
+    values = _finite(features.astype(np.float64), str(path))
+    stats = {"mu": values.mean(axis=0), "sigma": np.cov(values, rowvar=False)}
+    return EasyDict(fid=EasyDict(stats), num_images=len(values))
+
+
 def _npy_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     with archive.open(name) as f:
         np.lib.format.read_magic(f)
@@ -248,7 +261,7 @@ def _npy_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, kinds: str = "fiu") -> np.ndarray:
-    if not name.endswith("/features.npy") and archive.getinfo(name).file_size > MAX_FEATURES**2 * 8 + 4096:
+    if not name.endswith(("/features.npy", POOL)) and archive.getinfo(name).file_size > MAX_FEATURES**2 * 8 + 4096:
         raise ValueError(f"{name} is too large")
     array = np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
     if array.dtype.kind not in kinds:
