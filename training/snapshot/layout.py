@@ -125,6 +125,21 @@ def is_training_state(path: Path) -> bool:
     return path.name.startswith("training-state-") and path.suffix == ".pt"
 
 
+class LoadedFile(SnapshotFile):
+    """A snapshot whose tensors are in memory, in `_tensors`."""
+
+    _tensors: dict[str, torch.Tensor]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
 @dataclass(frozen=True)
 class Reader:
     """How a layout is read.

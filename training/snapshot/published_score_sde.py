@@ -24,7 +24,7 @@ from torch_utils.tensor_files import check_weights, refused
 from training.conditioning import DataSpec
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.snapshot.description import FORMAT_VERSION, Description
-from training.snapshot.layout import GetTensor, Request, SnapshotFile, check_storable
+from training.snapshot.layout import GetTensor, LoadedFile, Request, check_storable
 from training.snapshot.score_sde_shapes import architecture_for
 
 ARCHITECTURE = "score_sde.ScoreSDE"
@@ -112,7 +112,7 @@ def is_checkpoint(request: Request) -> bool:
             return MARK in f.read(HEAD)
 
 
-class PublishedScoreFile(SnapshotFile):
+class PublishedScoreFile(LoadedFile):
     """A published checkpoint as a snapshot: `which` is 'ema' for the averages, 'model' for the weights in training.
 
     Raises:
@@ -145,15 +145,6 @@ class PublishedScoreFile(SnapshotFile):
             "notes": {"step": checkpoint.step, "ema_rate": checkpoint.decay, "preset": found.like},
         }
         self.description = Description.from_json(str(self.path), block)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
 
 
 def write_checkpoint(

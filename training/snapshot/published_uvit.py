@@ -28,7 +28,7 @@ from training.encoders import PUBLISHED_CLIP, PUBLISHED_VAE, Encoder, StabilityV
 from training.networks.uvit import UViT
 from training.networks.uvit_denoiser import known_conditions
 from training.snapshot.description import FORMAT_VERSION, Description
-from training.snapshot.layout import FOLDER, GetTensor, Request, SnapshotFile, check_storable
+from training.snapshot.layout import FOLDER, GetTensor, LoadedFile, Request, check_storable
 
 ARCHITECTURE = "uvit.UViTDenoiser"
 SCALES = {"tokens": 0.2301}  # of the published latents by kind of condition
@@ -139,7 +139,7 @@ def guess_architecture(shapes: Mapping[str, tuple[int, ...]], source: str = "the
     )
 
 
-class PublishedUViT(SnapshotFile):
+class PublishedUViT(LoadedFile):
     """A published file or folder as a snapshot: `which` is 'ema' or, of training checkpoints, 'net'.
 
     What the weights do not say is that of the preset: the one that is asked for, or the published one of these sizes;
@@ -181,15 +181,6 @@ class PublishedUViT(SnapshotFile):
             kwargs = {"model": PUBLISHED_CLIP, "tokens": conditioning.tokens, "width": conditioning.size}
             block["text_encoder"] = {"name": "TextEncoder", "kwargs": kwargs}
         self.description = Description.from_json(str(self.path), block)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
 
 
 def is_checkpoint_folder(request: Request) -> bool:
