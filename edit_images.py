@@ -108,26 +108,30 @@ def open_vae(opts: dict[str, Any]) -> Any:
     return Editor(opts["net"], opts["device"] or "auto", opts["arch"])
 
 
-def save_results(
-    outdir: Path, sheet: Path | None, editor: Any, rows: dict[str, Any], originals: Any, captions: list[str]
-) -> None:
+def draw_sheet(path: Path, pictures: Any, captions: list[str]) -> None:
+    """Contact sheet of pictures [N, C, H, W] in rows, each with these captions."""
+    from torch_utils.pictures import drawable, image_grid, save_image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = len(captions)
+    save_image(path, image_grid(drawable(pictures), columns, captions * (len(pictures) // columns)))
+    print(f"Contact sheet: {path}")
+
+
+def save_results(outdir: Path, sheet: Path | None, rows: dict[str, Any], originals: Any, captions: list[str]) -> None:
     """Results {name: [K, C, H, W]} as files {name}-{k}.png, and a sheet of originals and results, a row for each."""
-    import numpy as np
     import torch
 
-    from torch_utils.pictures import drawable, image_grid, save_image
+    from torch_utils.pictures import save_image
 
     outdir.mkdir(parents=True, exist_ok=True)
     shown = []
     for (name, pictures), before in zip(rows.items(), originals, strict=True):
         for k, picture in enumerate(pictures):
             save_image(outdir / f"{name}-{k:02d}.png", picture.cpu().numpy())
-        shown.append(drawable(torch.cat([before, pictures])))
+        shown.append(torch.cat([before, pictures]))
     if sheet is not None:
-        columns = len(captions)
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        save_image(sheet, image_grid(np.concatenate(shown), columns, captions * len(shown)))
-        print(f"Contact sheet: {sheet}")
+        draw_sheet(sheet, torch.cat(shown), captions)
     print(f"{sum(map(len, rows.values()))} images in {outdir}")
 
 
@@ -187,15 +191,15 @@ def inpaint(
         known = editing.mask_of_ratio(ratio or 0.0, indices, seed, resolution)
     filled = editor.inpaint(images, known, fills, seed)
     hidden = (images.pixels * known.to(images.pixels.device)).to(images.pixels.dtype)
-    originals = [[image, masked] for image, masked in zip(images.pixels, hidden, strict=True)]
-    rows = {f"{index:06d}": pictures for index, pictures in zip(indices, filled, strict=True)}
-    save_results(outdir, sheet, editor, rows, _stacked(originals), ["image", "known", *["filled"] * fills])
+    save_fills(outdir, sheet, images, hidden, filled, ["image", "known", *["filled"] * fills])
 
 
-def _stacked(rows: list[list[Any]]) -> list[Any]:
+def save_fills(outdir: Path, sheet: Path | None, images: Any, known: Any, fills: Any, captions: list[str]) -> None:
+    """Fills [N, K, C, H, W] of images, and a sheet of each image, what is known of it, and its fills."""
     import torch
 
-    return [torch.stack(row) for row in rows]
+    rows = {f"{index:06d}": pictures for index, pictures in zip(images.indices, fills, strict=True)}
+    save_results(outdir, sheet, rows, torch.stack([images.pixels, known], dim=1), captions)
 
 
 @main.command()
@@ -227,9 +231,7 @@ def colorize(
     images = editor.images_of(data, indices)
     coloured = editor.colorize(images, fills, seed)
     grey = images.pixels.float().mean(dim=1, keepdim=True).round().expand_as(images.pixels).to(images.pixels.dtype)
-    originals = [[image, flat] for image, flat in zip(images.pixels, grey, strict=True)]
-    rows = {f"{index:06d}": pictures for index, pictures in zip(indices, coloured, strict=True)}
-    save_results(outdir, sheet, editor, rows, _stacked(originals), ["image", "grey", *["coloured"] * fills])
+    save_fills(outdir, sheet, images, grey, coloured, ["image", "grey", *["coloured"] * fills])
 
 
 @main.command()
@@ -248,7 +250,7 @@ def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batc
     import numpy as np
 
     from dnnlib.files import atomic_write
-    from torch_utils.pictures import check_picture, drawable, image_grid, save_image
+    from torch_utils.pictures import check_picture
 
     if sheet is not None:
         check_picture("--sheet", sheet, {"--data": data})
@@ -263,9 +265,7 @@ def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batc
         import torch
 
         back = editor.decode(noise, images.cond, range(len(noise)))
-        pairs = torch.stack([images.pixels, back], dim=1).flatten(0, 1)
-        save_image(sheet, image_grid(drawable(pairs), 2, ["image", "decoded"] * len(noise)))
-        print(f"Contact sheet: {sheet}")
+        draw_sheet(sheet, torch.stack([images.pixels, back], dim=1).flatten(0, 1), ["image", "decoded"])
     print(f"{len(noise)} encoded images in {outdir}")
 
 
@@ -329,7 +329,7 @@ def interpolate(
         pictures = editor.interpolate(latents, frames)
     rows = {f"{a:06d}-{b:06d}": row for a, b, row in zip(chosen[:-1], chosen[1:], pictures, strict=True)}
     captions = [f"{k / (frames - 1):.2f}" for k in range(frames)]
-    save_results(outdir, sheet, editor, rows, [row[:0] for row in pictures], captions)
+    save_results(outdir, sheet, rows, [row[:0] for row in pictures], captions)
 
 
 @main.command()

@@ -154,6 +154,11 @@ class Architecture:
         return diffusion_generator(denoiser, net.spec, sampling, guide, net.precision)
 
 
+def _from_data(network_class: Callable[..., nn.Module]) -> Callable[[dict[str, Any], Any], nn.Module]:
+    """`make` of networks that take the data first."""
+    return lambda arguments, data: network_class(data, **arguments)
+
+
 def _edm2_optimizer(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
     chosen = config.optimizer
 
@@ -183,19 +188,14 @@ def _take_edm2_data(kwargs: dict[str, Any]) -> DataSpec:
     )
 
 
-def _score_network(arguments: dict[str, Any], data: DataSpec) -> ScoreSDE:
-    return ScoreSDE(data, **arguments)
-
-
 def _score_objective(_net: nn.Module, config: ScoreTraining) -> ScoreLoss:
     chosen, network = config.objective, config.network
-    pixel_range = (-1.0, 1.0) if network.centered else (0.0, 1.0)
     return ScoreLoss(
         schedule_for(network),
         chosen.reduce_mean,
         chosen.likelihood_weighting,
         chosen.importance_sampling,
-        pixel_range if chosen.dequantize else None,
+        network.pixel_range if chosen.dequantize else None,
     )
 
 
@@ -218,10 +218,6 @@ def _profiles_and_ema(
     if config.ema.ema_rate == 0:
         return PowerFunctionEMA(net, config.ema.ema_std)
     return ProfilesAndRampedEMA(net, config.ema.ema_std, config.ema.ema_rate, ramp_up)
-
-
-def _uvit_network(arguments: dict[str, Any], data: DataSpec) -> UViTDenoiser:
-    return UViTDenoiser(data, **arguments)
 
 
 def _uvit_objective(_net: nn.Module, config: UViTTraining) -> WithoutSomeConditions:
@@ -253,10 +249,6 @@ def _uvit_optimizer(net: nn.Module, config: UViTTraining) -> AdamOptimizer:
         max_norm=chosen.grad_clip,
         loss_scaling=config.run.ls,
     )
-
-
-def _classifier(arguments: dict[str, Any], data: DataSpec) -> NoisyClassifier:
-    return NoisyClassifier(data, **arguments)
 
 
 def _classifier_objective(_net: nn.Module, _config: ClassifierTraining) -> ClassifierLoss:
@@ -329,7 +321,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "[arXiv 2011.13456](https://arxiv.org/abs/2011.13456))",
         network_class=ScoreSDE,
         network=ScoreNetwork,
-        make=_score_network,
+        make=_from_data(ScoreSDE),
         training=ScoreTraining,
         presets=SCORE_PRESETS,
         objective=_score_objective,
@@ -344,7 +336,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "[arXiv 2209.12152](https://arxiv.org/abs/2209.12152))",
         network_class=UViTDenoiser,
         network=UViTNetwork,
-        make=_uvit_network,
+        make=_from_data(UViTDenoiser),
         training=UViTTraining,
         presets=UVIT_PRESETS,
         objective=_uvit_objective,
@@ -377,7 +369,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "[arXiv 2011.13456](https://arxiv.org/abs/2011.13456))",
         network_class=NoisyClassifier,
         network=ClassifierNetwork,
-        make=_classifier,
+        make=_from_data(NoisyClassifier),
         inputs=_classifier_inputs,
         training=ClassifierTraining,
         presets=CLASSIFIER_PRESETS,

@@ -98,6 +98,11 @@ class ScoreNetwork(Config):
                 raise UserError(f"{field.flag} has no effect with --model={self.model}: leave it out")
 
     @property
+    def pixel_range(self) -> tuple[float, float]:
+        """What black and white are to the network."""
+        return (-1.0, 1.0) if self.centered else (0.0, 1.0)
+
+    @property
     def embedding(self) -> str:
         return "positional" if self.model == "ddpm" else self.embedding_type
 

@@ -44,6 +44,6 @@ class ScoreSDE(Preconditioned):
     def __init__(self, data: DataSpec, precision: str = "fp32", **arguments: Any):
         config = ScoreNetwork(**arguments)
         net = MODELS[config.model](data.resolution, data.channels, **config.raw_arguments)
-        spec = dataclasses.replace(data, pixel_range=(-1.0, 1.0) if config.centered else (0.0, 1.0))
+        spec = dataclasses.replace(data, pixel_range=config.pixel_range)
         super().__init__(net, Epsilon(schedule_for(config)), spec, precision)
         self.init_kwargs = config.to_json()

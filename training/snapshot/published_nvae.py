@@ -25,7 +25,7 @@ from training.networks.nvae import NVAE
 from training.networks.nvae_cells import ARCHITECTURES
 from training.networks.nvae_layers import Conv2d
 from training.snapshot.description import FORMAT_VERSION, Description
-from training.snapshot.layout import GetTensor, Request, SnapshotFile, is_training_state
+from training.snapshot.layout import GetTensor, LoadedFile, Request, is_training_state
 
 INIT_DONE = "init_done"  # a buffer of ours that published files lack
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
@@ -280,7 +280,7 @@ def may_be_nvae(request: Request) -> bool:
     return not is_training_state(Path(request.path))
 
 
-class PublishedNVAEFile(SnapshotFile):
+class PublishedNVAEFile(LoadedFile):
     """A published checkpoint as a snapshot. What it says of its run is kept among the notes.
 
     Raises:
@@ -292,8 +292,8 @@ class PublishedNVAEFile(SnapshotFile):
         request.check_which(self.path)
         checkpoint = load_checkpoint(self.path)
         net = checkpoint.net
-        self._state = net.state_dict()
-        self.names = list(self._state)
+        self._tensors = net.state_dict()
+        self.names = list(self._tensors)
         run = {"args": checkpoint.args, "epoch": checkpoint.epoch, "global_step": checkpoint.global_step}
         block = {
             "format_version": FORMAT_VERSION,
@@ -304,15 +304,6 @@ class PublishedNVAEFile(SnapshotFile):
             "notes": {NOTE: run},
         }
         self.description = Description.from_json(str(self.path), block)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._state[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._state[name].dtype
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self._state[name].detach()
 
 
 def write_nvae(

@@ -134,7 +134,7 @@ class PublishedScoreFile(LoadedFile):
             self.note = f"sizes of its network are those of its weights, the rest is that of preset {found.like}"
         self._tensors = {f"net.{name}": tensor for name, tensor in state.items()}
         self.names = list(self._tensors)
-        span = (-1.0, 1.0) if found.network.centered else (0.0, 1.0)
+        span = found.network.pixel_range
         data = DataSpec(channels=found.channels, resolution=found.resolution, pixel_range=span)
         block = {
             "format_version": FORMAT_VERSION,
