@@ -24,7 +24,6 @@ from training.families import architecture_of
 from training.guides import load_image_network
 from training.likelihood import Likelihood
 from training.samplers import StackedRandomGenerator
-from training.snapshot import open_snapshot
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def prepare(
     indices = range(len(dataset) if num is None else min(num, len(dataset)))
     facts = {
         "net": net,
-        "net_sha256": file_sha256(open_snapshot(net, preset=arch).path),
+        "net_sha256": file_sha256(snapshot.path),
         "data": data,
         "dataset": dataset.info().to_json(),
         "num_images": len(indices),

@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 
 from dnnlib.errors import UserError
+from training.conditioning import DataSpec
 from training.control import Control, KnownGrey, KnownPixels
 from training.dataset.images import ImageFolderDataset
 from training.denoiser import schedule_of, without_steps
@@ -76,15 +77,7 @@ class Editor:
         spec = self.net.spec
         dataset = ImageFolderDataset(data, use_labels=spec.conditioning.num_classes > 0)
         grey = spec.channels == 3 and dataset.num_channels == 1
-        ours = (1 if grey else spec.channels, spec.resolution)
-        if dataset.dtype != np.uint8 or (dataset.num_channels, dataset.resolution) != ours:
-            raise UserError(
-                f"--data={data}: images of {dataset.resolution}x{dataset.resolution} with {dataset.num_channels} "
-                f"channels, but the network knows {spec.resolution}x{spec.resolution} with {spec.channels}: convert "
-                f"them as its training data were"
-            )
-        if max(indices) >= len(dataset):
-            raise UserError(f"--indices: {max(indices)} is too large, {data} has {len(dataset)} images")
+        check_images(dataset, data, indices, spec, channels=1 if grey else spec.channels)
         images, labels = zip(*(dataset[i] for i in indices), strict=True)
         pixels = torch.from_numpy(np.stack(images)).to(self.device)
         known = dataset.label_dim > 0 and dataset.label_dim == spec.conditioning.num_classes
@@ -185,6 +178,22 @@ class Editor:
                 classes.append(i if t < 0.5 else i + 1)
         pictures = self.decode(torch.cat(rows), None if cond is None else cond[classes], range(len(rows)))
         return pictures.reshape(len(noise) - 1, frames, *pictures.shape[1:])
+
+
+def check_images(dataset: ImageFolderDataset, data: str, indices: Sequence[int], spec: DataSpec, channels: int) -> None:
+    """Check that a dataset holds images for a network of a spec, with so many channels.
+
+    Raises:
+        UserError: they are not such as the network was trained on, or an index is too large; `data` names them.
+    """
+    if dataset.dtype != np.uint8 or (dataset.num_channels, dataset.resolution) != (channels, spec.resolution):
+        raise UserError(
+            f"--data={data}: images of {dataset.resolution}x{dataset.resolution} with {dataset.num_channels} "
+            f"channels, but the network knows {spec.resolution}x{spec.resolution} with {spec.channels}: convert "
+            f"them as its training data were"
+        )
+    if max(indices) >= len(dataset):
+        raise UserError(f"--indices: {max(indices)} is too large, {data} has {len(dataset)} images")
 
 
 def between(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:

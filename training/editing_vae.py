@@ -16,7 +16,7 @@ from dnnlib.errors import UserError
 from torch_utils import pictures
 from torch_utils.device import select_device, set_up_device
 from training.dataset.images import ImageFolderDataset
-from training.editing import between
+from training.editing import between, check_images
 from training.encoders import StandardRGBEncoder
 from training.guides import load_image_network
 from training.losses_vae import image_values
@@ -69,14 +69,7 @@ class Editor:
             UserError: they are not such as the network was trained on, or an index is too large.
         """
         dataset, spec = ImageFolderDataset(data, use_labels=False), self.net.spec
-        ours, wanted = (dataset.num_channels, dataset.resolution), (spec.channels, spec.resolution)
-        if dataset.dtype != np.uint8 or ours != wanted:
-            raise UserError(
-                f"--data={data}: images of {ours[1]}x{ours[1]} with {ours[0]} channels, but the network knows "
-                f"{wanted[1]}x{wanted[1]} with {wanted[0]}: convert them as its training data were"
-            )
-        if max(indices) >= len(dataset):
-            raise UserError(f"--indices: {max(indices)} is too large, {data} has {len(dataset)} images")
+        check_images(dataset, data, indices, spec, spec.channels)
         return torch.from_numpy(np.stack([dataset[i][0] for i in indices])).to(self.device)
 
     @torch.no_grad()

@@ -291,11 +291,11 @@ class LoadedGenerator:
         """What makes the images of these seeds, as plain JSON values."""
         networks = self.config.networks
         facts: dict[str, Any] = {}
-        guides = {"gnet": networks.gnet, "classifier": networks.classifier} if self.guide is not None else {}
-        sources = {"net": networks.net, **guides}
-        for key, source in sources.items():
-            if source is not None:
-                facts |= {key: source, f"{key}_sha256": file_sha256(open_snapshot(source, preset=networks.arch).path)}
+        guides = {"gnet": networks.gnet, "classifier": networks.classifier}
+        for key, source in {"net": networks.net, **guides}.items():
+            loaded = self.snapshot if key == "net" else self.guide
+            if source is not None and loaded is not None:
+                facts |= {key: source, f"{key}_sha256": file_sha256(loaded.path)}
         encoder = self.snapshot.encoder
         if isinstance(encoder, AutoencoderEncoder) and not encoder.vae_sha256:
             encoder = encoder.identified()

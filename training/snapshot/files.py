@@ -58,12 +58,14 @@ class Snapshot:
     """A network ready for sampling, the encoder that goes with it, and what is known about it.
 
     `metadata` are plain JSON values: those of `training.snapshot.description.Description`, notes among them.
-    `note` says what the user should know about how the file was understood; '' = nothing.
+    `path` is where the file is on this machine. `note` says what the user should know about how the file was
+    understood; '' = nothing.
     """
 
     net: Any  # of a class in `families.ARCHITECTURES`
     encoder: Encoder
     metadata: dict[str, Any]
+    path: Path
     note: str = ""
 
 
@@ -96,7 +98,9 @@ def _load(path_or_url: str | Path, device: torch.device | str, which: str, prese
     dtypes = {name: tensor.dtype for name, tensor in net.state_dict().items()}
     state = {name: finite_tensor(file, name).to(device, dtypes[name]) for name in file.names}
     net.load_state_dict(state, assign=True)
-    return Snapshot(net.eval().requires_grad_(False), encoder, file.description.with_data(net).metadata, file.note)
+    return Snapshot(
+        net.eval().requires_grad_(False), encoder, file.description.with_data(net).metadata, file.path, file.note
+    )
 
 
 def save_network(
