@@ -9,7 +9,10 @@ from dnnlib.errors import UserError
 from training.config.training import parse_std_list
 
 
-@click.command(cls=CommandLine)
+@click.command(
+    cls=CommandLine,
+    after_interrupt="the saved results are complete; repeat the command with --skip to make the others",
+)
 @click.option(
     "--indir",
     help="Directory with the snapshots of a run",
