@@ -27,8 +27,8 @@ def some(tensors: Iterable[torch.Tensor]) -> np.ndarray:
 
 
 def gradients_of(net: torch.nn.Module) -> np.ndarray:
-    """Some of them, in the order of the parameters."""
-    return some(p.grad for p in net.parameters() if p.grad is not None)
+    """Some of them, in the order of the parameters' names."""
+    return some(p.grad for _, p in sorted(net.named_parameters()) if p.grad is not None)
 
 
 def random_numbers(images: torch.Tensor) -> StackedRandomGenerator:

@@ -87,11 +87,15 @@ class Step:
         self.vectors, self.iterations, self.weight = dict(vectors), FIRST_ITERATIONS, weight
         self.norms = nvae_layers.batch_norms(net)
         self.adamax = torch.optim.Adamax(
-            net.parameters(), lr=0.0, betas=(options.betas[0], options.betas[1]), eps=options.eps, weight_decay=options.weight_decay
+            net.parameters(),
+            lr=0.0,
+            betas=(options.betas[0], options.betas[1]),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
         )
 
     def regularizer(self) -> torch.Tensor:
-        total = torch.stack([norm.weight.abs().max() for norm in self.norms]).sum()
+        total = torch.stack([norm.weight.abs().max(dim=0).values for norm in self.norms]).sum()
         for shape, convs in self.convs.items():
             w = torch.stack([_weight(conv).flatten(1) for conv in convs])
             u, v = (x.unsqueeze(2) for x in self.vectors[shape])

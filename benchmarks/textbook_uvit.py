@@ -10,6 +10,10 @@ from torch import nn
 from training.config.uvit import UViTOptimizer
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -21,8 +25,7 @@ class Attention(nn.Module):
         N, L, D = x.shape
         qkv = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(N, L, D))
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(N, L, D))
 
 
 class MLP(nn.Module):

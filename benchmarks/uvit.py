@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -93,8 +94,19 @@ def our_uvit_step(precision: str) -> Callable[[], np.ndarray]:
     return our_step(config, DATA, batch(), EMA_RATE)
 
 
+def attention(plain: bool) -> Callable[[], np.ndarray]:
+    """Of one block of S/2."""
+    q, k, v = torch.randn(3, BATCH, 8, 257, 64, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run() -> np.ndarray:
+        return (textbook_uvit.attention if plain else F.scaled_dot_product_attention)(q, k, v).numpy()
+
+    return run
+
+
 JOBS = [
     Job(f"U-ViT S/2 {name}, {precision}, batch {BATCH}", plain, partial(ours, precision), bar, tolerance, precision)
     for name, plain, ours in [("forward", plain_forward, our_forward), ("training step", plain_step, our_uvit_step)]
     for precision, bar, tolerance in [("fp32", 1.3, 1e-4), ("bf16", 2.0, 5e-2)]
-]
+] + [Job(f"U-ViT S/2 attention, batch {BATCH}", partial(attention, True), partial(attention, False), None, 1e-5)]
