@@ -25,14 +25,13 @@ from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, VAESampling
 from training.encoders import (
     AutoencoderEncoder,
-    ContextEncoder,
     Encoder,
     StandardRGBEncoder,
 )
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
-from training.prompts import given_prompts, text_encoder_for
+from training.prompts import prompts_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, open_snapshot
@@ -251,8 +250,7 @@ class LoadedGenerator:
     snapshot: Snapshot
     guide: Snapshot | None
     device: torch.device
-    prompts: Sequence[str] = ()
-    text_encoder: ContextEncoder | None = None
+    prompts: PromptChoice | None = None
 
     @property
     def suffix(self) -> str:
@@ -272,15 +270,16 @@ class LoadedGenerator:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
         generator = architecture_of(net).generator(net, sampling, batch_size, guide)
-        if self.text_encoder is not None:
+        if self.prompts is not None:
             assert isinstance(generator, DiffusionGenerator)
-            generator.prompts = PromptChoice(self.prompts, self.text_encoder.encode)
+            generator.prompts = self.prompts
         return generator
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
-        encoder, texts = self.snapshot.encoder, dict(class_names=self.class_names, prompts=self.prompts)
-        return ImageBatches(self.generator, encoder, seeds, self.device, **texts, **kwargs)
+        prompts = () if self.prompts is None else self.prompts.prompts
+        texts: dict[str, Any] = dict(class_names=self.class_names, prompts=prompts)
+        return ImageBatches(self.generator, self.snapshot.encoder, seeds, self.device, **texts, **kwargs)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -358,5 +357,4 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot.encoder.prepare(device)
     if isinstance(snapshot.encoder, AutoencoderEncoder):
         snapshot.encoder.check_channels(snapshot.net.spec.channels)
-    text_encoder = text_encoder_for(config, snapshot, device)
-    return LoadedGenerator(config, snapshot, guide, device, given_prompts(sampling), text_encoder)
+    return LoadedGenerator(config, snapshot, guide, device, prompts_for(config, snapshot, device))
