@@ -195,14 +195,15 @@ def _shared(chunks: Sequence[list[int]]) -> Iterator[list[int]]:
 
 
 def _read(out: Path, facts: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """The rows that a file holds; it is begun where there is none, and a line that was cut off is removed."""
-    lines = out.read_text().splitlines() if out.is_file() else []
+    """The rows that a file holds; it is begun where there is none, and loses lines that are cut off or damaged."""
+    lines = out.read_text(errors="replace").splitlines() if out.is_file() else []
     good = [line for line in map(_parsed, lines) if line is not None]
-    if lines and (not good or "facts" not in good[0]):
+    if lines and not (good and isinstance(good[0].get("facts"), dict)):
         raise UserError(f"--out={out}: exists, and holds no likelihoods: choose another name")
     if lines and (other := _difference(good[0]["facts"], facts)):
         raise UserError(f"--out={out}: holds likelihoods of another {other}: choose another name, or delete it")
-    rows = [line for line in good if "index" in line]
+    rows = [line for line in good if "index" in line and all(map(_is_number, line.values()))]
+    rows = [row for row in rows if row.keys() == rows[0].keys()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out, "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [{"facts": facts}, *rows])
@@ -238,9 +239,13 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     return next((key for key in ours if key not in harmless and theirs.get(key) != ours[key]), None)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

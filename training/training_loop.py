@@ -19,7 +19,7 @@ from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
-from training.dataset.order import RunSampler, begin_loader_process, collate
+from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
 from training.monitoring.health import Divergence, weight_beyond_float16
@@ -266,7 +266,7 @@ class TrainingRun:
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="spawn" if workers > 0 else None,
         )
-        return iter(loader)
+        return start_loading(loader)
 
     def step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """One optimiser step on `batch` images."""
