@@ -34,7 +34,7 @@ from training.guides import check_guide, load_guide, load_image_network, that_kn
 from training.prompts import prompts_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
-from training.snapshot import Snapshot, open_snapshot
+from training.snapshot import Snapshot, load_network, open_snapshot
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
@@ -161,7 +161,8 @@ def generate_images(
     """Generate one image per seed. An image depends on its seed alone, not on batches or processes.
 
     Args:
-        net, gnet: main and guiding denoiser: networks, or any callables D(x, sigma, cond). `gnet` is used where
+        net, gnet: main and guiding denoiser: networks, files or URLs of them (whose encoder then decodes, if none is
+            given), or any callables D(x, sigma, cond). `gnet` is used where
             `sampler_kwargs` ask for guidance. `net` may also be an NVAE; `sampler_kwargs` are then those of
             `VAESampling`.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
@@ -184,6 +185,11 @@ def generate_images(
         UserError: `class_idx` is out of range, `gnet` does not fit `net`, `spec` is missing, or the sampler has no
             such argument.
     """
+    if isinstance(net, (str, os.PathLike)):
+        snapshot = load_network(net)
+        net, encoder = snapshot.net, snapshot.encoder if encoder is None else encoder
+    if isinstance(gnet, (str, os.PathLike)):
+        gnet = load_network(gnet).net
     spec = spec if spec is not None else getattr(net, "spec", None)
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
