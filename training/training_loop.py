@@ -27,6 +27,7 @@ from training.monitoring.journal import Journal, status_line
 from training.monitoring.outdir import OPTIONS_NAME, STATE_PATTERN, check_outdir, snapshot_name, state_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
+from training.monitoring.tracker import Tracker
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 from training.snapshot.initial import take_weights_
@@ -188,6 +189,9 @@ class TrainingRun:
             evaluation = SnapshotEvaluation(
                 run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
             )
+        with distributed.fail_together():
+            if run.tracker != "none" and distributed.get_rank() == 0:
+                journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
         previews = None
         with distributed.fail_together():
             if distributed.get_rank() == 0 and self.preview_interval != 0:
@@ -200,6 +204,7 @@ class TrainingRun:
                     run.preview_images,
                     run.preview_steps,
                 )
+                journal.show(self.outdir / "reals.png", self.nimg)
         journal.start(self.nimg, run.duration)
         start_nimg = self.nimg
         self.start_time = time.time() - self.seconds
@@ -373,7 +378,9 @@ class TrainingRun:
         if previews is not None:
             ema_net, _ = self.ema.get()[-1]
             begin = time.time()
-            previews.draw(ema_net, self.outdir / f"fakes-{self.nimg // 1000:07d}.png", lambda: suspend.received)
+            path = self.outdir / f"fakes-{self.nimg // 1000:07d}.png"
+            previews.draw(ema_net, path, lambda: suspend.received)
+            self.journal.show(path, self.nimg)
             self.preview_seconds = time.time() - begin
             self.tick.time += self.preview_seconds
 
