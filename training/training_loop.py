@@ -175,7 +175,7 @@ class TrainingRun:
     def take_initial_weights(self, path: str) -> None:
         """Start with those of a snapshot; the averages, too."""
         with distributed.fail_together():
-            for line in take_weights_(self.net, path):
+            for line in take_weights_(self.net, path, self.encoder):
                 self.journal.log(line)
         assert self.architecture.ema is not None
         self.ema = self.architecture.ema(self.net, self.config)
