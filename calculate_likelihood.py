@@ -65,7 +65,7 @@ def main(net: str, arch: str | None, data: str, out: Path, num: int | None, seed
 
     distributed.init()
     with distributed.fail_together():
-        task = prepare(net, data, config, num, seed, arch, given)
+        task = prepare(net, data, config, num, seed, arch, given, batch)
         check_seed(seed + len(task.indices) - 1)
     summary = evaluate(task, out, batch)
     if summary is not None:

@@ -64,6 +64,7 @@ def prepare(
     seed: int = 0,
     arch: str | None = None,
     given: Collection[str] = (),
+    batch: int = 1,
 ) -> DatasetLikelihood:
     """Network and images, ready.
 
@@ -73,9 +74,11 @@ def prepare(
         num: only so many of the images, the first ones; None = all.
         arch: training preset that names the architecture of published files that do not say it.
         given: names of the options that were given, which this network's likelihood must look at.
+        batch: images at a time in each process.
 
     Raises:
-        UserError: the network has no likelihood, or the images are not such as it was trained on.
+        UserError: the network has no likelihood, the images are not such as it was trained on, or are too many at a
+            time.
     """
     device = select_device(config.device)
     set_up_device(device)
@@ -101,6 +104,8 @@ def prepare(
     for field in (field for name in others for field in all_fields(type(getattr(config, name)))):
         if field.key in given:
             raise UserError(f"{field.flag} has no effect on {architecture.family} networks: leave it out")
+    if likelihood.section == "vae" and batch > config.vae.max_batch:
+        raise UserError(f"--max-batch={config.vae.max_batch} is below --batch={batch}: lower --batch, too")
     indices = range(len(dataset) if num is None else min(num, len(dataset)))
     facts = {
         "net": net,
