@@ -6,7 +6,6 @@ callers find the published functions here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,12 +32,26 @@ if TYPE_CHECKING:
     )
     from training.metrics.evaluation import Evaluation
     from training.metrics.images import StoredImages
+    from training.release import get_detector, metric_specs, parse_metric_list, save_stats
 
 # For Python callers, as in the published script.
-__all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
+OF_METRICS = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
+OF_RELEASE = ["get_detector", "metric_specs", "parse_metric_list", "save_stats"]
+__all__ = [
+    "calculate_metrics_from_stats",
+    "calculate_stats_for_files",
+    "calculate_stats_for_iterable",
+    "get_detector",
+    "load_stats",
+    "metric_specs",
+    "parse_metric_list",
+    "save_stats",
+]
 
 GROUPS = 15  # of images, for error bars
-__getattr__ = imported_when_used(dict.fromkeys(__all__, "training.metrics"))
+__getattr__ = imported_when_used(
+    dict.fromkeys(OF_METRICS, "training.metrics") | dict.fromkeys(OF_RELEASE, "training.release")
+)
 
 
 def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -239,15 +252,10 @@ def gen(
         seeds = range(seed + i * num_images, seed + (i + 1) * num_images)
         with distributed.fail_together():
             facts = generator.describe(seeds)
-            images = generator.images(
-                seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False, facts=facts
-            )
-            saving = contextlib.nullcontext()
-            if save_images is not None and distributed.get_rank() == 0:
-                saving = ImageRecord(save_images, facts).of(seeds)
-        with saving:
-            records = evaluation(images, facts)
-        runs.append(keep(records, opts))
+            record = None if save_images is None else ImageRecord(save_images, facts)
+            saving = None if record is None else lambda _generator, record=record: record
+            images = generator.images(seeds, record=saving, subdirs=True, max_batch_size=batch, verbose=False)
+        runs.append(keep(evaluation(images, facts), opts))
     finish(runs)
     published = GENERATION_PRESETS.get(preset)
     if published is not None and published.metric in opts["metrics"]:

@@ -55,6 +55,7 @@ def main() -> None:
     """Make, encode, decode and check datasets."""
 
 
+RESUMED = "repeat the command with --resume to continue"  # after Ctrl-C
 max_images_option = click.option(
     "--max-images", help="Use only the first images", metavar="INT", type=click.IntRange(min=1)
 )
@@ -64,7 +65,7 @@ dest_option = click.option(
 resume_option = click.option("--resume", help="Continue what an interrupted run has left", is_flag=True)
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @click.option(
     "--source",
     "sources",
@@ -262,7 +263,7 @@ def run_vae(
     distributed.shutdown()
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @encoder_option("stabilityai/sd-vae-ft-mse")
 @click.option(
     "--scale",
@@ -309,7 +310,7 @@ def encode(encoder: str | None, scale: float | str | None, pixel_range: str | No
     run_vae(encode_images, lambda _dataset: encoder_to_encode(encoder, scale, values), **opts)
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @encoder_option("the one that dataset.json records, or stabilityai/sd-vae-ft-mse")
 @click.option("--trust-encoder", help="Fetch whatever VAE dataset.json names on the hub", type=bool, default=False)
 @with_options(LATENT_OPTIONS)
@@ -321,7 +322,7 @@ def decode(encoder: str | None, trust_encoder: bool, **opts: Any) -> None:
     run_vae(decode_latents, lambda dataset: encoder_to_decode(dataset, encoder or "", trust_encoder), **opts)
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True)
 @dest_option
 @click.option(
@@ -387,7 +388,7 @@ def captions(
     print(f"{dest}: {len(dataset)} images, {count} captions as {encoder.tokens} tokens of width {encoder.width}")
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @click.option(
     "--source",
     help="Folder of 0.npy, 1.npy, ...",

@@ -1,9 +1,10 @@
 """Seeds -> images, shared out over processes: options, networks, batches, decoded and saved."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
-from dnnlib.files import atomic_write, file_sha256
+from dnnlib.files import atomic_write, clear_leftovers, file_sha256
 from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
@@ -24,7 +25,6 @@ from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, VAESampling
 from training.encoders import (
-    ContextEncoder,
     Encoder,
     StandardRGBEncoder,
     VAEEncoder,
@@ -32,10 +32,10 @@ from training.encoders import (
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
-from training.prompts import given_prompts, text_encoder_for
-from training.provenance import format_seeds, png_text
+from training.prompts import prompts_for
+from training.provenance import ImageRecord, format_seeds, name_of, plain, png_text, weights_sha256
 from training.samplers import StackedRandomGenerator, edm_sampler
-from training.snapshot import Snapshot, open_snapshot
+from training.snapshot import Snapshot, load_network, open_snapshot
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
@@ -61,8 +61,9 @@ class ImageBatches:
         encoder: decodes latents, `encoder_batch_size` at a time.
         seeds: one integer per image, over all processes.
         device: where the random numbers are drawn.
-        outdir, subdirs: where images are saved (see `image_path`); None = nowhere.
-        facts: what makes the images, for the text of PNG files; None = they have none.
+        record: generator -> the record of the folder in which images are saved; called when the iteration starts. None
+            = they are saved nowhere.
+        subdirs: save in a folder per thousand seeds (see `image_path`).
         class_names: names of the classes, for the same.
         prompts: texts that images follow in turn, for the same.
         max_batch_size: images per batch and process.
@@ -75,12 +76,11 @@ class ImageBatches:
         encoder: Encoder,
         seeds: Sequence[int],
         device: torch.device | str,
-        outdir: str | os.PathLike | None = None,
+        record: Callable[[Generator], ImageRecord] | None = None,
         subdirs: bool = False,
         max_batch_size: int = 32,
         encoder_batch_size: int = 32,
         verbose: bool = True,
-        facts: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
         prompts: Sequence[str] = (),
     ):
@@ -92,8 +92,8 @@ class ImageBatches:
         self.num_batches, self.num_images = len(batches), len(seeds)
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.make_generator, self.encoder, self.seeds, self.device = make_generator, encoder, seeds, device
-        self.outdir, self.subdirs, self.encoder_batch_size, self.verbose = outdir, subdirs, encoder_batch_size, verbose
-        self.facts, self.class_names, self.prompts = facts, class_names, prompts
+        self.record, self.subdirs, self.encoder_batch_size, self.verbose = record, subdirs, encoder_batch_size, verbose
+        self.class_names, self.prompts = class_names, prompts
 
     def __len__(self) -> int:
         return len(self.own)
@@ -101,12 +101,32 @@ class ImageBatches:
     def __iter__(self) -> Iterator[EasyDict]:
         disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
         generator = self.make_generator(self.largest)
-        for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
-            r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
-            r.indices = indices
-            r.seeds = [self.seeds[i] for i in indices]
-            self._make(generator, r)
-            yield r
+        with self._recorded(generator) as record:
+            for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
+                r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
+                r.indices = indices
+                r.seeds = [self.seeds[i] for i in indices]
+                self._make(generator, r)
+                if record is not None:
+                    self._save(record, generator, r)
+                yield r
+
+    @contextlib.contextmanager
+    def _recorded(self, generator: Generator) -> Iterator[ImageRecord | None]:
+        """Inside, images are saved in the folder of a record: leftovers of killed runs are gone, others pointed out."""
+        if self.record is None:
+            yield None
+            return
+        first, suffix = distributed.get_rank() == 0, self.encoder.output_suffix(generator.spec.channels)
+        with distributed.fail_together():
+            record = self.record(generator)
+            if first:
+                clear_leftovers(image_path(record.folder, seed, self.subdirs, suffix) for seed in self.seeds)
+        if first and (note := record.note_of_others(self.seeds, suffix)):
+            print(note)
+        with record.of(self.seeds) if first else contextlib.nullcontext():
+            yield record
+            distributed.barrier()  # the record is complete when all processes are done
 
     def _make(self, generator: Generator, r: EasyDict) -> None:
         rnd = StackedRandomGenerator(self.device, r.seeds)
@@ -115,23 +135,22 @@ class ImageBatches:
         with torch.inference_mode():
             latents = generator(r.noise, r.labels, rnd)
             r.images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
-        if self.outdir is not None:
-            suffix = self.encoder.output_suffix(generator.spec.channels)
-            labels: torch.Tensor | None = r.labels
-            of_classes = generator.spec.conditioning.kind == "classes"
-            classes = labels.argmax(dim=1).tolist() if labels is not None and of_classes else [None] * len(r.seeds)
-            for seed, class_idx, image in zip(r.seeds, classes, r.images.cpu().numpy(), strict=True):
-                path = image_path(self.outdir, seed, self.subdirs, suffix)
-                if suffix == ".png":
-                    pictures.save_image(path, image, self._text(seed, class_idx))
-                else:
-                    with atomic_write(path, sync=False) as f:
-                        np.save(f, image)
 
-    def _text(self, seed: int, class_idx: int | None) -> dict[str, str]:
-        """The text of the PNG file of a seed."""
-        if self.facts is None:
-            return {}
+    def _save(self, record: ImageRecord, generator: Generator, r: EasyDict) -> None:
+        suffix = self.encoder.output_suffix(generator.spec.channels)
+        labels: torch.Tensor | None = r.labels
+        of_classes = generator.spec.conditioning.kind == "classes"
+        classes = labels.argmax(dim=1).tolist() if labels is not None and of_classes else [None] * len(r.seeds)
+        for seed, class_idx, image in zip(r.seeds, classes, r.images.cpu().numpy(), strict=True):
+            path = image_path(record.folder, seed, self.subdirs, suffix)
+            if suffix == ".png":
+                pictures.save_image(path, image, png_text(record.facts, **self._of_image(seed, class_idx)))
+            else:
+                with atomic_write(path, sync=False) as f:
+                    np.save(f, image)
+
+    def _of_image(self, seed: int, class_idx: int | None) -> dict[str, Any]:
+        """What the text of a PNG file says of its image alone."""
         of_image: dict[str, Any] = {"seed": int(seed)}
         if self.prompts:
             of_image["prompt"] = self.prompts[seed % len(self.prompts)]
@@ -139,7 +158,7 @@ class ImageBatches:
             of_image["class"] = class_idx
             if self.class_names is not None and class_idx < len(self.class_names):
                 of_image["class_name"] = self.class_names[class_idx]
-        return png_text(self.facts, **of_image)
+        return of_image
 
 
 def generate_images(
@@ -162,11 +181,13 @@ def generate_images(
     """Generate one image per seed. An image depends on its seed alone, not on batches or processes.
 
     Args:
-        net, gnet: main and guiding denoiser: networks, or any callables D(x, sigma, cond). `gnet` is used where
+        net, gnet: main and guiding denoiser: networks, files or URLs of them (whose encoder then decodes, if none is
+            given), or any callables D(x, sigma, cond). `gnet` is used where
             `sampler_kwargs` ask for guidance. `net` may also be an NVAE; `sampler_kwargs` are then those of
             `VAESampling`.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
-        outdir: where images are saved as {seed:06d}.png; None = nowhere.
+        outdir: where images are saved as {seed:06d}.png, with generation.json, which says what made them; None =
+            nowhere.
         subdirs: save in a folder per thousand seeds.
         seeds: one integer per image, over all processes.
         class_idx: class of all images; None = drawn from the seed.
@@ -185,6 +206,11 @@ def generate_images(
         UserError: `class_idx` is out of range, `gnet` does not fit `net`, `spec` is missing, or the sampler has no
             such argument.
     """
+    if isinstance(net, (str, Path)):
+        snapshot = load_network(net)
+        net, encoder = snapshot.net, snapshot.encoder if encoder is None else encoder
+    if isinstance(gnet, (str, Path)):
+        gnet = load_network(gnet).net
     spec = spec if spec is not None else getattr(net, "spec", None)
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
@@ -193,14 +219,15 @@ def generate_images(
         None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.num_classes), "fixed")
     )
     batches = partial(
-        ImageBatches, encoder=encoder, seeds=seeds, device=device, outdir=outdir, subdirs=subdirs,
-        max_batch_size=max_batch_size, encoder_batch_size=encoder_batch_size, verbose=verbose,
+        ImageBatches, encoder=encoder, seeds=seeds, device=device, subdirs=subdirs, max_batch_size=max_batch_size,
+        encoder_batch_size=encoder_batch_size, verbose=verbose,
     )  # fmt: skip
     if is_other_than_denoiser(net):
         sampling = SamplingConfig(vae=VAESampling.from_json(sampler_kwargs))
-        return batches(lambda _largest: architecture_of(net.to(device).eval()).generator(net, sampling, None))
+        make = architecture_of(net.to(device).eval()).generator
+        return batches(lambda _: make(net, sampling, None), record=_record_in(outdir, encoder, net=net))
     _check_arguments(sampler_fn, sampler_kwargs)
-    if gnet is not None and hasattr(gnet, "spec"):
+    if hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
     for network in (net, gnet):
         if isinstance(network, nn.Module):
@@ -216,9 +243,36 @@ def generate_images(
                 net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
             )
 
-        return DiffusionGenerator(spec, sample, classes)
+        facts = {"function": name_of(sampler_fn), **{key: plain(value) for key, value in sampler_kwargs.items()}}
+        return DiffusionGenerator(spec, sample, classes, {"sampler": facts})
 
-    return batches(make_generator)
+    return batches(make_generator, record=_record_in(outdir, encoder, net=net, gnet=gnet if guided else None))
+
+
+def _record_in(
+    outdir: str | os.PathLike | None, encoder: Encoder, **networks: Any
+) -> Callable[[Generator], ImageRecord] | None:
+    """Gives the record of a folder in which images of networks in memory are saved; None where there is no folder.
+
+    Args:
+        networks: by the names of the options that they would be; None = there is none.
+    """
+    if outdir is None:
+        return None
+
+    def record(generator: Generator) -> ImageRecord:
+        facts: dict[str, Any] = {}
+        for key, network in networks.items():
+            if network is not None:
+                facts[key] = name_of(network)
+            if isinstance(network, nn.Module):
+                facts[f"{key}_weights_sha256"] = weights_sha256(network)
+                facts[f"{key}_precision"] = getattr(network, "precision", "fp32")
+        return ImageRecord(
+            Path(outdir), {**facts, **generator.describe(), "encoder": encoder.record, "code_version": code_version()}
+        )
+
+    return record
 
 
 def _check_arguments(function: Callable, arguments: dict[str, Any]) -> None:
@@ -251,8 +305,7 @@ class LoadedGenerator:
     snapshot: Snapshot
     guide: Snapshot | None
     device: torch.device
-    prompts: Sequence[str] = ()
-    text_encoder: ContextEncoder | None = None
+    prompts: PromptChoice | None = None
 
     @property
     def suffix(self) -> str:
@@ -272,15 +325,16 @@ class LoadedGenerator:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
         generator = architecture_of(net).generator(net, sampling, batch_size, guide)
-        if self.text_encoder is not None:
+        if self.prompts is not None:
             assert isinstance(generator, DiffusionGenerator)
-            generator.prompts = PromptChoice(self.prompts, self.text_encoder.encode)
+            generator.prompts = self.prompts
         return generator
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
-        encoder, texts = self.snapshot.encoder, dict(class_names=self.class_names, prompts=self.prompts)
-        return ImageBatches(self.generator, encoder, seeds, self.device, **texts, **kwargs)
+        prompts = () if self.prompts is None else self.prompts.prompts
+        texts: dict[str, Any] = dict(class_names=self.class_names, prompts=prompts)
+        return ImageBatches(self.generator, self.snapshot.encoder, seeds, self.device, **texts, **kwargs)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -358,5 +412,4 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot.encoder.prepare(device)
     if isinstance(snapshot.encoder, VAEEncoder):
         snapshot.encoder.check_channels(snapshot.net.spec.channels)
-    text_encoder = text_encoder_for(config, snapshot, device)
-    return LoadedGenerator(config, snapshot, guide, device, given_prompts(sampling), text_encoder)
+    return LoadedGenerator(config, snapshot, guide, device, prompts_for(config, snapshot, device))

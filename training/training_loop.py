@@ -19,7 +19,7 @@ from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
-from training.dataset.order import RunSampler, begin_loader_process, collate
+from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
 from training.monitoring.health import Divergence, weight_beyond_float16
@@ -29,6 +29,7 @@ from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
+from training.snapshot.initial import take_weights_
 
 SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
 
@@ -150,8 +151,11 @@ class TrainingRun:
                 journal.log(f"Nothing to do: {outdir} has its {self.nimg} images. A longer --duration continues it.")
                 return False
             journal.log(f"Resuming at {self.nimg} images from {outdir}")
-        elif list(outdir.glob("network-snapshot-*")):
-            journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
+        else:
+            if list(outdir.glob("network-snapshot-*")):
+                journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
+            if config.run.init_from:
+                self.take_initial_weights(config.run.init_from)
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
         dataset, share = self.dataset, self.share
         for line in dataset.summary():
@@ -166,6 +170,14 @@ class TrainingRun:
             f"{share.rounds} round{'s' * (share.rounds > 1)} of {share.batch_gpu} images per step"
         )
         return True
+
+    def take_initial_weights(self, path: str) -> None:
+        """Start with those of a snapshot; the averages, too."""
+        with distributed.fail_together():
+            for line in take_weights_(self.net, path):
+                self.journal.log(line)
+        assert self.architecture.ema is not None
+        self.ema = self.architecture.ema(self.net, self.config)
 
     def train(self, suspend: distributed.SuspendSignals) -> None:
         """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""
@@ -254,7 +266,7 @@ class TrainingRun:
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="spawn" if workers > 0 else None,
         )
-        return iter(loader)
+        return start_loading(loader)
 
     def step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """One optimiser step on `batch` images."""

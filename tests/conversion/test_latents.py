@@ -118,7 +118,8 @@ def test_resumed_encoding(vae, pixels, tmp_path, monkeypatch):
         return encode_pixels(self, x, randn_like)
 
     monkeypatch.setattr(StabilityVAEEncoder, "encode_pixels", interrupted)
-    assert run_cli(dataset_tool, *args).exit_code == 1
+    result = run_cli(dataset_tool, *args)
+    assert result.exit_code == 130 and "Interrupted: repeat the command with --resume to continue" in result.stderr
     run_tool(*args, "--resume")
     assert calls == [2] * 3 + [2] * 3
     assert len(ImageFolderDataset(tmp_path / "l.zip")) == 10

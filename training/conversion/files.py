@@ -36,7 +36,10 @@ def image_zip(path: Path, choice: Choice) -> Source:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         named = sorted(((info.filename.replace("\\", "/"), info) for info in infos), key=lambda pair: pair[0])
         text = archive.read("dataset.json") if "dataset.json" in archive.namelist() else None
-    found = _understand(path, list_files(name for name, _info in named), text, choice.split)
+        listing = list_files(name for name, _info in named)
+        for position in listing.odd:
+            archive.open(named[position][1]).close()  # compares the two copies of a name
+    found = _understand(path, listing, text, choice.split)
     chosen = set(found.names)
 
     def images() -> Iterator[SourceImage]:

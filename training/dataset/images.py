@@ -79,6 +79,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._opaque, self._checksums = opaque, checksums
         self._storage = open_storage(self.path)
         listing = list_files(self._storage.names, arrays=True)
+        for position in listing.odd:  # dataset.json under a damaged name would be missed
+            self._check_name(position)
         if not listing.images:
             raise UserError("; ".join([f"{self.path}: no images found (PNG, JPEG, ... or .npy)", *listing.left_out()]))
         labels = self._load_labels(listing)
@@ -346,6 +348,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return self._storage.read(idx) if size is None else self._storage.read_start(idx, size)
         except (OSError, ValueError, struct.error, zlib.error) as err:
             raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
+
+    def _check_name(self, position: int) -> None:
+        try:
+            self._storage.check_name(position)
+        except (OSError, ValueError, struct.error) as err:
+            name = printable(self._storage.names[position])
+            raise UserError(f"{self.path}: cannot read {name}: {err}") from None
 
     def _decode(self, base: int) -> np.ndarray:
         data, checked = self._read(base), self._checked[base]
