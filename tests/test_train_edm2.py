@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 @pytest.mark.parametrize("preset", TRAINING_PRESETS)
 def test_presets_dry_run(preset, tmp_path):
-    size = {"edm2-img512": 64, "edm2-img64": 64, "digits": 8}[preset.rsplit("-", 1)[0]]
-    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", random_images(1, size=size))
+    images = random_images(1, size=TRAINING_PRESETS[preset].resolution)
+    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", images)
     result = run_cli(
         train,
         f"--outdir={tmp_path / 'run'}",
