@@ -83,8 +83,10 @@ def main(
     from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
     inputs = list_averages(indir, inprefix, instd)
-    for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch, suffix):
-        print(path)
+    outdir = outdir or indir
+    there = set(outdir.glob(f"{outprefix}-*")) if skip else set()
+    for path in reconstruct_phema(inputs, outdir, outprefix, outstd, outkimg, skip, batch, suffix):
+        print(f"{path} (skipped: it is there)" if path in there else path)
 
 
 if __name__ == "__main__":
