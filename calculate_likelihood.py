@@ -25,6 +25,13 @@ from training.config.likelihood import LikelihoodConfig
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
 )
+@click.option(
+    "--latents",
+    help="Also save the noise that the probability flow carries each image to, as {index}.npy, float32 [C, H, W] of "
+    "unit variance (of the first of --repeats)",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+)
 @click.option("--num", help="Only the first images, so many  [default: all]", metavar="INT", type=click.IntRange(min=1))
 @click.option(
     "--seed", help="Seed of the draws", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True
@@ -39,7 +46,17 @@ from training.config.likelihood import LikelihoodConfig
 )
 @with_options(click_options(LikelihoodConfig))
 @offline_option
-def main(net: str, arch: str | None, data: str, out: Path, num: int | None, seed: int, batch: int, **opts: Any) -> None:
+def main(
+    net: str,
+    arch: str | None,
+    data: str,
+    out: Path,
+    latents: Path | None,
+    num: int | None,
+    seed: int,
+    batch: int,
+    **opts: Any,
+) -> None:
     """Bits per dimension of images under a network.
 
     Denoisers (EDM2, score-SDE models, U-ViT): by the probability flow, with the labels of the images where the network
@@ -52,7 +69,7 @@ def main(net: str, arch: str | None, data: str, out: Path, num: int | None, seed
       python calculate_likelihood.py --net=out/digits-nvae/network-snapshot-0000051.safetensors \\
           --data=datasets/digits.zip --samples=100 --out=out/digits-nvae/likelihood.jsonl
       python calculate_likelihood.py --net=out/vp/network-snapshot-0000114-ema.safetensors \\
-          --data=datasets/digits.zip --levels=17 --num=200 --out=out/vp/likelihood.jsonl
+          --data=datasets/digits.zip --levels=17 --num=200 --out=out/vp/likelihood.jsonl --latents=out/vp/latents
       torchrun --standalone --nproc_per_node=8 calculate_likelihood.py --net=checkpoint.pt \\
           --data=cifar10-test.zip --samples=1000 --max-batch=500 --out=cifar10-test.jsonl
     """
@@ -65,7 +82,7 @@ def main(net: str, arch: str | None, data: str, out: Path, num: int | None, seed
 
     distributed.init()
     with distributed.fail_together():
-        task = prepare(net, data, config, num, seed, arch, given)
+        task = prepare(net, data, config, num, seed, arch, given, latents)
         check_seed(seed + len(task.indices) - 1)
     summary = evaluate(task, out, batch)
     if summary is not None:

@@ -33,12 +33,26 @@ if TYPE_CHECKING:
     )
     from training.metrics.evaluation import Evaluation
     from training.metrics.images import StoredImages
+    from training.release import get_detector, metric_specs, parse_metric_list, save_stats
 
 # For Python callers, as in the published script.
-__all__ = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
+OF_METRICS = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
+OF_RELEASE = ["get_detector", "metric_specs", "parse_metric_list", "save_stats"]
+__all__ = [
+    "calculate_metrics_from_stats",
+    "calculate_stats_for_files",
+    "calculate_stats_for_iterable",
+    "get_detector",
+    "load_stats",
+    "metric_specs",
+    "parse_metric_list",
+    "save_stats",
+]
 
 GROUPS = 15  # of images, for error bars
-__getattr__ = imported_when_used(dict.fromkeys(__all__, "training.metrics"))
+__getattr__ = imported_when_used(
+    dict.fromkeys(OF_METRICS, "training.metrics") | dict.fromkeys(OF_RELEASE, "training.release")
+)
 
 
 def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:

@@ -18,11 +18,20 @@ from training.config.generation import GenerationConfig, NetworksConfig, Samplin
 
 if TYPE_CHECKING:
     from training.generation import generate_images
+    from training.release import generation_presets as config_presets
+    from training.samplers import StackedRandomGenerator, edm_sampler
 
-__all__ = ["generate_images"]  # for Python callers
+__all__ = ["StackedRandomGenerator", "config_presets", "edm_sampler", "generate_images"]  # for Python callers
 
 MAX_GRID = 10_000
-__getattr__ = imported_when_used({"generate_images": "training.generation"})
+__getattr__ = imported_when_used(
+    {
+        "generate_images": "training.generation",
+        "edm_sampler": "training.samplers",
+        "StackedRandomGenerator": "training.samplers",
+        "config_presets": "training.release:generation_presets",
+    }
+)
 
 
 def parse_seeds(text: str) -> list[int]:

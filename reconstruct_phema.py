@@ -1,12 +1,19 @@
 """Reconstruct EMA profiles of any width after training."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import CommandLine, parsed_by
+from dnnlib.cli import CommandLine, imported_when_used, parsed_by
 from dnnlib.errors import UserError
 from training.config.training import parse_std_list
+
+if TYPE_CHECKING:
+    from training.release import list_input_pickles, pkl_path, reconstruct_phema
+
+__all__ = ["list_input_pickles", "pkl_path", "reconstruct_phema"]  # for Python callers
+__getattr__ = imported_when_used(dict.fromkeys(__all__, "training.release"))
 
 
 @click.command(cls=CommandLine)
@@ -17,9 +24,7 @@ from training.config.training import parse_std_list
     type=click.Path(path_type=Path),
     required=True,
 )
-@click.option(
-    "--inprefix", help="Start of the snapshots' names", metavar="STR", default="network-snapshot", show_default=True
-)
+@click.option("--inprefix", help="Start of the snapshots' names  [default: any]", metavar="STR")
 @click.option(
     "--instd", help="Widths of the snapshots to use  [default: all]", metavar="LIST", callback=parsed_by(parse_std_list)
 )
@@ -61,7 +66,7 @@ from training.config.training import parse_std_list
 )
 def main(
     indir: Path,
-    inprefix: str,
+    inprefix: str | None,
     instd: list[float] | None,
     outdir: Path | None,
     outprefix: str,
@@ -77,14 +82,14 @@ def main(
     Example:
       python reconstruct_phema.py --indir=out/digits --outstd=0.010,0.020,...,0.200
     """
-    if outprefix == inprefix and (outdir or indir).resolve() == indir.resolve():
-        raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than --inprefix")
-
     from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
     inputs = list_averages(indir, inprefix, instd)
     outdir = outdir or indir
-    there = set(outdir.glob(f"{outprefix}-*")) if skip else set()
+    beside = outdir.resolve() == indir.resolve()
+    if beside and any(avg.path.name.startswith(f"{outprefix}-") for avg in inputs):
+        raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than the snapshots there")
+    there = set(outdir.glob("*")) if skip else set()
     for path in reconstruct_phema(inputs, outdir, outprefix, outstd, outkimg, skip, batch, suffix):
         print(f"{path} (skipped: it is there)" if path in there else path)
 

@@ -12,6 +12,9 @@ from dnnlib.errors import one_line
 from training.config.edm2 import files_for
 from training.config.metrics import PRECISIONS
 
+# Suffixes of the files that the published tools of a family read; or a suffix names itself.
+PUBLISHED_FORMATS = {"edm2": "pkl", "score_sde": "pth", "uvit": "pth", "nvae": "pt"}
+
 dtype_option = click.option(
     "--dtype", help="Type of the weights  [default: as they are]", type=click.Choice(PRECISIONS)
 )
@@ -38,19 +41,18 @@ def main() -> None:
 @dtype_option
 @click.option(
     "--format",
-    "suffix",
-    help="Format of the files of a directory",
-    type=click.Choice(["safetensors", "pkl", "pth"]),
-    default="safetensors",
-    show_default=True,
+    "layout",
+    help="What to write: files of a suffix, or those of a family's published tools  [default: as DEST says; "
+    "safetensors in directories]",
+    type=click.Choice(["safetensors", *dict.fromkeys(PUBLISHED_FORMATS.values()), *PUBLISHED_FORMATS]),
 )
 @click.option("--skip", help="Skip results that are there", is_flag=True)
 @arch_option
 @offline_option
-def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool, arch: str | None) -> None:
-    """Convert native snapshots (.safetensors) to files that the published tools read (.pkl, .pth), or back.
+def convert(source: str, dest: Path, dtype: str | None, layout: str | None, skip: bool, arch: str | None) -> None:
+    """Convert native snapshots (.safetensors) to files that the published tools read (.pkl, .pth, .pt), or back.
 
-    Of a single snapshot, the suffix of DEST chooses the format. If SNAPSHOT is a directory, all snapshots in it are
+    Of a single snapshot, the suffix of DEST says what is written. If SNAPSHOT is a directory, all snapshots in it are
     converted, and DEST is a directory.
 
     \b
@@ -59,17 +61,20 @@ def convert(source: str, dest: Path, dtype: str | None, suffix: str, skip: bool,
       python snapshot_tool.py convert raw-snapshots/ native/
       python snapshot_tool.py convert imagenet256_uvit_huge.pth uvit.safetensors
       python snapshot_tool.py convert checkpoint_24.pth ve.safetensors --arch=ve/cifar10_ncsnpp_continuous
+      python snapshot_tool.py convert out/ve checkpoints --format=score_sde
     """
     from training.preconditioning import PRECISIONS
     from training.snapshot.conversion import convert_snapshot, plan_conversion
 
-    targets = plan_conversion(source, dest, f".{suffix}")
+    suffix = layout and f".{PUBLISHED_FORMATS.get(layout, layout)}"
+    family = layout if layout in PUBLISHED_FORMATS else None
+    targets = plan_conversion(source, dest, suffix)
     if not targets:
         print("Nothing to convert.")
     disable = None if len(targets) > 1 else True  # None: only on a terminal
     for path, target in tqdm(targets.items(), unit="file", disable=disable, dynamic_ncols=True):
         if not (skip and target.is_file()):
-            convert_snapshot(path, target, PRECISIONS.get(dtype or ""), arch)
+            convert_snapshot(path, target, PRECISIONS.get(dtype or ""), arch, family)
             tqdm.write(str(target))
 
 

@@ -1,7 +1,22 @@
 """Train an EDM2 diffusion model."""
 
+from typing import TYPE_CHECKING
+
+from dnnlib.cli import imported_when_used, parse_nimg
 from training.config.edm2 import TRAINING_PRESETS, EDM2Training
 from training.launch import training_command
+
+if TYPE_CHECKING:
+    from training.release import launch_training, setup_training_config
+    from training.release import training_presets as config_presets
+
+__all__ = ["config_presets", "launch_training", "parse_nimg", "setup_training_config"]  # for Python callers
+__getattr__ = imported_when_used(
+    {
+        "config_presets": "training.release:training_presets",
+        **dict.fromkeys(["launch_training", "setup_training_config"], "training.release"),
+    }
+)
 
 HELP = """Train an EDM2 model on a folder or ZIP file of images.
 

@@ -32,6 +32,7 @@ class Job(NamedTuple):
         textbook, ours: its variants.
         bar: how many times as fast ours is to be; None = only reported.
         tolerance: largest relative difference ||ours - textbook|| / ||textbook|| of what they return.
+        precision: what ours computes in, as `--precision` has it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Job(NamedTuple):
     ours: SetUp
     bar: float | None
     tolerance: float
+    precision: str = "fp32"
 
 
 class Timing(NamedTuple):

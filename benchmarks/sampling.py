@@ -65,6 +65,7 @@ def job(model_channels: int, batch: int, precision: str) -> Job:
         partial(set_up_ours, model_channels, batch, precision),
         bar=bar,
         tolerance={"fp32": 1e-4, "bf16": 2e-2}[precision],
+        precision=precision,
     )
 
 

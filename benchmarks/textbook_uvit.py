@@ -7,6 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training.config.uvit import UViTOptimizer
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+
 
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
@@ -19,8 +25,7 @@ class Attention(nn.Module):
         N, L, D = x.shape
         qkv = self.qkv(x).reshape(N, L, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(N, L, D))
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(N, L, D))
 
 
 class MLP(nn.Module):
@@ -89,3 +94,30 @@ class UViT(nn.Module):
         N, g, p = len(x), self.grid, self.patch_size
         patches = patches.reshape(N, g, g, p, p, -1)
         return self.final_layer(torch.einsum("nhwpqc->nchpwq", patches).reshape(N, -1, g * p, g * p))
+
+
+class Optimization:
+    """AdamW with warm-up, and an exponential average of the weights, a parameter at a time."""
+
+    def __init__(self, net: nn.Module, options: UViTOptimizer, ema_rate: float):
+        self.weights = list(net.parameters())
+        self.adam = torch.optim.AdamW(
+            self.weights,
+            lr=0.0,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            foreach=False,
+        )
+        self.average = [p.detach().clone() for p in self.weights]
+        self.options, self.ema_rate, self.nimg = options, ema_rate, 0
+
+    def step(self, loss: torch.Tensor, batch: int) -> None:
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.param_groups[0]["lr"] = self.options.lr * min(self.nimg / self.options.warmup, 1)
+        self.adam.step()
+        self.nimg += batch
+        with torch.no_grad():
+            for average, weight in zip(self.average, self.weights, strict=True):
+                average.copy_(self.ema_rate * average + (1 - self.ema_rate) * weight)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import textbook
 from benchmarks.harness import Job
+from benchmarks.step import some
 from torch_utils.device import set_up_device
 from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
 from training.losses import EDM2Loss
@@ -22,7 +23,6 @@ from training.phema import PowerFunctionEMA
 BATCH = 16
 LEARNING_RATE = 1e-4
 STDS = (0.05, 0.10)
-COMPARED = 40_000  # elements of each gradient or weight that both variants are compared by
 
 
 def network(precision: str = "fp32") -> Precond:
@@ -47,12 +47,6 @@ def compute_gradients(net: torch.nn.Module, rounds: int) -> None:
     parts = (t.chunk(rounds) for t in (images, labels, sigma, noise))
     for y, c, s, n in zip(*parts, strict=True):
         (loss_fn(net, y, c, sigma=s, noise=n).sum() / BATCH).backward()
-
-
-def some(tensors: list[torch.Tensor]) -> np.ndarray:
-    """The first rows of each tensor."""
-    rows = [t.detach().reshape(1, -1) if t.ndim == 0 else t.detach() for t in tensors]
-    return torch.cat([t[: max(COMPARED // t[0].numel(), 1)].flatten() for t in rows]).numpy()
 
 
 def in_order(net: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -143,6 +137,7 @@ JOBS = [
         functools.partial(our_gradients, rounds, precision),
         bar,
         tolerance,
+        precision,
     )
     for precision, rounds, bar, tolerance in [
         ("fp32", 1, 1.25, 1e-5),

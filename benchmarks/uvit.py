@@ -1,53 +1,69 @@
-"""U-ViT S/2 at 32x32, batch 16: forward pass and gradients, of the plainly written network and of ours."""
+"""U-ViT S/2 at 32x32, batch 16: forward pass and training step, of the plainly written network and of ours."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import textbook_uvit
 from benchmarks.harness import Job
+from benchmarks.step import gradients_of, our_step, random_numbers
 from torch_utils.device import set_up_device
+from training.conditioning import DataSpec
+from training.config.uvit_presets import UVIT_PRESETS
+from training.families import trained_by
 from training.networks.uvit import UViT
+from training.networks.uvit_denoiser import uvit_schedule
+from training.preconditioning import PRECISIONS
 
 BATCH = 16
-S_2 = dict(img_size=32, patch_size=2, in_chans=3, embed_dim=512, depth=12, num_heads=8)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COMPARED = 40_000  # elements of each gradient that both variants are compared by
+PRESET = UVIT_PRESETS["cifar10_uvit_small"]
+CONFIG: Any = PRESET.config
+DATA = DataSpec(channels=PRESET.channels, resolution=PRESET.resolution)
+EMA_RATE = CONFIG.ema.ema_rate
 
 
 def network() -> UViT:
     torch.manual_seed(0)
-    return UViT(**S_2)
+    return trained_by(CONFIG).build(CONFIG.network, DATA).net
 
 
-def plain_network() -> nn.Module:
-    net = textbook_uvit.UViT(**S_2)
+def plain_network() -> textbook_uvit.UViT:
+    chosen = CONFIG.network
+    net = textbook_uvit.UViT(
+        DATA.resolution, chosen.patch_size, DATA.channels, chosen.embed_dim, chosen.depth, chosen.num_heads
+    )
     net.load_state_dict(network().state_dict())
     return net
 
 
-def our_network() -> nn.Module:
-    set_up_device(torch.device("cpu"), huge_pages=True)
-    return network()
+def batch() -> torch.Tensor:
+    return torch.randn(BATCH, *DATA.shape, generator=torch.Generator().manual_seed(0)) / 2
 
 
-def inputs(precision: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy images, time labels and noise."""
-    rnd = torch.Generator().manual_seed(1)
-    x, noise = torch.randn(2, BATCH, 3, 32, 32, generator=rnd)
-    return x.to(DTYPES[precision]), torch.rand(BATCH, generator=rnd) * 999, noise
+def plain_forward() -> Callable[[], np.ndarray]:
+    net = plain_network().eval()
+    x, label = batch(), torch.linspace(0, 999, BATCH)
+
+    @torch.no_grad()
+    def run() -> np.ndarray:
+        return net(x, label).numpy()
+
+    return run
 
 
-def forward(make_net: Callable[[], nn.Module], precision: str) -> Callable[[], np.ndarray]:
-    net = make_net().eval().requires_grad_(False)
-    x, label, _ = inputs(precision)
+def our_forward(precision: str) -> Callable[[], np.ndarray]:
+    set_up_device(torch.device("cpu"), huge_pages=False)
+    net = network().eval()
+    x, label = batch().to(PRECISIONS[precision]), torch.linspace(0, 999, BATCH)
 
     @torch.inference_mode()
     def run() -> np.ndarray:
@@ -56,27 +72,41 @@ def forward(make_net: Callable[[], nn.Module], precision: str) -> Callable[[], n
     return run
 
 
-def gradients(make_net: Callable[[], nn.Module], precision: str) -> Callable[[], np.ndarray]:
-    net = make_net().train()
-    x, label, noise = inputs(precision)
+def plain_step() -> Callable[[], np.ndarray]:
+    net = plain_network().train()
+    rest = textbook_uvit.Optimization(net, CONFIG.optimizer, EMA_RATE)
+    schedule, images = uvit_schedule(CONFIG.network), batch()
 
     def run() -> np.ndarray:
-        net.zero_grad(set_to_none=True)
-        (net(x, label).float() - noise).square().mean().backward()
-        found = [p.grad.flatten()[:COMPARED] for p in net.parameters() if p.grad is not None]
-        return torch.cat(found).numpy()
+        rnd = random_numbers(images)
+        t, noise = rnd.rand([BATCH]), rnd.randn(images.shape)
+        alpha = schedule.scale(t).float()[:, None, None, None]
+        std = schedule.std(t).float()[:, None, None, None]
+        estimate = net(alpha * images + std * noise, 999 * t)
+        rest.step((estimate - noise).square().flatten(1).mean(dim=1).mean(), BATCH)
+        return gradients_of(net)
+
+    return run
+
+
+def our_uvit_step(precision: str) -> Callable[[], np.ndarray]:
+    config = dataclasses.replace(CONFIG, run=dataclasses.replace(CONFIG.run, precision=precision))
+    return our_step(config, DATA, batch(), EMA_RATE)
+
+
+def attention(plain: bool) -> Callable[[], np.ndarray]:
+    """Of one block of S/2."""
+    q, k, v = torch.randn(3, BATCH, 8, 257, 64, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run() -> np.ndarray:
+        return (textbook_uvit.attention if plain else F.scaled_dot_product_attention)(q, k, v).numpy()
 
     return run
 
 
 JOBS = [
-    Job(
-        f"U-ViT {name}, {precision}, batch {BATCH}",
-        partial(set_up, plain_network, "fp32"),
-        partial(set_up, our_network, precision),
-        bar,
-        tolerance,
-    )
-    for name, set_up in [("forward", forward), ("gradients", gradients)]
-    for precision, bar, tolerance in [("fp32", 1.3, 1e-4), ("bf16", None, 5e-2)]
-]
+    Job(f"U-ViT S/2 {name}, {precision}, batch {BATCH}", plain, partial(ours, precision), bar, tolerance, precision)
+    for name, plain, ours in [("forward", plain_forward, our_forward), ("training step", plain_step, our_uvit_step)]
+    for precision, bar, tolerance in [("fp32", 1.3, 1e-4), ("bf16", 2.0, 5e-2)]
+] + [Job(f"U-ViT S/2 attention, batch {BATCH}", partial(attention, True), partial(attention, False), None, 1e-5)]

@@ -170,13 +170,14 @@ def imported_when_used(module_of: Mapping[str, str]) -> Callable[[str], Any]:
     For commands, whose help need not wait for the import of torch, which takes a second.
 
     Args:
-        module_of: module of each name.
+        module_of: module of each name; 'module:name' where it is called otherwise there.
     """
 
     def get(name: str) -> Any:
         if name not in module_of:
             raise AttributeError(name)
-        return getattr(importlib.import_module(module_of[name]), name)
+        module, _, there = module_of[name].partition(":")
+        return getattr(importlib.import_module(module), there or name)
 
     return get
 

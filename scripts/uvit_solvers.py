@@ -1,5 +1,6 @@
-"""Distance to the exact solution against evaluations, of deterministic solvers: docs/images/uvit-solvers.png.
+"""Distance to the exact solution against evaluations, of all deterministic solvers: docs/images/uvit-solvers.png.
 
+All follow the probability flow from the same noise, at a level of 14, down to 0.02 and from there to the clean image.
 Needs a U-ViT and an EDM2 network of the digits (docs/uvit.md says how they are trained).
 """
 
@@ -13,8 +14,8 @@ import torch
 
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
-from training.config.dpm_solver import DPMSolver
-from training.config.samplers import GridConfig, SamplerConfig
+from training.config.dpm_solver import AdaptiveDPMSolver, DPMSolver
+from training.config.samplers import EulerMaruyama, GridConfig, RungeKutta, SamplerConfig
 from training.denoiser import Denoiser
 from training.samplers.grids import grid_for
 from training.samplers.sampler import Sampler
@@ -26,14 +27,25 @@ import matplotlib.pyplot as plt
 IMAGES, SIGMA_MIN, SIGMA_MAX = 32, 0.02, 14.0
 EVALUATIONS = (6, 9, 15, 30)
 REFERENCE = SamplerConfig(solver="heun", grid=GridConfig(num_steps=80, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX))
-SOLVERS = {
+BY_STEPS = {
     "heun": SamplerConfig(solver="heun"),
     "euler": SamplerConfig(solver="euler"),
+    "euler-maruyama --stochastic=0": SamplerConfig(
+        solver="euler-maruyama", euler_maruyama=EulerMaruyama(stochastic=False)
+    ),
     "dpmpp-2m": SamplerConfig(solver="dpmpp-2m"),
+    "dpmpp-3m": SamplerConfig(solver="dpmpp-3m"),
     "sqrt-3m": SamplerConfig(solver="sqrt-3m"),
-    "dpm-single, data": SamplerConfig(solver="dpm-single"),
-    "dpm-single, noise": SamplerConfig(solver="dpm-single", dpm=DPMSolver(prediction="noise")),
-    "dpm-multi": SamplerConfig(solver="dpm-multi", dpm=DPMSolver(order=2)),
+    "dpm-single": SamplerConfig(solver="dpm-single"),
+    "dpm-single --prediction=noise": SamplerConfig(solver="dpm-single", dpm=DPMSolver(prediction="noise")),
+    "dpm-multi": SamplerConfig(solver="dpm-multi"),
+}
+TOLERANCES = (0.3, 0.1, 0.03, 0.01, 0.003)  # absolute and relative
+BY_TOLERANCE: dict[str, Callable[[float], SamplerConfig]] = {
+    "dpm-adaptive": lambda tolerance: SamplerConfig(
+        solver="dpm-adaptive", dpm_adaptive=AdaptiveDPMSolver(atol=tolerance, rtol=tolerance)
+    ),
+    "rk45": lambda tolerance: SamplerConfig(solver="rk45", rk45=RungeKutta(atol=tolerance, rtol=tolerance)),
 }
 
 
@@ -45,24 +57,33 @@ def mixture(x: torch.Tensor, sigma: torch.Tensor, _cond: torch.Tensor | None = N
 
 
 def solve(
-    config: SamplerConfig, D: Denoiser, noise: torch.Tensor, cond: torch.Tensor | None
-) -> tuple[torch.Tensor, int]:
-    sampler = Sampler(config, grid_for(config, D))
+    config: SamplerConfig, steps: int, D: Denoiser, noise: torch.Tensor, cond: torch.Tensor | None
+) -> tuple[int, torch.Tensor]:
+    """Evaluations and result."""
+    levels = dataclasses.replace(REFERENCE.grid, num_steps=steps, schedule="vp" if config.in_time else "network")
+    config = dataclasses.replace(config, grid=levels)
+    # Solvers in time begin like the others, and do not scale what they give as VP models would.
+    grid = dataclasses.replace(grid_for(config, D), start=None, end=1.0)
+    sampler = Sampler(config, grid)
     with torch.inference_mode():
-        return sampler(D, noise, cond, dtype=torch.float64), sampler.nfe
+        x = sampler(D, noise, cond, dtype=torch.float64)
+        if grid.sigmas[-1] == 0:
+            return sampler.nfe, x
+        return sampler.nfe + 1, D(x, grid.sigmas[-1], cond)  # as the others' last step
 
 
 def curves(D: Denoiser, noise: torch.Tensor, cond: torch.Tensor | None) -> dict[str, list[tuple[int, float]]]:
     """(evaluations, root mean square distance) of each solver."""
-    exact, _ = solve(REFERENCE, D, noise, cond)
+    _, exact = solve(REFERENCE, REFERENCE.grid.num_steps, D, noise, cond)
     found: dict[str, list[tuple[int, float]]] = {}
-    for name, config in SOLVERS.items():
-        for evaluations in EVALUATIONS:
-            steps = (evaluations + 1) // 2 if config.solver == "heun" else evaluations
-            grid = dataclasses.replace(REFERENCE.grid, num_steps=steps)
-            x, nfe = solve(dataclasses.replace(config, grid=grid), D, noise, cond)
-            found.setdefault(name, []).append((nfe, float((x - exact).square().mean().sqrt())))
-        print(name, found[name], flush=True)
+    runs = [(name, config, n) for name, config in BY_STEPS.items() for n in EVALUATIONS]
+    runs += [(name, make(tolerance), 0) for name, make in BY_TOLERANCE.items() for tolerance in TOLERANCES]
+    for name, config, evaluations in runs:
+        steps = (evaluations + 1) // 2 if config.solver == "heun" else max(evaluations, 1)
+        nfe, x = solve(config, steps, D, noise, cond)
+        found.setdefault(name, []).append((nfe, float((x - exact).square().mean().sqrt())))
+    for name, points in found.items():
+        print(name, *(f"{nfe}: {distance:.2g}" for nfe, distance in points), sep="   ", flush=True)
     return found
 
 
@@ -78,15 +99,19 @@ def main(uvit: str, edm2: str, out: Path) -> None:
         "EDM2": lambda: load_network(edm2).net,
         "mixture of two normals, exact": lambda: mixture,
     }
-    fig, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, 3, figsize=(17, 6.5), layout="constrained", sharex=True, sharey=True)
     for place, (title, make) in zip(axes, panels.items(), strict=True):
-        for name, points in curves(make(), noise, classes).items():
-            place.loglog(*zip(*points, strict=True), marker="o", label=name)
+        print(title)
+        for number, (name, points) in enumerate(curves(make(), noise, classes).items()):
+            line = "--" if name in BY_TOLERANCE else "-"
+            place.loglog(
+                *zip(*points, strict=True), line, marker="os^v"[number % 4], color=f"C{number % 10}", label=name
+            )
         place.set_title(title, fontsize=14)
         place.set_xlabel("evaluations of the network", fontsize=12)
         place.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("distance to the exact solution", fontsize=12)
-    axes[0].legend(fontsize=10)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=11)
     made_by = {"Description": f"scripts/uvit_solvers.py, OpenEDM2 {code_version()}"}
     with atomic_write(out) as f:
         fig.savefig(f, format="png", dpi=80, metadata=made_by)

@@ -30,6 +30,8 @@ from training.networks.uvit_denoiser import UViTDenoiser
 from training.snapshot import save_network
 
 ROOT = Path(__file__).parent.parent
+# In the environment, what makes an x86 processor do as one that has AVX2 and nothing newer.
+AVX2_ALONE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 DIGITS = ROOT / "datasets" / "digits.zip"
 # Options of a training run of about a second.
 TINY = [

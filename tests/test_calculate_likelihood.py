@@ -13,16 +13,21 @@ from conftest import DIGITS, assert_all_options, fails_with, make_dataset, png, 
 from calculate_likelihood import main as calculate
 from training.conditioning import DataSpec
 from training.config.edm2 import TRAINING_PRESETS as EDM2_PRESETS
-from training.config.likelihood import FlowLikelihoodConfig
+from training.config.likelihood import FIRST_TIME, FlowLikelihoodConfig
 from training.config.nvae import TRAINING_PRESETS
+from training.config.samplers import SamplerConfig
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.uvit_presets import UVIT_PRESETS
+from training.dataset.images import ImageFolderDataset
 from training.dataset_likelihood import summarize
+from training.denoiser import schedule_of
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.families import preset_network
 from training.likelihood import FlowLikelihood
 from training.samplers import StackedRandomGenerator
-from training.snapshot import save_network
+from training.samplers.grids import ode_grid
+from training.samplers.sampler import Sampler
+from training.snapshot import load_network, save_network
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,7 @@ def test_all_options(nvae, images, tmp_path):
         *flow,
         "--schedule=ve",
         "--arch=x",
+        "--latents=x",
     ]
     assert_all_options(calculate, args)
     facts, *rows, last = lines_of(out)
@@ -221,3 +227,78 @@ def test_latents_have_no_density(images, tmp_path):
     save_network(path, net, RawLatentEncoder([0.0], [1.0]), {}, torch.float32)
     result = run_cli(calculate, f"--net={path}", f"--data={images}", f"--out={tmp_path / 'x.jsonl'}")
     fails_with(result, "works on latents, and its encoder gives no density of pixels")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Latents: the noise that the flow carries images to
+
+QUICK = ["--rtol=0.01", "--atol=0.01", "--dequantization=none", "--batch=2", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def flow_net(tmp_path_factory):
+    torch.manual_seed(0)
+    net = preset_network(SCORE_PRESETS["digits-ve"])
+    for parameter in net.parameters():
+        if not parameter.any():  # where nothing moves an image yet
+            torch.nn.init.normal_(parameter, std=0.3)
+    path = tmp_path_factory.mktemp("flow") / "net.safetensors"
+    save_network(path, net, StandardRGBEncoder(*net.spec.pixel_range), {}, torch.float32)
+    return path
+
+
+def latents_in(folder) -> dict[str, np.ndarray]:
+    return {path.name: np.load(path, allow_pickle=False) for path in folder.glob("*.npy")}
+
+
+def test_latents_are_what_the_flow_makes_the_image_of(flow_net, images, tmp_path):
+    """Followed back from there by the sampler, which starts at unit noise, the flow ends in the image."""
+    folder = tmp_path / "z"
+    options = ["--num=3", "--rtol=1e-5", "--atol=1e-5", "--dequantization=none", "--repeats=2"]
+    run(flow_net, images, tmp_path / "a.jsonl", f"--latents={folder}", *options)
+    found = latents_in(folder)
+    assert sorted(found) == ["000000.npy", "000001.npy", "000002.npy"]
+    z = torch.from_numpy(np.stack([found[name] for name in sorted(found)]))
+    assert z.dtype == torch.float32 and z.shape == (3, 1, 8, 8)
+    net = load_network(flow_net).net
+    sampler = Sampler(SamplerConfig(solver="rk45"), ode_grid(schedule_of(net), FIRST_TIME))
+    with torch.no_grad():
+        back = sampler(net, z)
+    pixels = torch.from_numpy(np.stack([ImageFolderDataset(images)[i][0] / 255 for i in range(3)])).float()
+    assert float((back - pixels).abs().max()) < 0.01
+    assert float((z * net.preconditioning.schedule.prior_std - pixels).abs().max()) > 0.1  # the flow moves images
+
+
+def test_latents_are_resumed_and_shared_over_processes(flow_net, images, tmp_path):
+    run(flow_net, images, tmp_path / "whole.jsonl", f"--latents={tmp_path / 'whole'}", *QUICK)
+    whole = latents_in(tmp_path / "whole")
+    assert len(whole) == 11
+    out, folder = tmp_path / "parts.jsonl", tmp_path / "parts"
+    run(flow_net, images, out, "--num=3", *QUICK)  # figures only
+    before = out.read_text().splitlines()[1:4]
+    run(flow_net, images, out, f"--latents={folder}", "--num=5", *QUICK)
+    (folder / "000001.npy").unlink()
+    command = [f"--net={flow_net}", f"--data={images}", f"--out={out}", f"--latents={folder}", *QUICK]
+    done = torchrun(2, "calculate_likelihood.py", *command)
+    assert done.returncode == 0, done.stderr
+    parts = latents_in(folder)
+    assert parts.keys() == whole.keys()
+    for name, z in parts.items():
+        np.testing.assert_allclose(z, whole[name], rtol=0.02, atol=0.02)
+    rows = [line for line in lines_of(out) if "index" in line]
+    assert [json.dumps(row) for row in rows[:3]] == before and sorted(row["index"] for row in rows) == list(range(11))
+
+
+def test_latents_that_cannot_be_saved(flow_net, nvae, images, tmp_path):
+    out, folder = tmp_path / "x.jsonl", tmp_path / "z"
+    result = run_cli(calculate, f"--net={nvae}", f"--data={images}", f"--out={out}", f"--latents={folder}")
+    fails_with(result, "--latents: NVAE networks have no flow that carries images to noise", "reconstruct")
+    assert not folder.exists() and not out.exists()
+    run(flow_net, images, out, f"--latents={folder}", "--num=1", *QUICK)
+    options = [f"--net={flow_net}", f"--data={images}", "--num=1", *QUICK]
+    result = run_cli(calculate, *options, f"--out={tmp_path / 'y.jsonl'}", f"--latents={folder}", "--seed=1")
+    fails_with(result, f"--latents={folder}: holds latents of another seed")
+    (folder / "latents.json").unlink()
+    result = run_cli(calculate, *options, f"--out={tmp_path / 'y.jsonl'}", f"--latents={folder}")
+    fails_with(result, f"--latents={folder}: holds arrays, and does not say of what")
+    assert not (tmp_path / "y.jsonl").exists()

@@ -15,7 +15,7 @@ from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.config.fields import all_fields
 from training.config.generation import SamplingConfig
-from training.config.samplers import SIGMA_MAX, SIGMA_MIN, SOLVERS, GridConfig, SamplerConfig
+from training.config.samplers import SCHEDULES, SIGMA_MAX, SIGMA_MIN, SOLVERS, GridConfig, SamplerConfig
 from training.encoders import StandardRGBEncoder
 from training.families import ARCHITECTURES, architecture_name, architecture_of, preset_network, trained_by
 from training.flops import count_operations, count_parameters
@@ -95,6 +95,13 @@ def test_both_ends_of_the_noise_range_are_finite(denoiser, sigma):
 def test_every_solver_samples(denoiser, solver):
     steps = 24 if SOLVERS[solver].grid == "times" else 4  # VP has rates of up to 20, and a step takes rate / steps
     check_samples(denoiser, SamplingConfig(sampler=SamplerConfig(solver=solver, grid=GridConfig(num_steps=steps))))
+
+
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "network"])
+def test_every_schedule_is_followed(denoiser, schedule):
+    check_samples(
+        denoiser, SamplingConfig(sampler=SamplerConfig(solver="pc", grid=GridConfig(num_steps=24, schedule=schedule)))
+    )
 
 
 def test_images_without_options(net):

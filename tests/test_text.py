@@ -7,18 +7,22 @@ import PIL.Image
 import pytest
 import torch
 from conftest import DIGITS, fails_with, make_dataset, npy, random_images, run_cli, tiny_network, tiny_uvit
+from measuring import records_of, tool
 
 from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from generate_images import main as generate
 from train_uvit import main as train
 from training.conditioning import Conditioning
+from training.config.generation import GenerationConfig
+from training.conversion.captions import add_captions
 from training.dataset.captions import read_contexts
 from training.dataset.images import ImageFolderDataset
 from training.dataset.order import RunSampler
 from training.encoders import StandardRGBEncoder, TextEncoder, WordEncoder, text_encoder_from_record, text_record
+from training.prompts import prompts_for
 from training.provenance import read_png_text
-from training.snapshot import load_network, save_network
+from training.snapshot import Snapshot, load_network, save_network
 
 WORDS = "zero,one,two,three,four,five,six,seven,eight,nine"
 
@@ -300,6 +304,94 @@ def test_prompts_that_a_network_does_not_take(tmp_path, net, metadata, options, 
     path = tmp_path / "net.safetensors"
     save_network(path, net(), StandardRGBEncoder(), metadata)
     fails_with(run_cli(generate, f"--net={path}", f"--outdir={tmp_path / 'out'}", *options), message)
+
+
+@pytest.fixture
+def text_network(tmp_path):
+    """The file of a network of two tokens of words."""
+    metadata = {"text_encoder": text_record(WordEncoder(2, 4))}
+    path = tmp_path / "net.safetensors"
+    save_network(path, tiny_uvit(Conditioning.of_text(2, 4)), StandardRGBEncoder(), metadata)
+    return path
+
+
+def captioned(tmp_path, count: int = 6, encoder: WordEncoder | None = None):
+    """A dataset whose images have two captions each, 'image 0 a', 'image 0 b', 'image 1 a', ..."""
+    source = ImageFolderDataset(make_dataset(tmp_path / "plain", random_images(count)))
+    dest = tmp_path / "captions.zip"
+    add_captions(source, dest, [(f"image {i} a", f"image {i} b") for i in range(count)], encoder or WordEncoder(2, 4))
+    return dest
+
+
+TABLE = "filename,caption\n" + "".join(f"{i}.png,image {i} {x}\n" for i in range(6) for x in "ab")
+
+
+@pytest.mark.parametrize("kind", ["dataset", "table"])
+def test_prompts_of_a_set_of_captions(tmp_path, text_network, kind):
+    """Each image of the set once, with one of its captions; the contexts are those that the text encoder makes."""
+    source = captioned(tmp_path) if kind == "dataset" else tmp_path / "captions.csv"
+    if kind == "table":
+        source.write_text(TABLE)
+    common = [f"--net={text_network}", "--steps=2", "--device=cpu"]
+    result = run_cli(generate, *common, f"--prompts={source}", "--seeds=0-5", f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 0, result.output
+    texts = [read_png_text(tmp_path / "out" / f"{i:06d}.png")["prompt"] for i in range(6)]
+    assert sorted(text.split()[1] for text in texts) == [*"012345"] and {text.split()[2] for text in texts} == {*"ab"}
+    assert [text.split()[1] for text in texts] != [*"012345"]
+    (tmp_path / "lines.txt").write_text("\n".join(texts))
+    lines = [f"--prompts={tmp_path / 'lines.txt'}", "--seeds=0-5", f"--outdir={tmp_path / 'same'}"]
+    assert run_cli(generate, *common, *lines).exit_code == 0
+    for i in range(6):
+        out, same = (pixels_of(tmp_path / folder / f"{i:06d}.png") for folder in ("out", "same"))
+        assert np.array_equal(out, same)
+
+
+def test_measuring_on_a_set_of_captions(tmp_path, text_network):
+    ref = tmp_path / "ref.safetensors"
+    tool("ref", f"--data={DIGITS}", f"--dest={ref}", "--metrics=fd_pixels", "--workers=0")
+    options = [f"--net={text_network}", f"--ref={ref}", "--metrics=fd_pixels", "--steps=2", "--num=8", "--guidance=2"]
+    result = tool("gen", *options, f"--prompts={captioned(tmp_path)}", f"--save-images={tmp_path / 'images'}")
+    (record,) = records_of(result.output)
+    assert record["labels"] == "prompt seed modulo 6" and len(record["prompts"]) == 6
+    texts = [read_png_text(tmp_path / "images" / "000000" / f"{i:06d}.png")["prompt"] for i in range(8)]
+    assert texts == [*record["prompts"], *record["prompts"][:2]]
+
+
+def test_the_empty_text_of_a_set_of_captions(tmp_path):
+    """A network whose file holds no empty text takes that of the set: guidance has an effect."""
+    net = tiny_uvit(Conditioning.of_text(2, 4))
+    assert not net.empty_context.any()
+    config = GenerationConfig.from_flat({"net": "x", "prompts": str(captioned(tmp_path))})
+    assert prompts_for(config, Snapshot(net, StandardRGBEncoder(), {}, "x"), torch.device("cpu")) is not None
+    torch.testing.assert_close(net.empty_context, WordEncoder(2, 4).encode([""])[0])
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "message"),
+    [
+        (WordEncoder(3, 4), [], "another text encoder"),
+        (WordEncoder(2, 4), ["--prompt=x"], "its captions have their contexts already: leave out --prompt"),
+        (WordEncoder(2, 4), ["--text-encoder=x"], "leave out --text-encoder"),
+        (None, [], "has no captions: add them by dataset_tool.py captions"),
+    ],
+)
+def test_sets_of_captions_that_do_not_fit(tmp_path, text_network, encoder, options, message):
+    source = captioned(tmp_path, encoder=encoder) if encoder else make_dataset(tmp_path / "data", random_images(2))
+    fails_with(
+        run_cli(generate, f"--net={text_network}", f"--outdir={tmp_path / 'o'}", f"--prompts={source}", *options),
+        message,
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a,b\n", "--prompts=c.csv: neither annotations of MS-COCO nor a table"), ("filename,caption\n", "holds no text")],
+)
+def test_tables_without_prompts(tmp_path, monkeypatch, text_network, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.csv").write_text(text)
+    fails_with(run_cli(generate, f"--net={text_network}", "--outdir=o", "--prompts=c.csv"), message)
 
 
 @pytest.mark.parametrize("options", [["--cond=0"], []])

@@ -58,8 +58,8 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # Those of latents are tested in test_latent_provenance.py.
-    assert_all_options(train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1"])
+    # Those of latents are tested in test_latent_provenance.py, the start in snapshot/test_initial.py.
+    assert_all_options(train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x"])
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,

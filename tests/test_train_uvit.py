@@ -1,9 +1,14 @@
 """train_uvit.py: every option, every preset, and bad input."""
 
+import sys
+
+import PIL.Image
 import pytest
 import torch
-from conftest import DIGITS, assert_all_options, fails_with, make_dataset, npy, random_images, run_cli
+from conftest import DIGITS, ROOT, assert_all_options, fails_with, make_dataset, npy, random_images, run_cli
 
+from dataset_tool import main as dataset_tool
+from generate_images import main as generate
 from train_edm2 import main as train_edm2
 from train_uvit import main as train
 from training.config.uvit import UViTTraining
@@ -18,6 +23,8 @@ from training.preconditioning import Epsilon
 from training.samplers.grids import grid_for
 from training.samplers.sampler import Sampler
 from training.snapshot import load_network
+
+sys.path.insert(0, str(ROOT / "scripts"))
 
 SMALL = ["--embed-dim=16", "--depth=3", "--num-heads=2", "--precision=fp32", "--device=cpu"]
 RUN = [
@@ -162,3 +169,27 @@ def test_embeddings_can_be_left_out_of_the_decay():
             torch.testing.assert_close(p.detach(), before[name] * (1 if kept else factor))
         state = optimizer.state_dict()
         trained_by(chosen).optimizer(preset_network(UVIT_PRESETS["digits-uvit"]), chosen).load_state_dict(state)
+
+
+def test_digits_in_latents_of_their_own_autoencoder(tmp_path):
+    """The commands of docs/uvit.md, in small: an autoencoder, latents, a model of them, pictures."""
+    pytest.importorskip("diffusers")
+    from digits_autoencoder import main as digits_autoencoder
+
+    rgb, vae, latents, run = (tmp_path / name for name in ("rgb.zip", "vae", "latents.zip", "run"))
+    convert = ["convert", f"--source={DIGITS}", f"--dest={rgb}", "--max-images=20", "--workers=1"]
+    for command, arguments in [
+        (dataset_tool, convert),
+        (digits_autoencoder, [f"--data={rgb}", f"--outdir={vae}", "--steps=2"]),
+        (dataset_tool, ["encode", f"--source={rgb}", f"--dest={latents}", f"--encoder={vae}", "--device=cpu"]),
+        (train, [f"--outdir={run}", f"--data={latents}", "--preset=digits-uvit-latent", *SMALL, *RUN]),
+    ]:
+        result = run_cli(command, *arguments)
+        assert result.exit_code == 0, result.output
+    net = run / "network-snapshot-0000000-ema.safetensors"
+    assert load_network(net).net.spec.shape == (4, 4, 4)
+    result = run_cli(generate, f"--net={net}", f"--outdir={tmp_path / 'out'}", "--seeds=0", "--class=7", "--steps=2")
+    assert result.exit_code == 0, result.output
+    with PIL.Image.open(tmp_path / "out" / "000000.png") as image:
+        assert image.size == (8, 8) and image.mode == "RGB"
+    fails_with(run_cli(digits_autoencoder, f"--data={DIGITS}", f"--outdir={vae}"), "has 1 channels, not 3")

@@ -65,13 +65,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         distributed.print0("Note: a CPU has no fast fp16 arithmetic; using fp32.")
         return "fp32"
     if precision == "bf16" and device.type == "cpu":
-        slowdown = 1 / speed_of_bf16()
-        if slowdown > TOLERATED:
+        slowdown = slowdown_of_bf16()
+        if slowdown is not None:
             distributed.print0(
                 f"Note: on this processor, a convolution in bf16 takes {slowdown:.1f} times as long as in fp32: "
                 f"leave --precision out"
             )
     return precision
+
+
+def slowdown_of_bf16() -> float | None:
+    """How many times as long a convolution takes in bfloat16 as in float32 on this processor; None if not longer."""
+    slowdown = 1 / speed_of_bf16()
+    return slowdown if slowdown > TOLERATED else None
 
 
 @functools.cache

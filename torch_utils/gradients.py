@@ -65,7 +65,17 @@ def clip_by_norm_(gradients: torch.Tensor, max_norm: float) -> torch.Tensor:
 
     A negative `max_norm` changes nothing. A GPU is not waited for.
     """
-    norm = torch.linalg.vector_norm(gradients)
+    norm = norm_of(gradients)
     if max_norm >= 0:
         gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
     return norm
+
+
+def norm_of(vector: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of a long vector, [].
+
+    In parts on CPUs, where torch adds up squares one by one: of 15 million float32 numbers, 6e-4 of the norm are lost.
+    """
+    if vector.device.type != "cpu":
+        return torch.linalg.vector_norm(vector)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(vector.split(1 << 16))))

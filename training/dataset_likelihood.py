@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dnnlib.errors import UserError
-from dnnlib.files import append_line, atomic_write, file_sha256
+from dnnlib.files import append_line, atomic_write, check_not_input, file_sha256
 from dnnlib.util import code_version
 from torch_utils import distributed
 from torch_utils.device import select_device, set_up_device
@@ -22,8 +22,10 @@ from training.dataset.images import ImageFolderDataset
 from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
 from training.guides import load_image_network
-from training.likelihood import Likelihood
+from training.likelihood import FlowLikelihood, Likelihood
 from training.samplers import StackedRandomGenerator
+
+LATENTS_RECORD = "latents.json"  # says what the latents of a folder are of
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class DatasetLikelihood:
         seed: the draws of image i come from seed + i.
         device: where to compute.
         facts: what all of this is, as plain JSON values: results of other facts do not go together.
+        latents: folder for the noise that the probability flow carries each image to; None = it is not kept.
     """
 
     likelihood: Likelihood
@@ -45,13 +48,22 @@ class DatasetLikelihood:
     seed: int
     device: torch.device
     facts: dict[str, Any]
+    latents: Path | None = None
 
     def figures(self, indices: Sequence[int]) -> list[dict[str, float]]:
-        """Figures of images by name, with the index of each."""
+        """Figures of images by name, with the index of each; their latents are saved where they are to be kept."""
         images, labels = zip(*(self.dataset[i] for i in indices), strict=True)
         rnd = StackedRandomGenerator(self.device, [self.seed + i for i in indices])
         cond = torch.from_numpy(np.stack(labels)).to(self.device) if self.dataset.label_dim else None
-        found = self.likelihood.figures(torch.from_numpy(np.stack(images)).to(self.device), rnd, cond)
+        pixels = torch.from_numpy(np.stack(images)).to(self.device)
+        if self.latents is None:
+            found = self.likelihood.figures(pixels, rnd, cond)
+        else:
+            assert isinstance(self.likelihood, FlowLikelihood)
+            found, latents = self.likelihood.figures_and_latents(pixels, rnd, cond)
+            for i, z in zip(indices, latents, strict=True):
+                with atomic_write(_latents_file(self.latents, i)) as f:
+                    np.save(f, z.cpu().numpy())
         rows = torch.stack(list(found.values()), dim=1).tolist()
         return [{"index": i, **dict(zip(found, row, strict=True))} for i, row in zip(indices, rows, strict=True)]
 
@@ -64,6 +76,7 @@ def prepare(
     seed: int = 0,
     arch: str | None = None,
     given: Collection[str] = (),
+    latents: Path | None = None,
 ) -> DatasetLikelihood:
     """Network and images, ready.
 
@@ -73,9 +86,10 @@ def prepare(
         num: only so many of the images, the first ones; None = all.
         arch: training preset that names the architecture of published files that do not say it.
         given: names of the options that were given, which this network's likelihood must look at.
+        latents: see `DatasetLikelihood`.
 
     Raises:
-        UserError: the network has no likelihood, or the images are not such as it was trained on.
+        UserError: the network has no likelihood (or no such latents), or the images are not such as it was trained on.
     """
     device = select_device(config.device)
     set_up_device(device)
@@ -101,6 +115,13 @@ def prepare(
     for field in (field for name in others for field in all_fields(type(getattr(config, name)))):
         if field.key in given:
             raise UserError(f"{field.flag} has no effect on {architecture.family} networks: leave it out")
+    if latents is not None:
+        check_not_input("--latents", latents, {"--data": data, "--net": net})
+        if not isinstance(likelihood, FlowLikelihood):
+            raise UserError(
+                f"--latents: {architecture.family} networks have no flow that carries images to noise: leave it out "
+                f"(edit_images.py reconstruct shows what their latents hold)"
+            )
     indices = range(len(dataset) if num is None else min(num, len(dataset)))
     facts = {
         "net": net,
@@ -112,7 +133,7 @@ def prepare(
         **likelihood.describe(),
         "code_version": code_version(),
     }
-    return DatasetLikelihood(likelihood, dataset, indices, seed, device, facts)
+    return DatasetLikelihood(likelihood, dataset, indices, seed, device, facts, latents)
 
 
 def evaluate(task: DatasetLikelihood, out: Path, batch: int) -> dict[str, Any] | None:
@@ -129,9 +150,13 @@ def evaluate(task: DatasetLikelihood, out: Path, batch: int) -> dict[str, Any] |
     """
     first = distributed.get_rank() == 0
     with distributed.fail_together():
+        kept = _kept(task) if first else set()
         done = _read(out, task.facts) if first else {}
-    done = distributed.from_first(done)
-    todo = [i for i in task.indices if i not in done]
+        if first and task.latents is not None:
+            with atomic_write(task.latents / LATENTS_RECORD, "w") as f:
+                json.dump(task.facts, f, indent=2)
+    done, kept = distributed.from_first((done, kept))
+    todo = [i for i in task.indices if i not in done or i not in kept]
     chunks = [todo[start : start + batch] for start in range(0, len(todo), batch)]
     for own in _shared(chunks):
         rows = task.figures(own) if own else []
@@ -139,8 +164,9 @@ def evaluate(task: DatasetLikelihood, out: Path, batch: int) -> dict[str, Any] |
         parts = distributed.gather_to_first(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         with distributed.fail_together():
             for row in (row for part in parts for row in json.loads(part.numpy().tobytes())):
-                done[row["index"]] = row
-                append_line(out, json.dumps(row))
+                if row["index"] not in done:  # otherwise, only its latents were missing
+                    done[row["index"]] = row
+                    append_line(out, json.dumps(row))
     if not first:
         return None
     summary = summarize([done[i] for i in task.indices])
@@ -181,6 +207,29 @@ def _read(out: Path, facts: dict[str, Any]) -> dict[int, dict[str, float]]:
     with atomic_write(out, "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [{"facts": facts}, *rows])
     return {row["index"]: row for row in rows}
+
+
+def _latents_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.npy"
+
+
+def _kept(task: DatasetLikelihood) -> set[int]:
+    """Images whose latents are saved already, or not wanted.
+
+    Raises:
+        UserError: the folder holds others.
+    """
+    folder = task.latents
+    if folder is None:
+        return set(task.indices)
+    record = folder / LATENTS_RECORD
+    if record.is_file():
+        theirs = _parsed(record.read_text()) or {}
+        if other := _difference(theirs, task.facts):
+            raise UserError(f"--latents={folder}: holds latents of another {other}: choose another folder")
+    elif any(folder.glob("*.npy")):
+        raise UserError(f"--latents={folder}: holds arrays, and does not say of what: choose another folder")
+    return {i for i in task.indices if _latents_file(folder, i).is_file()}
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:

@@ -25,17 +25,16 @@ from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, VAESampling
 from training.encoders import (
     AutoencoderEncoder,
-    ContextEncoder,
     Encoder,
     StandardRGBEncoder,
 )
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
-from training.prompts import given_prompts, text_encoder_for
+from training.prompts import prompts_for
 from training.provenance import format_seeds, png_text
 from training.samplers import StackedRandomGenerator, edm_sampler
-from training.snapshot import Snapshot, open_snapshot
+from training.snapshot import Snapshot, load_network, open_snapshot
 
 
 def image_path(outdir: str | os.PathLike, seed: int, subdirs: bool = False, suffix: str = ".png") -> Path:
@@ -162,7 +161,8 @@ def generate_images(
     """Generate one image per seed. An image depends on its seed alone, not on batches or processes.
 
     Args:
-        net, gnet: main and guiding denoiser: networks, or any callables D(x, sigma, cond). `gnet` is used where
+        net, gnet: main and guiding denoiser: networks, files or URLs of them (whose encoder then decodes, if none is
+            given), or any callables D(x, sigma, cond). `gnet` is used where
             `sampler_kwargs` ask for guidance. `net` may also be an NVAE; `sampler_kwargs` are then those of
             `VAESampling`.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
@@ -185,6 +185,11 @@ def generate_images(
         UserError: `class_idx` is out of range, `gnet` does not fit `net`, `spec` is missing, or the sampler has no
             such argument.
     """
+    if isinstance(net, (str, os.PathLike)):
+        snapshot = load_network(net)
+        net, encoder = snapshot.net, snapshot.encoder if encoder is None else encoder
+    if isinstance(gnet, (str, os.PathLike)):
+        gnet = load_network(gnet).net
     spec = spec if spec is not None else getattr(net, "spec", None)
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
@@ -251,8 +256,7 @@ class LoadedGenerator:
     snapshot: Snapshot
     guide: Snapshot | None
     device: torch.device
-    prompts: Sequence[str] = ()
-    text_encoder: ContextEncoder | None = None
+    prompts: PromptChoice | None = None
 
     @property
     def suffix(self) -> str:
@@ -272,15 +276,16 @@ class LoadedGenerator:
             guide = accelerated(guide, batch_size, sampling.compiled)
         net = self.snapshot.net
         generator = architecture_of(net).generator(net, sampling, batch_size, guide)
-        if self.text_encoder is not None:
+        if self.prompts is not None:
             assert isinstance(generator, DiffusionGenerator)
-            generator.prompts = PromptChoice(self.prompts, self.text_encoder.encode)
+            generator.prompts = self.prompts
         return generator
 
     def images(self, seeds: Sequence[int], **kwargs: Any) -> ImageBatches:
         """The images of these seeds; further arguments are those of `ImageBatches`."""
-        encoder, texts = self.snapshot.encoder, dict(class_names=self.class_names, prompts=self.prompts)
-        return ImageBatches(self.generator, encoder, seeds, self.device, **texts, **kwargs)
+        prompts = () if self.prompts is None else self.prompts.prompts
+        texts: dict[str, Any] = dict(class_names=self.class_names, prompts=prompts)
+        return ImageBatches(self.generator, self.snapshot.encoder, seeds, self.device, **texts, **kwargs)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -358,5 +363,4 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot.encoder.prepare(device)
     if isinstance(snapshot.encoder, AutoencoderEncoder):
         snapshot.encoder.check_channels(snapshot.net.spec.channels)
-    text_encoder = text_encoder_for(config, snapshot, device)
-    return LoadedGenerator(config, snapshot, guide, device, given_prompts(sampling), text_encoder)
+    return LoadedGenerator(config, snapshot, guide, device, prompts_for(config, snapshot, device))

@@ -241,15 +241,26 @@ class FlowLikelihood:
             rnd: random numbers of each image (`StackedRandomGenerator`); None = torch's own generator.
             cond: conditions [N, ...] or None.
         """
+        return self.figures_and_latents(images, rnd, cond)[0]
+
+    def figures_and_latents(
+        self, images: torch.Tensor, rnd: Any = None, cond: torch.Tensor | None = None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As `figures`, and the noise of unit variance that the flow carries each image to, float32 [N, C, H, W].
+
+        Of several draws for each image, it is that of the first.
+        """
         config, span = self.config, self.net.spec.pixel_range
-        bits, evaluations = [], []
+        bits, evaluations, latents = [], [], []
         with self.context(self.net):
             for _ in range(config.repeats):
                 x = dequantized(images, span, config.levels, config.dequantization, rnd)
                 result = log_likelihood(self.net, x, self.schedule, cond=cond, rnd=rnd, options=config)
                 bits.append(to_bits_per_dim(result.log_p, images[0].numel(), span, config.levels))
                 evaluations.append(result.evaluations.double())
-        return {"bits_per_dim": torch.stack(bits).mean(dim=0), "nfe": torch.stack(evaluations).mean(dim=0)}
+                latents.append(result.z / self.schedule.prior_std)
+        figures = {"bits_per_dim": torch.stack(bits).mean(dim=0), "nfe": torch.stack(evaluations).mean(dim=0)}
+        return figures, latents[0]
 
     def describe(self) -> dict[str, Any]:
         """What computes them, as plain JSON values."""

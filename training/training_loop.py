@@ -30,6 +30,7 @@ from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
+from training.snapshot.initial import take_weights_
 
 SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
 
@@ -151,8 +152,11 @@ class TrainingRun:
                 journal.log(f"Nothing to do: {outdir} has its {self.nimg} images. A longer --duration continues it.")
                 return False
             journal.log(f"Resuming at {self.nimg} images from {outdir}")
-        elif list(outdir.glob("network-snapshot-*")):
-            journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
+        else:
+            if list(outdir.glob("network-snapshot-*")):
+                journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
+            if config.run.init_from:
+                self.take_initial_weights(config.run.init_from)
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
         dataset, share, world_size = self.dataset, self.share, distributed.get_world_size()
         for line in dataset.summary():
@@ -167,6 +171,14 @@ class TrainingRun:
             f"{many(share.rounds, 'round')} of {many(share.batch_gpu, 'image')} per step"
         )
         return True
+
+    def take_initial_weights(self, path: str) -> None:
+        """Start with those of a snapshot; the averages, too."""
+        with distributed.fail_together():
+            for line in take_weights_(self.net, path):
+                self.journal.log(line)
+        assert self.architecture.ema is not None
+        self.ema = self.architecture.ema(self.net, self.config)
 
     def train(self, suspend: distributed.SuspendSignals) -> None:
         """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""

@@ -91,6 +91,34 @@ def test_samples_have_the_law_of_the_data(schedule, predictor, corrector):
     assert float(x.std()) == pytest.approx(STD, rel=0.03)
 
 
+def variance(schedule: Schedule, predictor: str, num_steps: int) -> float:
+    """Of samples of normal data, exactly: they are linear in the prior's draw and in the noise of each step."""
+    step = 0
+
+    def randn_like(x):
+        nonlocal step
+        step += 1
+        return torch.eye(num_steps + 1, dtype=x.dtype)[step].reshape(x.shape)  # sample k: unit noise in step k alone
+
+    prior = torch.eye(num_steps + 1, dtype=torch.float64)[0].reshape(-1, 1, 1, 1)
+    options = PredictorCorrector(predictor=predictor, corrector="none")
+    return float(sample(schedule, options, prior, num_steps, randn_like=randn_like, end_time=1e-7).square().sum())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "predictor"),
+    [
+        (schedule, predictor)
+        for schedule in [VE(1e-4, 10.0), VP(), SubVP()]
+        for predictor in ["euler_maruyama", "reverse_diffusion", "ancestral_sampling"]
+        if not (predictor == "ancestral_sampling" and isinstance(schedule, SubVP))
+    ],
+)
+def test_law_of_samples_is_of_first_order(schedule, predictor):
+    errors = [abs(variance(schedule, predictor, n) - STD**2) for n in (250, 500)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.15), errors
+
+
 @pytest.mark.parametrize("schedule", [VE(0.01, 2.0), VP(0.1, 0.9)], ids=repr)
 @pytest.mark.parametrize("corrector", ["ald", "langevin"])
 def test_stationary_law_of_correctors(schedule, corrector):

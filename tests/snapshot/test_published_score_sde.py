@@ -149,6 +149,28 @@ def test_conversion_both_ways(tmp_path):
     assert "score_sde.ScoreSDE" in text
 
 
+def test_formats_by_the_name_of_the_family(tmp_path):
+    saved(tmp_path / "a.pth")
+    native = tmp_path / "native" / "a.safetensors"
+    assert run_cli(snapshot_tool, "convert", tmp_path / "a.pth", native, "--arch=digits-vp").exit_code == 0
+    for source, dest in [(native, tmp_path / "b.pth"), (native.parent, tmp_path / "folder")]:
+        result = run_cli(snapshot_tool, "convert", source, dest, "--format=score_sde")
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "b.pth").read_bytes() == (tmp_path / "folder" / "a.pth").read_bytes()
+    for options, message in [
+        (
+            ["c.safetensors", "--format=score_sde"],
+            "c.safetensors: the --format that is asked for is that of .pth files",
+        ),
+        (
+            ["c.pth", "--format=uvit"],
+            "a.safetensors: holds a network of score_sde.ScoreSDE, which --format=uvit is not for",
+        ),
+    ]:
+        fails_with(run_cli(snapshot_tool, "convert", native, tmp_path / options[0], options[1]), message)
+    assert not (tmp_path / "c.pth").exists() and not (tmp_path / "c.safetensors").exists()
+
+
 def test_images_of_a_checkpoint(tmp_path):
     saved(tmp_path / "a.pth", "digits-ve")
     options = [f"--net={tmp_path / 'a.pth'}", "--seeds=0-1", "--steps=2"]

@@ -1,7 +1,12 @@
 """What devices compute in."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import AVX2_ALONE, ROOT
 
 from torch_utils import device
 from torch_utils.device import resolve_precision, speed_of_bf16
@@ -21,3 +26,35 @@ def test_a_precision_that_loses_is_noted(monkeypatch, capsys, speed, noted):
 def test_speed_is_measured_once():
     assert 0.01 < speed_of_bf16() < 100
     assert speed_of_bf16() == speed_of_bf16()
+
+
+PROGRAM = """
+import torch
+from conftest import relative_error, tiny_network
+from torch_utils.device import resolve_precision
+from training.networks.edm2_cpu import FastDenoiser
+cpu = torch.device("cpu")
+print(torch.backends.cpu.get_cpu_capability())
+print(resolve_precision("auto", cpu))
+print(resolve_precision("bf16", cpu))
+net = tiny_network(img_resolution=32, model_channels=128)  # wide enough for Winograd
+x = torch.randn(2, net.img_channels, 32, 32, generator=torch.Generator().manual_seed(0))
+print(relative_error(FastDenoiser(net, 2)(x, torch.ones(2)), net(x, torch.ones(2))) < 1e-5)
+"""
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="not a processor that can do as if"
+)
+def test_a_processor_with_avx2_alone():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, **AVX2_ALONE, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    capability, auto, note, bf16, equal = result.stdout.splitlines()
+    assert (capability, auto, bf16, equal) == ("AVX2", "fp32", "bf16", "True")
+    assert note.startswith("Note: on this processor, a convolution in bf16 takes")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torch_utils.gradients import channels_last_views, flat_gradients, use_channels_last
+from torch_utils.gradients import channels_last_views, flat_gradients, norm_of, use_channels_last
 
 
 def network() -> torch.nn.Sequential:
@@ -47,3 +47,11 @@ def test_views_are_contiguous_and_shared():
         assert view.is_contiguous() and view.grad is not None and view.grad.is_contiguous()
         view.sub_(view.grad)
         assert torch.equal(p.detach().permute(0, 2, 3, 1), view)
+
+
+def test_norms_of_long_vectors_keep_their_digits():
+    """Added up one by one, the squares of so many numbers lose the fourth digit."""
+    vector = torch.randn(15_000_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    assert norm_of(vector).item() == pytest.approx(
+        torch.linalg.vector_norm(vector, dtype=torch.float64).item(), rel=1e-5
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dnnlib.errors import UserError
-from training.config.data import HUGE, MAX_CHANNELS, TINY
+from training.config.data import HUGE, MAX_CHANNELS, TINY, pixel_range_of
 from training.config.fields import FROM_PRESET, Config, option
 from training.config.score_sde import ScoreOptimizer
 from training.config.training import DataConfig, EMAConfig, Ki, Preset, RunConfig, TrainConfig
@@ -38,6 +38,11 @@ class ClassifierNetwork(Config):
         super().__post_init__()
         if self.sigma_min >= self.sigma_max:
             raise UserError(f"--sigma-min={self.sigma_min:g} must be below --sigma-max={self.sigma_max:g}")
+
+    @property
+    def pixel_range(self) -> tuple[float, float]:
+        """What black and white are to the network."""
+        return pixel_range_of(self.centered)
 
 
 @dataclass(frozen=True, kw_only=True)

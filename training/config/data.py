@@ -13,6 +13,11 @@ MAX_CLASSES = 1 << 20
 MAX_TOKENS = 1 << 12
 
 
+def pixel_range_of(centered: bool) -> tuple[float, float]:
+    """What black and white are to networks whose `centered` says whether images lie in [-1, 1] or in [0, 1]."""
+    return (-1.0, 1.0) if centered else (0.0, 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo(Config):
     """Number, size and labels of a dataset's images, and a hash of their content.

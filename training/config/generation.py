@@ -162,7 +162,12 @@ class SamplingConfig(Config):
         items=(0, 10_000),
         multiple=True,
     )
-    prompts: str | None = option(None, "File of prompts, one per line", metavar="FILE")
+    prompts: str | None = option(
+        None,
+        "File of prompts, one per line; or a set of captions, of which one per image is drawn: a dataset "
+        "(dataset_tool.py captions), annotations of MS-COCO (.json), a table of filename,caption (.csv, .tsv)",
+        metavar="FILE",
+    )
     sampler: SamplerConfig = SamplerConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     vae: VAESampling = VAESampling()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dnnlib.errors import UserError
-from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY
+from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY, pixel_range_of
 from training.config.fields import FROM_PRESET, Config, all_fields, option
 from training.config.training import DataConfig, EMAConfig, TrainConfig, parse_ints, parse_nimg
 
@@ -100,7 +100,7 @@ class ScoreNetwork(Config):
     @property
     def pixel_range(self) -> tuple[float, float]:
         """What black and white are to the network."""
-        return (-1.0, 1.0) if self.centered else (0.0, 1.0)
+        return pixel_range_of(self.centered)
 
     @property
     def embedding(self) -> str:

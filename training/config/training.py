@@ -121,6 +121,9 @@ class RunConfig(Config):
     """Length, batches, arithmetic, outputs and measurements of a run; numbers of images are absolute."""
 
     duration: int = option(help="Training duration", low=1, parse=parse_nimg, metavar="NIMG", may_change=True)
+    init_from: str = option(
+        "", "Start with the weights of this snapshot (a file or URL), as far as they fit", metavar="FILE"
+    )
     batch: int = option(help="Images per optimiser step, over all processes", low=1, parse=parse_nimg, metavar="NIMG")
     batch_gpu: int = option(
         0, "Limit of images per process and round, 0 = none", low=0, parse=parse_nimg, metavar="NIMG", may_change=True

@@ -109,19 +109,21 @@ def _captions(network: dict[str, Any], published: str) -> Preset:
     )
 
 
-def _digits(context: tuple[int, int] = (0, 0)) -> Preset:
-    """Handwritten digits, 8x8 grayscale (datasets/digits.zip), 0.27 M parameters; by class, or with captions."""
+def _digits(resolution: int = 8, channels: int = 1, context: tuple[int, int] = (0, 0)) -> Preset:
+    """Handwritten digits, 0.27 M parameters and 16 tokens of patches: grayscale of 8x8 (datasets/digits.zip) or latents
+    of 4x4; by class, or with captions.
+    """
     batch, duration = 32, 144 * Ki
     text = context[0] > 0
     config = UViTTraining(
         data=UViTData(captions=text),
-        network=UViTNetwork(patch_size=2, embed_dim=64, depth=4, num_heads=4, prediction="edm"),
+        network=UViTNetwork(patch_size=resolution // 4, embed_dim=64, depth=4, num_heads=4, prediction="edm"),
         objective=UViTObjective(cond_dropout=0.1, noise_levels="lognormal"),
         optimizer=UViTOptimizer(lr=2e-3, beta1=0.9, warmup=100 * batch, decay_to=duration),
         ema=EMAConfig(ema_rate=0.99),
         run=RunConfig(duration=duration, batch=batch, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
-    return Preset(config, resolution=8, channels=1, classes=0 if text else 10, context=context)
+    return Preset(config, resolution, channels, classes=0 if text else 10, context=context)
 
 
 UVIT_PRESETS: dict[str, Preset] = {
@@ -138,5 +140,6 @@ UVIT_PRESETS: dict[str, Preset] = {
     "mscoco_uvit_small": _captions(SMALL, "FID 5.95 with guidance 2"),
     "mscoco_uvit_small_deep": _captions(SMALL | {"depth": 16}, "FID 5.48 with guidance 2"),
     "digits-uvit": _digits(),
-    "digits-uvit-text": _digits(WORDS),
+    "digits-uvit-latent": _digits(resolution=4, channels=4),
+    "digits-uvit-text": _digits(context=WORDS),
 }

@@ -36,18 +36,12 @@ def read_captions(dataset: ImageFolderDataset, path: Path | None) -> Texts:
     names = dataset.names_before()
     if path is None:
         return [tuple(_lines(dataset.text_beside(i), names[i])) for i in range(len(dataset))]
-    try:
-        data = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"--captions={path}: cannot be read ({one_line(err)})") from None
     if path.suffix.lower() == ".txt":
-        lines = data.splitlines()
+        lines = read_text(path, "--captions").splitlines()
         if len(lines) != len(names):
             raise UserError(f"--captions={path}: has {many(len(lines), 'line')} for {many(len(names), 'image')}")
         return [(line.strip(),) for line in lines]
-    found: dict[str, list[str]] = {}
-    for name, text in _annotations(path, data):
-        found.setdefault(_stem(name), []).append(one_line(text).strip())
+    found = captions_by_image(path, "--captions")
     missing = [name for name in names if _stem(name) not in found]
     if missing:
         raise UserError(
@@ -55,6 +49,41 @@ def read_captions(dataset: ImageFolderDataset, path: Path | None) -> Texts:
             f"{', '.join(list(found)[:3])}, ...)"
         )
     return [tuple(found[_stem(name)]) for name in names]
+
+
+def read_text(path: Path, option: str) -> str:
+    """The contents of a text file that an option names.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"{option}={path}: cannot be read ({one_line(err)})") from None
+
+
+def captions_by_image(path: Path, option: str) -> dict[str, list[str]]:
+    """Captions by names of images, without folders and file types: of annotations of MS-COCO (.json), or a table of
+    names and captions (.csv, .tsv).
+
+    Args:
+        option: names the file in errors.
+
+    Raises:
+        UserError: it cannot be read, or is neither.
+    """
+    found: dict[str, list[str]] = {}
+    data = read_text(path, option)
+    try:
+        for name, text in _annotations(path, data):
+            found.setdefault(_stem(name), []).append(one_line(text).strip())
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, csv.Error) as err:
+        raise UserError(
+            f"{option}={path}: neither annotations of MS-COCO nor a table with the columns filename and caption "
+            f"({one_line(repr(err))[:100]})"
+        ) from None
+    return found
 
 
 def captions_of_classes(dataset: ImageFolderDataset, template: str, names: Sequence[str] | None) -> Texts:
@@ -142,17 +171,12 @@ def _lines(text: str, name: str) -> list[str]:
 
 def _annotations(path: Path, data: str) -> Iterator[tuple[str, str]]:
     """Names of images and captions in a file."""
-    try:
-        if path.suffix.lower() == ".json":
-            contents = json.loads(data)
-            files = {image["id"]: image["file_name"] for image in contents["images"]}
-            yield from [(files[item["image_id"]], item["caption"]) for item in contents["annotations"]]
-            return
-        rows = list(csv.reader(io.StringIO(data), delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-        head = [cell.strip().lower() for cell in rows[0]]
-        yield from [(row[head.index("filename")], row[head.index("caption")]) for row in rows[1:] if row]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, csv.Error) as err:
-        raise UserError(
-            f"--captions={path}: neither annotations of MS-COCO nor a table with the columns filename and caption "
-            f"({one_line(repr(err))[:100]})"
-        ) from None
+    if path.suffix.lower() == ".json":
+        contents = json.loads(data)
+        files = {image["id"]: image["file_name"] for image in contents["images"]}
+        yield from [(files[item["image_id"]], item["caption"]) for item in contents["annotations"]]
+        return
+    rows = list(csv.reader(io.StringIO(data), delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+    head = [cell.strip().lower() for cell in rows[0]]
+    name, caption = head.index("filename"), head.index("caption")
+    yield from [(row[name], row[caption]) for row in rows[1:] if row]

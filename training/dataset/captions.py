@@ -81,7 +81,14 @@ class Captions:
         self.shape: tuple[int, int] = (self.empty.shape[0], self.empty.shape[1])
 
     def context(self, base: int, visit: int) -> np.ndarray:
-        """The context of image `base`, float32 [tokens, width]: of its captions in turn, one per visit.
+        """The context of image `base`, float32 [tokens, width]: of its captions in turn, one per visit. Errors as for
+        `contexts`.
+        """
+        contexts = self.contexts(base)
+        return contexts[(base + visit) % len(contexts)]
+
+    def contexts(self, base: int) -> np.ndarray:
+        """The contexts of all captions of image `base`, float32 [texts, tokens, width].
 
         Raises:
             UserError: the file cannot be read.
@@ -90,7 +97,7 @@ class Captions:
         if contexts.shape != (len(self.texts[base]), *self.shape):
             wanted = [len(self.texts[base]), *self.shape]
             raise UserError(f"{self.where}: {self._files[base]} holds {list(contexts.shape)} numbers, not {wanted}")
-        return contexts[(base + visit) % len(contexts)]
+        return contexts
 
     def digest(self) -> bytes:
         """What identifies them."""

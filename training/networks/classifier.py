@@ -164,9 +164,7 @@ class NoisyClassifier(nn.Module):
         config = ClassifierNetwork(**arguments)
         if data.conditioning.kind != "classes":
             raise UserError("a classifier needs images with classes")
-        low, high = (-1.0, 1.0) if config.centered else (0.0, 1.0)
-        self.spec = dataclasses.replace(data, pixel_range=(low, high))
-        self.low, self.span = low, high - low
+        self.spec = dataclasses.replace(data, pixel_range=config.pixel_range)
         self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
         self.precision = precision
         self.net = NoiseConditionalWRN(
@@ -191,5 +189,6 @@ class NoisyClassifier(nn.Module):
             Logits, float32 [N, classes].
         """
         # The network sees pixels in [0, 1], and noise in their units.
-        x = ((x - self.low) / self.span).to(compute_dtype(self.precision, x.device))
-        return self.net(x, sigma / self.span)
+        low, high = self.spec.pixel_range
+        x = ((x - low) / (high - low)).to(compute_dtype(self.precision, x.device))
+        return self.net(x, sigma / (high - low))

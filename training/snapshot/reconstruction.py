@@ -44,10 +44,11 @@ class StoredAverage:
     file: SnapshotFile
 
 
-def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None) -> list[StoredAverage]:
+def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] | None = None) -> list[StoredAverage]:
     """The snapshots `{prefix}-{kimg:07d}-{std:.3f}` of a directory, native files and pickles, oldest first.
 
     Args:
+        prefix: start of their names; None = any, of files that are no reconstructions.
         stds: widths to use; None = all.
 
     Raises:
@@ -55,12 +56,14 @@ def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None)
     """
     if not indir.is_dir():
         raise UserError(f"--indir={indir}: no such directory")
-    pattern = re.compile(re.escape(prefix) + r"-\d+-\d\.\d{3}\.(safetensors|pkl)")
+    pattern = re.compile((".+" if prefix is None else re.escape(prefix)) + r"-\d+-\d\.\d{3}\.(safetensors|pkl)")
     found = []
     for path in sorted(path for path in indir.iterdir() if pattern.fullmatch(path.name)):
         if path.suffix == ".pkl" and path.with_suffix(".safetensors").is_file():
             continue  # its converted copy is there
         file = open_snapshot(path)
+        if prefix is None and file.description.reconstructed_from is not None:
+            continue
         nimg, std = file.description.nimg, file.description.ema_std
         if nimg is None or not nimg > 0 or std is None or not MIN_STD <= std < MAX_STD:
             raise UserError(f"{path}: the file does not say its training time and EMA width")
@@ -69,7 +72,7 @@ def list_averages(indir: Path, prefix: str, stds: Sequence[float] | None = None)
             raise UserError(f"{twin.path} and {path} are of the same time and width: keep one of them")
         found.append(StoredAverage(path, nimg, std, file))
     if not found:
-        raise UserError(f"--indir={indir}: no snapshots named {prefix}-*-*.safetensors or .pkl")
+        raise UserError(f"--indir={indir}: no snapshots named {prefix or '*'}-*-*.safetensors or .pkl")
     if stds is not None:
         missing = [std for std in stds if not any(np.isclose(std, avg.std) for avg in found)]
         if missing:
