@@ -104,6 +104,19 @@ def test_says_how_the_data_were_understood(run, tmp_path):
     assert "\n".join(lines) in dry
 
 
+def test_mirrored_images_are_not_counted_twice(tmp_path):
+    output = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--xflip=1", "--dry-run").output
+    assert "Dataset:          1797 images of 8x8x1, each also mirrored" in output and "3594" not in output
+    assert "1797 images (1797 .png), pixels of 8x8 with 1 channel, each also mirrored" in output
+
+
+def test_one_class_is_one_class(tmp_path):
+    files = random_images(4)
+    data = make_dataset(tmp_path / "data.zip", files, {name: 0 for name in files})
+    output = run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={data}", *TINY, "--duration=256").output
+    assert "Training on 4 images of 8x8x3, 1 class: " in output
+
+
 def test_dry_run_looks_at_outdir(run, tmp_path):
     def dry(outdir, *options):
         return run_cli(train, f"--outdir={outdir}", f"--data={DIGITS}", *TINY, *options, "-n")
@@ -173,7 +186,8 @@ def test_bad_training_options(tmp_path, options, fragments):
 
 
 def test_missing_options_are_one_line():
-    fails_with(run_cli(train), "--outdir")
+    fails_with(run_cli(train), "--outdir", "--help")
+    fails_with(run_cli(train, "--outdir=x"), "Missing option '--data'.", "--help")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

@@ -19,6 +19,7 @@ from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
+from training.dataset.listing import many
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
@@ -158,17 +159,17 @@ class TrainingRun:
             if config.run.init_from:
                 self.take_initial_weights(config.run.init_from)
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
-        dataset, share = self.dataset, self.share
+        dataset, share, world_size = self.dataset, self.share, distributed.get_world_size()
         for line in dataset.summary():
             journal.log(line)
         if self.encoder.vae_name:
             journal.log(f"Encoder: {self.encoder.describe()}")
         assert config.dataset is not None
         journal.log(
-            f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
-            f"{config.dataset.label_dim} classes: {sum(p.numel() for p in self.net.parameters())} parameters, "
-            f"{self.net.precision}, {distributed.get_world_size()} x {self.device.type}, "
-            f"{share.rounds} round{'s' * (share.rounds > 1)} of {share.batch_gpu} images per step"
+            f"Training on {dataset.size_text()}, {many(config.dataset.label_dim, 'class')}: "
+            f"{sum(p.numel() for p in self.net.parameters())} parameters, "
+            f"{self.net.precision}, {world_size} x {self.device.type}, "
+            f"{many(share.rounds, 'round')} of {many(share.batch_gpu, 'image')} per step"
         )
         return True
 
