@@ -85,6 +85,7 @@ def main(
     with distributed.fail_together():
         check_not_input("--out", out, {"--net": net if Path(net).is_file() else None, "--data": data})
         task = prepare(net, data, config, num, seed, arch, given, latents)
+        task.check_batch(batch)
         check_seed(seed + len(task.indices) - 1)
     summary = evaluate(task, out, batch)
     if summary is not None:

@@ -15,7 +15,6 @@ from calculate_likelihood import main as calculate
 from training.conditioning import DataSpec
 from training.config.edm2 import TRAINING_PRESETS as EDM2_PRESETS
 from training.config.likelihood import FIRST_TIME, FlowLikelihoodConfig
-from training.config.nvae import TRAINING_PRESETS
 from training.config.samplers import SamplerConfig
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.uvit_presets import UVIT_PRESETS
@@ -29,18 +28,6 @@ from training.samplers import StackedRandomGenerator
 from training.samplers.grids import ode_grid
 from training.samplers.sampler import Sampler
 from training.snapshot import load_network, save_network
-
-
-@pytest.fixture(scope="module")
-def nvae(tmp_path_factory):
-    torch.manual_seed(0)
-    net = preset_network(TRAINING_PRESETS["digits-nvae"])
-    with torch.no_grad():
-        for _ in range(3):
-            net(torch.rand(32, 1, 8, 8))
-    path = tmp_path_factory.mktemp("nvae") / "nvae.safetensors"
-    save_network(path, net, StandardRGBEncoder(), {}, torch.float32)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +120,7 @@ def test_bad_input(nvae, images, tmp_path, snapshot_file):
     options = [f"--data={images}", f"--out={out}"]
     fails_with(run_cli(calculate, f"--net={snapshot_file}", *options), "(1, 8, 10)", "(1, 8, 0)")
     fails_with(run_cli(calculate, f"--net={nvae}", *options, "--samples=0"), "--samples must be at least 1")
+    fails_with(run_cli(calculate, f"--net={nvae}", *options, "--max-batch=7", "--batch=8"), "--max-batch=7 is below")
     colour = make_dataset(tmp_path / "colour.zip", random_images(2))
     fails_with(run_cli(calculate, f"--net={nvae}", f"--data={colour}", f"--out={out}"), "(1, 8, 0)", "(3, 8, 0)")
     assert not out.exists()

@@ -384,6 +384,12 @@ def test_explicit_options_win_over_presets(run, tmp_path):
     assert (tmp_path / "000001.png").read_bytes() == with_preset
 
 
+def test_only_print_config_needs_no_outdir():
+    printed = run_cli(generate, "--preset=edm2-img512-xs-fid", "--print-config")
+    assert printed.exit_code == 0 and "--outdir" not in printed.output
+    fails_with(run_cli(generate, "--preset=edm2-img512-xs-fid"), "Missing option '--outdir'.", "--help")
+
+
 def test_which_network(tmp_path):
     fails_with(run_cli(generate, f"--outdir={tmp_path}"), "Give --net or --preset")
     fails_with(

@@ -102,7 +102,7 @@ def test_interrupted_encoding_has_the_same_statistics(vae, photos, latents, tmp_
         args = ["encode", f"--source={photos}", f"--dest={tmp_path / name}", f"--encoder={vae}", "--batch=2"]
         encode_pixels, calls = StabilityVAEEncoder.encode_pixels, []
 
-        def interrupted(self, x, encode_pixels=encode_pixels, calls=calls):
+        def interrupted(self, x, _randn_like, encode_pixels=encode_pixels, calls=calls):
             calls.append(len(x))
             if len(calls) == 3:
                 raise KeyboardInterrupt

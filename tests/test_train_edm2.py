@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 @pytest.mark.parametrize("preset", TRAINING_PRESETS)
 def test_presets_dry_run(preset, tmp_path):
-    size = {"edm2-img512": 64, "edm2-img64": 64, "digits": 8}[preset.rsplit("-", 1)[0]]
-    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", random_images(1, size=size))
+    images = random_images(1, size=TRAINING_PRESETS[preset].resolution)
+    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", images)
     result = run_cli(
         train,
         f"--outdir={tmp_path / 'run'}",
@@ -58,8 +58,10 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # Those of latents are tested in test_latent_provenance.py, the start in snapshot/test_initial.py.
-    assert_all_options(train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x"])
+    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py and monitoring/test_tracker.py.
+    assert_all_options(
+        train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x", "--tracker=none"]
+    )
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,
@@ -100,6 +102,19 @@ def test_says_how_the_data_were_understood(run, tmp_path):
     assert log[0] == lines[0] and log[1].startswith(lines[1])
     dry = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--dry-run").output
     assert "\n".join(lines) in dry
+
+
+def test_mirrored_images_are_not_counted_twice(tmp_path):
+    output = run_cli(train, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--xflip=1", "--dry-run").output
+    assert "Dataset:          1797 images of 8x8x1, each also mirrored" in output and "3594" not in output
+    assert "1797 images (1797 .png), pixels of 8x8 with 1 channel, each also mirrored" in output
+
+
+def test_one_class_is_one_class(tmp_path):
+    files = random_images(4)
+    data = make_dataset(tmp_path / "data.zip", files, {name: 0 for name in files})
+    output = run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={data}", *TINY, "--duration=256").output
+    assert "Training on 4 images of 8x8x3, 1 class: " in output
 
 
 def test_dry_run_looks_at_outdir(run, tmp_path):
@@ -171,7 +186,8 @@ def test_bad_training_options(tmp_path, options, fragments):
 
 
 def test_missing_options_are_one_line():
-    fails_with(run_cli(train), "--outdir")
+    fails_with(run_cli(train), "--outdir", "--help")
+    fails_with(run_cli(train, "--outdir=x"), "Missing option '--data'.", "--help")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

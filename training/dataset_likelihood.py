@@ -23,6 +23,7 @@ from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
 from training.guides import load_image_network
 from training.likelihood import FlowLikelihood, Likelihood
+from training.likelihood_vae import VAELikelihood
 from training.samplers import StackedRandomGenerator
 
 LATENTS_RECORD = "latents.json"  # says what the latents of a folder are of
@@ -49,6 +50,15 @@ class DatasetLikelihood:
     device: torch.device
     facts: dict[str, Any]
     latents: Path | None = None
+
+    def check_batch(self, batch: int) -> None:
+        """Check that so many images can be computed at a time.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if isinstance(self.likelihood, VAELikelihood) and batch > self.likelihood.max_batch:
+            raise UserError(f"--max-batch={self.likelihood.max_batch} is below --batch={batch}: lower --batch, too")
 
     def figures(self, indices: Sequence[int]) -> list[dict[str, float]]:
         """Figures of images by name, with the index of each; their latents are saved where they are to be kept."""

@@ -25,9 +25,9 @@ from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, VAESampling
 from training.encoders import (
-    AutoencoderEncoder,
     Encoder,
     StandardRGBEncoder,
+    VAEEncoder,
 )
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
@@ -205,11 +205,11 @@ def generate_images(
         UserError: `class_idx` is out of range, `gnet` does not fit `net`, `spec` is missing, or the sampler has no
             such argument.
     """
-    if isinstance(net, (str, os.PathLike)):
-        snapshot = load_network(os.fspath(net))
+    if isinstance(net, (str, Path)):
+        snapshot = load_network(net)
         net, encoder = snapshot.net, snapshot.encoder if encoder is None else encoder
-    if isinstance(gnet, (str, os.PathLike)):
-        gnet = load_network(os.fspath(gnet)).net
+    if isinstance(gnet, (str, Path)):
+        gnet = load_network(gnet).net
     spec = spec if spec is not None else getattr(net, "spec", None)
     if spec is None:
         raise UserError("the denoiser has no `spec` that says what its images look like: give spec=DataSpec(...)")
@@ -359,7 +359,7 @@ class LoadedGenerator:
             if source is not None and loaded is not None:
                 facts |= {key: source, f"{key}_sha256": file_sha256(loaded.path)}
         encoder = self.snapshot.encoder
-        if isinstance(encoder, AutoencoderEncoder) and not encoder.vae_sha256:
+        if isinstance(encoder, VAEEncoder) and not encoder.vae_sha256:
             encoder = encoder.identified()
         made_by = {"encoder": encoder.record, "code_version": code_version()}
         return {**facts, "seeds": format_seeds(seeds), **self.generator(None).describe(), **made_by}
@@ -373,7 +373,7 @@ def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
     """
     if networks.encoder is None and not networks.trust_encoder:
         return encoder
-    if not isinstance(encoder, AutoencoderEncoder):
+    if not isinstance(encoder, VAEEncoder):
         given = "--encoder" if networks.encoder is not None else "--trust-encoder"
         raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
     return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
@@ -418,6 +418,6 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
-    if isinstance(snapshot.encoder, AutoencoderEncoder):
+    if isinstance(snapshot.encoder, VAEEncoder):
         snapshot.encoder.check_channels(snapshot.net.spec.channels)
     return LoadedGenerator(config, snapshot, guide, device, prompts_for(config, snapshot, device))

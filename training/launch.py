@@ -140,7 +140,7 @@ def make_config(
 
     data = config.data
     if not data.data:
-        raise UserError("Missing option '--data'.")
+        raise click.UsageError("Missing option '--data'.", click.get_current_context(silent=True))
     dataset = ImageFolderDataset(
         data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify, use_captions=data.captions
     )
@@ -221,7 +221,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
         distributed.print0(line)
     for key, value in {"outdir": str(outdir), **config.flat()}.items():
         distributed.print0(f"{key + ':':<17s} {json.dumps(value)}")
-    distributed.print0(f"Dataset:          {data.count} images, {data.resolution}x{data.resolution}x{data.channels}")
+    distributed.print0(f"Dataset:          {dataset.size_text()}")
     distributed.print0(f"Encoder:          {encoder.describe()}")
     distributed.print0(f"Classes:          {data.label_dim}")
     distributed.print0(f"Network:          {count_parameters(net)} parameters")

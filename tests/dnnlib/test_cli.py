@@ -1,5 +1,6 @@
 """Commands whose failures are one line, their options, and what parses and prints."""
 
+import json
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ from dnnlib.cli import (
     offline_option,
     parse_int_list,
     parse_nimg,
+    parse_resolution,
     parsed_by,
     with_options,
 )
@@ -76,7 +78,7 @@ def failing(error: Exception) -> click.Command:
         ),
         (OSError(28, "No space left on device", "out/a.png"), "No space left on device: out/a.png", 1),
         (OSError("strange"), "strange", 1),
-        (click.UsageError("no such thing"), "no such thing", 2),
+        (click.UsageError("no such thing"), "no such thing (see python main --help)", 2),
     ],
 )
 def test_expected_failures_are_one_line(error, line, exit_code):
@@ -154,6 +156,35 @@ def test_numbers_are_finite():
         fails_with(run_cli(options, f"--low={text}"), "--low must be a finite number")
     fails_with(run_cli(options, "--high=nan"), "--high must be a finite number")
     assert run_cli(options, "--high=inf").output.startswith("0.0 inf")  # its default
+
+
+def test_errors_of_usage_point_to_the_help():
+    @click.command(cls=CommandLine)
+    @click.option("--outdir", required=True)
+    def main(outdir): ...
+
+    assert run_cli(main).stderr == "Error: Missing option '--outdir'. (see python main --help)\n"
+    group = CommandGroup("tool", commands={"make": main})
+    assert run_cli(group, "make", "--bogus").stderr.endswith("(see python tool make --help)\n")
+
+
+def test_torchrun_is_told_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    run_cli(failing(UserError("a.zip: no such file")))
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "Error: a.zip: no such file"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512x512", (512, 512)), ("32", (32, 32)), ("64x48", (64, 48)), ("8192", (8192, 8192))]
+)
+def test_resolutions(text, size):
+    assert parse_resolution(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "64x", "x64", "64x0", "-1", "8193", "64x9999", "1" * 5000])
+def test_no_resolutions(text):
+    with pytest.raises(UserError):
+        parse_resolution(text)
 
 
 def test_options_keep_their_order():

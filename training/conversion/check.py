@@ -19,6 +19,7 @@ from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from torch_utils.pictures import check_picture, drawable
 from training.dataset.images import COMPRESSED, ImageFolderDataset
+from training.dataset.listing import many
 from training.dataset.order import evenly_spaced
 from training.encoders import FINAL_STD, Encoder, StandardRGBEncoder, encoder_for
 
@@ -148,7 +149,7 @@ def _labels(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
         return dict(labels=f"vectors of length {dataset.label_dim}", **source)
     empty = [label for label in range(dataset.label_dim) if label not in counts]
     facts: dict[str, Any] = dict(
-        labels=f"{len(counts)} classes of {min(counts.values())} to {max(counts.values())} images", **source
+        labels=f"{many(len(counts), 'class')} of {min(counts.values())} to {max(counts.values())} images", **source
     )
     if dataset.class_names is not None:
         facts["class_names"] = dataset.class_names[: 5 * SHOWN]

@@ -98,7 +98,11 @@ class _Found:
 
     def source(self, kind: str, path: Path, images: Callable[[], Iterator[SourceImage]]) -> Source:
         kind = f"{kind} ({counted(Counter(map(suffix_of, self.names)))})"
-        return Source(kind, path, len(self.names), images, self.labels, self.classes, notes=self.notes)
+        labels = self.labels_by_name.values()
+        known = None if any(isinstance(label, list) for label in labels) else len(set(map(str, labels)))
+        return Source(
+            kind, path, len(self.names), images, self.labels, self.classes, num_classes=known, notes=self.notes
+        )
 
 
 def _understand(path: Path, files: Listing, text: bytes | None, split: str) -> _Found:

@@ -119,6 +119,20 @@ def center_crop_celeba(image: np.ndarray, width: int, height: int) -> np.ndarray
     return resize(image[y : y + CELEBA_CROP, x : x + CELEBA_CROP], width, height, BILINEAR)
 
 
+def enlarged_from(name: str | None, image: np.ndarray, width: int | None, height: int | None) -> int:
+    """Shorter side of the part of an image that a transform keeps, if it makes more pixels of it; else 0."""
+    if width is None or height is None:
+        return 0
+    rows, columns = image.shape[:2]
+    if name is None:
+        return min(rows, columns) if width > columns or height > rows else 0
+    if name == "center-crop-wide":  # leaves smaller images out
+        return 0
+    boxes = {"celeba": CELEBA_BOX[2] - CELEBA_BOX[0], "center-crop-celeba": CELEBA_CROP}
+    kept = boxes[name] if name in boxes else min(rows, columns)
+    return kept if width > kept else 0
+
+
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:
     """The transform of that name (None: resize only) to width x height (None: the image's own size).
 

@@ -248,8 +248,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """What the dataset contains and how it was understood, in lines for users; the last ones are `notes`."""
         shape = "latents" if self._dtype != np.uint8 else "pixels"
         chosen, total = len(self._files), self._kinds.total()
-        count = many(len(self), "image") if chosen == total else f"{chosen} of {total} images"
-        lines = [f"{self.path}: {count} ({counted(self._kinds)}), {shape} of {_size(self._shape)}"]
+        count = many(chosen, "image") if chosen == total else f"{chosen} of {total} images"
+        mirrored = ", each also mirrored" if self._xflip else ""
+        lines = [f"{self.path}: {count} ({counted(self._kinds)}), {shape} of {_size(self._shape)}{mirrored}"]
         if self.captions is not None:
             tokens, width = self.captions.shape
             count = sum(map(len, self.captions.texts))
@@ -263,6 +264,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             counts_by_class = dict(zip(classes.tolist(), counts.tolist(), strict=True))
             lines.append(f"labels: {self._label_source}, {describe_classes(counts_by_class, self._class_names)}")
         return lines + self._notes
+
+    def size_text(self) -> str:
+        """Number and size of the images in a few words, such as '450 images of 64x64x3, each also mirrored'."""
+        mirrored = ", each also mirrored" if self._xflip else ""
+        size = "x".join(map(str, (self.resolution, self.resolution, self.num_channels)))
+        return f"{many(len(self._files), 'image')} of {size}{mirrored}"
 
     def decoded_bytes(self) -> int:
         """Size of all decoded images."""

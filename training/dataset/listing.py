@@ -66,8 +66,8 @@ def printable(name: str) -> str:
 
 
 def many(count: int, noun: str) -> str:
-    """'1 image', '2 images'."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """'1 image', '2 images', '2 classes'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def counted(counts: Counter[str]) -> str:
