@@ -216,6 +216,10 @@ def test_saved_images_of_an_earlier_run(snapshot_file, other_file, digits_ref, t
     ok(generate, *args, f"--outdir={out}", "--seeds=3-4", "--subdirs")  # of the same
     (out / "generation.json").unlink()
     assert f"Note: {out}" not in ok(metrics_tool, *measure)
+    (out / "000001.png").write_bytes(png(np.zeros([8, 8], np.uint8)))  # of the same seed, but in another place
+    (out / "generation.json").unlink()
+    assert f"Note: {out} also holds 1 image that this does not make, such as 000001.png" in ok(metrics_tool, *measure)
+    (out / "000001.png").unlink()
     ok(generate, f"--net={other_file}", *args[1:], f"--outdir={out}", "--seeds=8,7", "--subdirs")
     note = f"Note: {out} also holds 2 images that this does not make, such as 000000/000007.png"
     assert note in ok(metrics_tool, *measure)

@@ -120,9 +120,10 @@ class ImageBatches:
         first, suffix = distributed.get_rank() == 0, self.encoder.output_suffix(generator.spec.channels)
         with distributed.fail_together():
             record = self.record(generator)
+            files = [image_path(record.folder, seed, self.subdirs, suffix) for seed in self.seeds]
             if first:
-                clear_leftovers(image_path(record.folder, seed, self.subdirs, suffix) for seed in self.seeds)
-        if first and (note := record.note_of_others(self.seeds, suffix)):
+                clear_leftovers(files)
+        if first and (note := record.note_of_others(files, suffix)):
             print(note)
         with record.of(self.seeds) if first else contextlib.nullcontext():
             yield record

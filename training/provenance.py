@@ -178,14 +178,14 @@ class ImageRecord:
         """What made an image that is not among `seeds`; None = it is not known."""
         return next((entry for entry, seeds in self.others if seed in seeds), None) or read_png_text(file)
 
-    def note_of_others(self, seeds: Iterable[int], suffix: str) -> str:
-        """A line about images in the folder that something else has made, beside those of these seeds; '' = none.
+    def note_of_others(self, made: Iterable[Path], suffix: str) -> str:
+        """A line about images in the folder that something else has made, beside the files made now; '' = none.
 
         Who measures the folder measures them, too.
         """
-        ours, folder, found = self.seeds | set(seeds), self.folder, []
+        made, folder, found = set(made), self.folder, []
         for file in (*folder.glob(f"*{suffix}"), *folder.glob(f"*/*{suffix}")):
-            if not re.fullmatch("[0-9]{6,}", file.stem) or (seed := int(file.stem)) in ours:
+            if file in made or not re.fullmatch("[0-9]{6,}", file.stem) or (seed := int(file.stem)) in self.seeds:
                 continue
             theirs = self._maker(seed, file)
             if theirs is None or difference(self.facts, theirs):
