@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,7 @@ class ImageRecord:
         self.facts = {key: value for key, value in facts.items() if key != "seeds"}
         self.seeds: set[int] = set()
         self.others: list[tuple[dict[str, Any], set[int]]] = []
+        self.sheets: set[str] = set()  # contact sheets in the folder, which are none of its images
         for entry, seeds in self._read():
             if difference(self.facts, entry):
                 self.others.append((entry, seeds))
@@ -118,6 +120,7 @@ class ImageRecord:
             return []
         try:
             newest = json.loads(self.path.read_text())
+            self.sheets |= set(newest.pop("sheets", []))
             entries = [newest, *newest.pop("earlier", [])]
             return [(entry, set(parse_int_list(text)) if (text := entry.pop("seeds")) else set()) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -125,6 +128,18 @@ class ImageRecord:
                 f"{self.path}: not a record of generated images ({one_line(repr(err))[:100]}): delete it, or choose "
                 "another --outdir"
             ) from None
+
+    def leave_out(self, sheet: Path) -> None:
+        """Say of a contact sheet, if it is in the folder, that it is none of its images.
+
+        Raises:
+            UserError: it has the name of an image.
+        """
+        folder = self.path.parent.resolve()
+        if sheet.resolve().is_relative_to(folder):
+            if re.fullmatch("[0-9]{6,}", sheet.stem):
+                raise UserError(f"--grid={sheet}: is the name of an image of --outdir: choose another one")
+            self.sheets.add(sheet.resolve().relative_to(folder).as_posix())
 
     def check(self, files: Mapping[int, Path]) -> int:
         """How many of these images, by seed, do not say what made them.
@@ -166,6 +181,8 @@ class ImageRecord:
         contents: dict[str, Any] = {**self.facts, "seeds": format_seeds(self.seeds)}
         if self.others:
             contents["earlier"] = [{**entry, "seeds": format_seeds(seeds)} for entry, seeds in self.others]
+        if self.sheets:
+            contents["sheets"] = sorted(self.sheets)
         text = json.dumps(contents, indent=2) + "\n"
         if not (self.path.is_file() and self.path.read_text() == text):
             with atomic_write(self.path, "w") as f:
