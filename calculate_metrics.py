@@ -6,7 +6,6 @@ callers find the published functions here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -292,15 +291,10 @@ def gen(
         seeds = range(seed + i * num_images, seed + (i + 1) * num_images)
         with distributed.fail_together():
             facts = generator.describe(seeds)
-            images = generator.images(
-                seeds, outdir=save_images, subdirs=True, max_batch_size=batch, verbose=False, facts=facts
-            )
-            saving = contextlib.nullcontext()
-            if save_images is not None and distributed.get_rank() == 0:
-                saving = ImageRecord(save_images, facts).of(seeds)
-        with saving:
-            records = evaluation(images, facts)
-        runs.append(keep(records, opts))
+            record = None if save_images is None else ImageRecord(save_images, facts)
+            saving = None if record is None else lambda _generator, record=record: record
+            images = generator.images(seeds, record=saving, subdirs=True, max_batch_size=batch, verbose=False)
+        runs.append(keep(evaluation(images, facts), opts))
     finish(runs, opts)
     published = GENERATION_PRESETS.get(preset)
     if published is not None and published.metric in opts["metrics"]:

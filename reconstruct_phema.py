@@ -16,7 +16,10 @@ __all__ = ["list_input_pickles", "pkl_path", "reconstruct_phema"]  # for Python 
 __getattr__ = imported_when_used(dict.fromkeys(__all__, "training.release"))
 
 
-@click.command(cls=CommandLine)
+@click.command(
+    cls=CommandLine,
+    after_interrupt="the saved results are complete; repeat the command with --skip to make the others",
+)
 @click.option(
     "--indir",
     help="Directory with the snapshots of a run",

@@ -35,7 +35,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(after_interrupt="repeat the command with --skip to convert what is missing")
 @click.argument("source", metavar="SNAPSHOT")
 @click.argument("dest", metavar="DEST", type=click.Path(path_type=Path))
 @dtype_option
@@ -125,7 +125,7 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None, a
     print(dest)
 
 
-@main.command()
+@main.command(after_interrupt="repeat the command to continue")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @offline_option
 def prefetch(names: tuple[str, ...]) -> None:

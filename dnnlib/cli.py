@@ -1,10 +1,12 @@
 """Command lines: commands whose errors are one line, common options, parsing and formatting."""
 
+import faulthandler
 import importlib
 import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, TypeVar
@@ -20,14 +22,25 @@ MAX_RESOLUTION = 8192  # of images that are made
 
 
 class CommandLine(click.Command):
-    """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time."""
+    """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time, 130 after
+    Ctrl-C.
+
+    Args:
+        after_interrupt: what Ctrl-C leaves, and how the user continues.
+    """
+
+    def __init__(self, *args, after_interrupt: str = "repeat the command to start over", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.after_interrupt = after_interrupt
 
     def make_context(self, *args, **kwargs) -> click.Context:
         with _one_line_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
+        if sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)  # a dataset cut off while it is read (SIGBUS), and crashes, say where
+        with _one_line_errors(self.after_interrupt):
             for param in self.params:
                 value = ctx.params.get(param.name or "")
                 # Infinity is for options whose default it is.
@@ -51,10 +64,14 @@ class CommandGroup(click.Group):
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Inside, every expected failure becomes a click error of one line."""
+def _one_line_errors(after_interrupt: str = "") -> Iterator[None]:
+    """Inside, every expected failure becomes a click error of one line; so does Ctrl-C where there is a text for it."""
     try:
         yield
+    except KeyboardInterrupt as err:
+        if not after_interrupt:
+            raise
+        raise _Interrupted(after_interrupt) from err
     except click.UsageError as err:
         if isinstance(err, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise  # prints the help
@@ -90,6 +107,16 @@ class _BadInput(_Failure):
     """An error of the user, which ends the process with exit code 2."""
 
     exit_code = 2
+
+
+class _Interrupted(click.ClickException):
+    """Ctrl-C, which ends the process with the exit code that shells give it."""
+
+    exit_code = 130
+
+    def show(self, file: IO | None = None) -> None:
+        # The terminal shows ^C, or a progress bar, in this line.
+        click.echo(f"\nInterrupted: {self.message}", file=file, err=True)
 
 
 def _message(error: Exception) -> str:

@@ -374,7 +374,8 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr(PixelDetector, "__call__", interrupted)
     dest = tmp_path / "a.safetensors"
     result = tool("ref", f"--data={DIGITS}", f"--dest={dest}", "--metrics=fd_pixels", "--workers=0", ok=False)
-    assert result.exit_code == 1 and not list(tmp_path.iterdir())
+    assert result.exit_code == 130 and "Interrupted: repeat the command to start over" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_comes_first_and_records_only_where_asked(digits_ref):

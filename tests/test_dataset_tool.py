@@ -25,6 +25,7 @@ def test_all_options_of_convert(tmp_path):
         "--image-key=png",
         "--label-key=sex",
         "--split=train",
+        "--validation=1",
         "--keep-names",
         "--workers=1",
         "--on-error=skip",

@@ -262,7 +262,7 @@ def test_a_grid_among_the_images_is_none_of_them(snapshot_file, tmp_path):
 def test_grid_of_images_of_two_networks(snapshot_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "000001.png").write_bytes(png(np.zeros([9, 9], np.uint8)))
-    (tmp_path / "out" / "000002.png").write_bytes(b"")  # not an image: made again
+    (tmp_path / "out" / "000002.png").write_bytes(png(np.zeros([9, 9], np.uint8))[:-20])  # cut off: made again
     args = [
         f"--net={snapshot_file}",
         f"--outdir={tmp_path / 'out'}",
@@ -273,6 +273,10 @@ def test_grid_of_images_of_two_networks(snapshot_file, tmp_path):
     ]
     fails_with(run_cli(generate, *args), "000001.png differs in size")
     assert images_in(tmp_path / "out")["000002.png"].shape == (8, 8)
+    damaged = bytearray(png(np.zeros([9, 9], np.uint8)))
+    damaged[45] ^= 0xFF
+    (tmp_path / "out" / "000001.png").write_bytes(damaged)
+    fails_with(run_cli(generate, *args), "--grid: ", "000001.png: damaged", "delete it, and repeat the command")
 
 
 def test_many_channels_are_saved_as_arrays(tmp_path):

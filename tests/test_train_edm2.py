@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 @pytest.mark.parametrize("preset", TRAINING_PRESETS)
 def test_presets_dry_run(preset, tmp_path):
-    size = {"edm2-img512": 64, "edm2-img64": 64, "digits": 8}[preset.rsplit("-", 1)[0]]
-    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", random_images(1, size=size))
+    images = random_images(1, size=TRAINING_PRESETS[preset].resolution)
+    data = DIGITS if preset == "digits" else make_dataset(tmp_path / "data.zip", images)
     result = run_cli(
         train,
         f"--outdir={tmp_path / 'run'}",
@@ -59,8 +59,10 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # Those of latents are tested in test_latent_provenance.py, the start in snapshot/test_initial.py.
-    assert_all_options(train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x"])
+    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py and monitoring/test_tracker.py.
+    assert_all_options(
+        train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x", "--tracker=none"]
+    )
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
         cond=True, preset="digits", duration=64, batch=32, channels=8, dropout=0.1, P_mean=-0.8, P_std=1.6, lr=0.02, decay=100,

@@ -43,7 +43,12 @@ def training_command(
             print(preset_table(presets))
             ctx.exit()
 
-    @click.command(f"train_{config_class.family}", cls=CommandLine, help=help_text)
+    @click.command(
+        f"train_{config_class.family}",
+        cls=CommandLine,
+        help=help_text,
+        after_interrupt="repeat the command to continue from the last saved state",
+    )
     @click.option(
         "--outdir",
         help="Where to save the run",

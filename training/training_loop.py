@@ -20,7 +20,7 @@ from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
-from training.dataset.order import RunSampler, begin_loader_process, collate
+from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
 from training.monitoring.health import Divergence, weight_beyond_float16
@@ -28,6 +28,7 @@ from training.monitoring.journal import Journal, status_line
 from training.monitoring.outdir import OPTIONS_NAME, STATE_PATTERN, check_outdir, snapshot_name, state_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
+from training.monitoring.tracker import Tracker
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 from training.snapshot.initial import take_weights_
@@ -175,7 +176,7 @@ class TrainingRun:
     def take_initial_weights(self, path: str) -> None:
         """Start with those of a snapshot; the averages, too."""
         with distributed.fail_together():
-            for line in take_weights_(self.net, path):
+            for line in take_weights_(self.net, path, self.encoder):
                 self.journal.log(line)
         assert self.architecture.ema is not None
         self.ema = self.architecture.ema(self.net, self.config)
@@ -189,6 +190,9 @@ class TrainingRun:
             evaluation = SnapshotEvaluation(
                 run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
             )
+        with distributed.fail_together():
+            if run.tracker != "none" and distributed.get_rank() == 0:
+                journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
         previews = None
         with distributed.fail_together():
             if distributed.get_rank() == 0 and self.preview_interval != 0:
@@ -201,6 +205,7 @@ class TrainingRun:
                     run.preview_images,
                     run.preview_steps,
                 )
+                journal.show(self.outdir / "reals.png", self.nimg)
         journal.start(self.nimg, run.duration)
         start_nimg = self.nimg
         self.start_time = time.time() - self.seconds
@@ -267,7 +272,7 @@ class TrainingRun:
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="spawn" if workers > 0 else None,
         )
-        return iter(loader)
+        return start_loading(loader)
 
     def step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """One optimiser step on `batch` images."""
@@ -374,7 +379,9 @@ class TrainingRun:
         if previews is not None:
             ema_net, _ = self.ema.get()[-1]
             begin = time.time()
-            previews.draw(ema_net, self.outdir / f"fakes-{self.nimg // 1000:07d}.png", lambda: suspend.received)
+            path = self.outdir / f"fakes-{self.nimg // 1000:07d}.png"
+            previews.draw(ema_net, path, lambda: suspend.received)
+            self.journal.show(path, self.nimg)
             self.preview_seconds = time.time() - begin
             self.tick.time += self.preview_seconds
 

@@ -3,12 +3,14 @@
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
 
 import click
 import pytest
 import torch
-from conftest import fails_with, run_cli
+from conftest import ROOT, fails_with, run_cli
 
 from dnnlib.cli import (
     CommandGroup,
@@ -27,6 +29,28 @@ from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError, one_line, printabl
 
 # ---------------------------------------------------------------------------------------------------------
 # Failures
+
+
+def test_ctrl_c_says_how_to_continue():
+    @click.command(cls=CommandLine, after_interrupt="repeat the command to continue")
+    def main():
+        raise KeyboardInterrupt
+
+    group = CommandGroup(commands=[main])
+    for command, args in ((main, []), (group, ["main"])):
+        result = run_cli(command, *args)
+        assert (result.exit_code, result.stderr) == (130, "\nInterrupted: repeat the command to continue\n")
+
+
+def test_crashes_say_where():
+    program = (
+        "import os, signal, click; from dnnlib.cli import CommandLine\n"
+        "def read_cut_off_file(): os.kill(os.getpid(), signal.SIGBUS)\n"
+        "click.command(cls=CommandLine)(lambda: read_cut_off_file())([])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in result.stderr and "in read_cut_off_file" in result.stderr
 
 
 def failing(error: Exception) -> click.Command:

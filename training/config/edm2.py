@@ -161,6 +161,22 @@ def _digits() -> Preset:
     return Preset(config, resolution=8, channels=1, classes=10, speed="2800 on 2 CPU cores")
 
 
+def _digits_prior() -> Preset:
+    """Latents of the digits by an NVAE of the preset digits-nvae (three groups of 8 channels), class-conditional.
+
+    Final latents have a standard deviation of 0.5 as all latents here, which is sigma_data; so this is EDM's
+    preconditioning with sigma_data = 1 of the NVAE's own latents, whose standard deviation is 1. docs/nvae.md has what
+    it gives.
+    """
+    config = EDM2Training(
+        network=EDM2Network(model_channels=32, channel_mult=(1, 1), num_blocks=1, attn_resolutions=()),
+        objective=EDM2Objective(P_mean=-0.4, P_std=1.0),
+        optimizer=EDM2Optimizer(lr=0.02, decay=300, rampup_Mimg=20 * 128 / 1e6),
+        run=RunConfig(duration=64 * Ki, batch=128, status=4 * Ki, snapshot=16 * Ki, checkpoint=32 * Ki),
+    )
+    return Preset(config, resolution=4, channels=24, classes=10)
+
+
 TRAINING_PRESETS: dict[str, Preset] = {
     "edm2-img512-xxs": _img512(duration=2048, channels=64, lr=0.0170, dropout=0.0),
     "edm2-img512-xs": _img512(duration=2048, channels=128, lr=0.0120, dropout=0.0),
@@ -175,6 +191,7 @@ TRAINING_PRESETS: dict[str, Preset] = {
     "edm2-img64-l": _img64(duration=1024, channels=320, lr=0.0080, dropout=0.1),
     "edm2-img64-xl": _img64(duration=640, channels=384, lr=0.0070, dropout=0.1),
     "digits": _digits(),
+    "digits-nvae-prior": _digits_prior(),
 }
 
 

@@ -203,6 +203,12 @@ class RunConfig(Config):
     )
     metrics_ref: str = option("", "Reference statistics for --metrics: a file or URL", metavar="FILE", may_change=True)
     metrics_num: int = option(50000, "Images to generate for --metrics", low=2, may_change=True)
+    tracker: str = option(
+        "none",
+        "Report to this service, too, whose package has to be installed",
+        choices=("none", "wandb", "trackio"),
+        may_change=True,
+    )
     on_divergence: str = option(
         "stop",
         "What to do when the loss is far above its start, or weights are too large for snapshots",

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.errors import RunError, UserError, one_line
 from training.config.metrics import SPLITS
-from training.dataset.listing import Listing, many
+from training.dataset.listing import ARRAY_SUFFIX, Listing, many
 
 Label = int | str | list[float] | None
 Result = TypeVar("Result")
@@ -134,5 +134,12 @@ def _part_of(name: str) -> str | None:
 def no_images(path: Path, listing: Listing) -> UserError:
     """The error about a source that holds only other files."""
     found = "; ".join(listing.left_out()) or "it is empty"
-    remedy = "write Arrow files as Parquet" if listing.others[".arrow"] else "unpack archives"
-    return UserError(f"--source={path}: no images in it ({found}): {remedy} first")
+    if listing.others[".arrow"]:
+        remedy = "write Arrow files as Parquet first"
+    elif path.suffix == ".npz":
+        remedy = "reference batches of ADM go to calculate_metrics.py as they are; save other arrays as PNG files first"
+    elif listing.others[ARRAY_SUFFIX]:
+        remedy = "latents are trained on as they are, and become images by dataset_tool.py decode"
+    else:
+        remedy = "unpack archives first"
+    return UserError(f"--source={path}: no images in it ({found}): {remedy}")

@@ -34,18 +34,9 @@ from training.dataset.labels import (
     labels_from_json,
     parse_labels_json,
 )
-from training.dataset.listing import (
-    NAMES_FILE,
-    Listing,
-    contact_sheets,
-    counted,
-    is_array,
-    list_files,
-    many,
-    printable,
-)
+from training.dataset.listing import NAMES_FILE, Listing, counted, is_array, many, printable
 from training.dataset.order import evenly_spaced, subset
-from training.dataset.storage import open_storage
+from training.dataset.storage import files_of_dataset, open_storage
 
 FINGERPRINT_SAMPLES = 1024
 COMPRESSED = "slow to read; store it without compression (zip -0)"  # of a dataset, in notes
@@ -99,9 +90,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self.use_labels = use_labels and not use_captions
         self._opaque, self._checksums, self._fit = opaque, checksums, fit
         self._storage = open_storage(self.path)
-        names = self._storage.names
-        sheets = contact_sheets(names, lambda name: self._storage.read(names.index(name)))
-        listing = list_files(names, arrays=True, sheets=sheets)
+        listing = files_of_dataset(self._storage)
+        for position in listing.odd:  # dataset.json under a damaged name would be missed
+            self._check_name(position)
         if not listing.images:
             raise UserError("; ".join([f"{self.path}: no images found (PNG, JPEG, ... or .npy)", *listing.left_out()]))
         labels = self._load_labels(listing)
@@ -381,6 +372,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             return self._storage.read(idx) if size is None else self._storage.read_start(idx, size)
         except (OSError, ValueError, struct.error, zlib.error) as err:
             raise UserError(f"{self.path}: cannot read {self._name(base)}: {err}") from None
+
+    def _check_name(self, position: int) -> None:
+        try:
+            self._storage.check_name(position)
+        except (OSError, ValueError, struct.error) as err:
+            name = printable(self._storage.names[position])
+            raise UserError(f"{self.path}: cannot read {name}: {err}") from None
 
     def _decode(self, base: int) -> np.ndarray:
         data, checked = self._read(base), self._checked[base]

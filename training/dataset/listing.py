@@ -7,20 +7,22 @@ import json
 import os
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import PIL.Image
 
-from training.provenance import RECORD_NAME
+from training.config.data import RECORD_NAME
 
 ARRAY_SUFFIX = ".npy"
 CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
 NAMES_FILE = "names.json"  # what the images of a dataset were called before
 OUR_FILES = ("dataset.json", "report.json", RECORD_NAME, NAMES_FILE)  # beside images
-# Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
+# Folders in which systems keep thumbnails, deleted files and earlier versions; all of them may hold images.
+SYSTEM_FOLDERS = ("__MACOSX", "Network Trash Folder", "Temporary Items")  # macOS
+SYSTEM_FOLDERS += ("@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot")  # NAS
+SYSTEM_FOLDERS += ("$RECYCLE.BIN", "System Volume Information", "lost+found")  # Windows, Linux
 HIDDEN = re.compile(rf"(?:^|/)(\.(?!\.?(?:/|$))[^/]*|{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|$)")
 # Formats that Pillow only recognises, or hands to a program.
 UNREADABLE_FORMATS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"})
@@ -29,6 +31,7 @@ HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 OTHER_PICTURES = {".avif", ".jxl", ".jxr", ".svg", ".exr", ".hdr", ".eps", ".wmf", ".emf", ".xcf", ".raw", ".dng"}
 OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+RARE = 100  # files of a type: text files beside the images are more
 SHOWN = 5  # names and suffixes in a line
 
 
@@ -87,6 +90,7 @@ class Listing:
     unreadable: list[str] = field(default_factory=list)  # names of pictures of other types
     sheets: list[str] = field(default_factory=list)  # names of contact sheets of the images
     others: Counter[str] = field(default_factory=Counter)  # all other files, by type
+    odd: list[int] = field(default_factory=list)  # positions of those of rare types, whose names may be damaged
     tables: list[str] = field(default_factory=list)  # names of those among them that may hold labels
 
     def unused_tables(self) -> list[str]:
@@ -127,8 +131,8 @@ def contact_sheets(names: Iterable[str], read: Callable[[str], bytes | memoryvie
     found: set[str] = set()
     for name in names:
         if posixpath.basename(name) == RECORD_NAME:
-            # A record that cannot be read is no reason to refuse images.
-            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+            # A damaged record, which can fail in any way, is no reason to refuse images.
+            with contextlib.suppress(Exception):
                 sheets = json.loads(bytes(read(name))).get("sheets", [])
                 found |= {posixpath.join(posixpath.dirname(name), sheet) for sheet in sheets}
     return found
@@ -143,6 +147,7 @@ def list_files(names: Iterable[str], arrays: bool = False, sheets: Collection[st
         sheets: names of those that are contact sheets.
     """
     listing, readable = Listing(), image_suffixes() | ({ARRAY_SUFFIX} if arrays else set())
+    positions_by_type: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names):
         suffix, hidden = suffix_of(name), HIDDEN.search(name)
         if name in sheets:
@@ -158,6 +163,8 @@ def list_files(names: Iterable[str], arrays: bool = False, sheets: Collection[st
             listing.unreadable.append(name)
         elif posixpath.basename(name) not in OUR_FILES and suffix != CONTEXTS_SUFFIX:
             listing.others[suffix or "without a suffix"] += 1
+            positions_by_type[suffix].append(position)
             if suffix in TABLE_SUFFIXES:
                 listing.tables.append(name)
+    listing.odd = [position for some in positions_by_type.values() if len(some) <= RARE for position in some]
     return listing

@@ -12,7 +12,7 @@ from dnnlib.util import EasyDict
 from torch_utils import distributed
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
-from training.dataset.order import collate, subset
+from training.dataset.order import begin_loader_process, collate, start_loading, subset
 
 
 class ArrayImages(torch.utils.data.Dataset):
@@ -109,6 +109,7 @@ class FileBatches:
             images,
             batch_sampler=self.batches,  # type: ignore[arg-type]
             collate_fn=collate,
+            worker_init_fn=begin_loader_process,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
             multiprocessing_context="spawn" if num_workers > 0 else None,
@@ -118,5 +119,6 @@ class FileBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EasyDict]:
-        for batch_idx, (indices, (images, _labels)) in enumerate(zip(self.batches, self.loader, strict=True)):
+        batches = zip(self.batches, start_loading(self.loader), strict=True)
+        for batch_idx, (indices, (images, _labels)) in enumerate(batches):
             yield EasyDict(images=images, indices=np.array(indices), batch_idx=batch_idx, num_batches=len(self))

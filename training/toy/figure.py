@@ -24,8 +24,8 @@ from training.toy.sampling import sample_toy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.image import AxesImage
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 FORMATS = (".png", ".pdf", ".svg")
 VIEW = (-1.65, 1.65)  # limits of x and of y in the upper panels
@@ -129,7 +129,9 @@ def draw_paper_figure(figure: "Figure", models: Models, guidance: float, cfg_gui
         "Ground truth": distribution.sample(SAMPLES, generator=generator),
         "No guidance": sample_toy(net, noise),
     }
-    lower: list[Callable[[Axes], None]] = [lambda axes: _draw_density(axes, box, net, "Density of the model, $p_1$", "Oranges")]
+    lower: list[Callable[[Axes], None]] = [
+        lambda axes: _draw_density(axes, box, net, "Density of the model, $p_1$", "Oranges")
+    ]
     if gnet is not None:
         cfg_samples = sample_toy(net, noise, models.cfg_net, cfg_guidance)
         samples[f"Classifier-free guidance, $w = {cfg_guidance:g}$"] = cfg_samples
