@@ -7,13 +7,20 @@ from typing import Any
 import click
 
 from dnnlib.cli import CommandLine, offline_option, with_options
+from dnnlib.files import check_not_input
 from training.config.fields import click_options
 from training.config.generation import check_seed
 from training.config.likelihood import LikelihoodConfig
 
 
-@click.command(cls=CommandLine)
-@click.option("--net", help="Network snapshot: a file, a Hugging Face folder, or a URL", metavar="FILE", required=True)
+@click.command(cls=CommandLine, after_interrupt="repeat the command to continue")
+@click.option(
+    "--net",
+    help="Network snapshot: a file, the folder of a training run (its newest snapshot), a Hugging Face folder, or a "
+    "URL (http, file, hf)",
+    metavar="FILE",
+    required=True,
+)
 @click.option(
     "--arch", help="Training preset that names the architecture of published files that do not say it", metavar="PRESET"
 )
@@ -82,7 +89,9 @@ def main(
 
     distributed.init()
     with distributed.fail_together():
+        check_not_input("--out", out, {"--net": net if Path(net).is_file() else None, "--data": data})
         task = prepare(net, data, config, num, seed, arch, given, latents)
+        task.check_batch(batch)
         check_seed(seed + len(task.indices) - 1)
     summary = evaluate(task, out, batch)
     if summary is not None:

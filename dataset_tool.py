@@ -2,28 +2,15 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib.cli import CommandGroup, device_option, offline_option, parsed_by, with_options
+from dnnlib.cli import CommandGroup, device_option, offline_option, parse_resolution, parsed_by, with_options
 from dnnlib.errors import UserError
 from training.config.data import TRANSFORMS
 from training.config.metrics import PRECISIONS, SPLITS
-
-MAX_RESOLUTION = 8192
-
-
-def parse_resolution(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
-    if match is None or max(len(match[1]), len(match[2])) > 9:
-        raise UserError(f"{text!r} is not of the form WxH, such as 512x512")
-    width, height = int(match[1]), int(match[2])
-    if max(width, height) > MAX_RESOLUTION:
-        raise UserError(f"{text!r} is above {MAX_RESOLUTION}x{MAX_RESOLUTION}")
-    return width, height
 
 
 def parse_range(text: str) -> tuple[float, float] | str:
@@ -55,6 +42,7 @@ def main() -> None:
     """Make, encode, decode and check datasets."""
 
 
+RESUMED = "repeat the command with --resume to continue"  # after Ctrl-C
 max_images_option = click.option(
     "--max-images", help="Use only the first images", metavar="INT", type=click.IntRange(min=1)
 )
@@ -64,7 +52,7 @@ dest_option = click.option(
 resume_option = click.option("--resume", help="Continue what an interrupted run has left", is_flag=True)
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @click.option(
     "--source",
     "sources",
@@ -78,7 +66,10 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
 @max_images_option
 @click.option("--transform", help="How to make images square  [default: resize]", type=click.Choice(TRANSFORMS))
 @click.option(
-    "--resolution", help="Size of the images, such as 512x512", metavar="WxH", callback=parsed_by(parse_resolution)
+    "--resolution",
+    help="Size of the images, such as 512x512 (or 512)",
+    metavar="WxH",
+    callback=parsed_by(parse_resolution),
 )
 @click.option(
     "--channels", help="3 = RGB, 1 = grayscale", type=click.Choice(["1", "3"]), default="3", show_default=True
@@ -117,6 +108,13 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
     default="train",
     show_default=True,
 )
+@click.option(
+    "--validation",
+    help="Images that are set aside, always the same ones, where a source has no parts: --split=train has the others, "
+    "--split=validation these (published NVAE: 7000 of FFHQ)",
+    metavar="INT",
+    type=click.IntRange(min=1),
+)
 @click.option("--keep-names", help="Write what images were called into names.json, for captions", is_flag=True)
 @click.option("--workers", help="Worker processes  [default: all cores]", metavar="INT", type=click.IntRange(min=1))
 @click.option(
@@ -139,6 +137,7 @@ def convert(
     image_key: str | None,
     label_key: str | None,
     split: str,
+    validation: int | None,
     keep_names: bool,
     workers: int | None,
     on_error: str,
@@ -160,13 +159,17 @@ def convert(
     """
     from training.conversion.convert import ImageSettings, convert_images
     from training.conversion.depth import measure_range
+    from training.conversion.nvae_data import part_of_source
     from training.conversion.opening import open_sources
     from training.conversion.sources import Choice
     from training.conversion.workers import default_workers
     from training.dataset.labels import describe_classes
     from training.dataset.listing import many
 
-    opened, table = open_sources(sources, Choice(split, image_key, label_key), labels)
+    parts = split if validation is None else "all"
+    opened, table = open_sources(sources, Choice(parts, image_key, label_key), labels)
+    if validation is not None:
+        opened = [part_of_source(source, validation, split) for source in opened]
     for source in opened:
         print("\n  ".join(source.summary()))
     if table is not None:
@@ -182,6 +185,11 @@ def convert(
     print(f"{dest}: {many(report.written, 'image')}, {classes}")
     for note in report.notes:
         print(f"  {note}")
+    if report.enlarged:
+        print(
+            f"  Note: {report.enlarged} of {many(report.written, 'image')} were enlarged, the smallest from "
+            f"{report.smallest} pixels: a lower --resolution would keep them sharp"
+        )
     if report.too_small:
         print(f"  left out: {report.too_small} that are too small")
     for name, reason in report.skipped[:10]:
@@ -195,8 +203,8 @@ def encoder_option(default: str) -> Any:
         "--encoder",
         "--model-url",
         "encoder",
-        help="VAE: owner/repo[@revision][/folder] on the Hugging Face hub, a local folder, a .safetensors file or "
-        f"U-ViT's autoencoder_kl.pth  [default: {default}]",
+        help="VAE: owner/repo[@revision][/folder] on the Hugging Face hub, a local folder, a .safetensors file, "
+        f"U-ViT's autoencoder_kl.pth, or a snapshot of an NVAE  [default: {default}]",
         metavar="NAME",
     )
 
@@ -227,9 +235,12 @@ def run_vae(
     Args:
         choose_encoder: dataset -> the encoder, and a line for the user.
     """
+    import training.snapshot  # noqa: F401 (which reads the network of an NVAE)
     from torch_utils import distributed
     from torch_utils.device import select_device, set_up_device
     from training.dataset.images import COMPRESSED, ImageFolderDataset
+    from training.dataset.labels import only_the_first
+    from training.dataset.listing import many
     from training.preconditioning import PRECISIONS
 
     distributed.init()
@@ -245,11 +256,15 @@ def run_vae(
     if dataset.compressed:
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
-    distributed.print0(f"{dest}: {count} items")
+    distributed.print0(f"{dest}: {many(count, 'item')}")
+    labels = [dataset.get_stored_label(i) for i in range(len(dataset))] if dataset.has_labels else []
+    classes = [len({label for label in part if isinstance(label, int)}) for part in (labels[:count], labels)]
+    for note in only_the_first(count, len(dataset), *classes):
+        distributed.print0(f"Note: {note}")
     distributed.shutdown()
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @encoder_option("stabilityai/sd-vae-ft-mse")
 @click.option(
     "--scale",
@@ -264,19 +279,30 @@ def run_vae(
     help="What the VAE sees as black and white  [default: 0,1 as published; deep compression autoencoders: -1,1]",
     type=click.Choice(["0,1", "-1,1"]),
 )
+@click.option(
+    "--draws",
+    help="Draws of an NVAE's latents per image: training sees one of them at a visit",
+    metavar="INT",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+)
 @with_options(LATENT_OPTIONS)
 def encode(encoder: str | None, scale: float | str | None, pixel_range: str | None, **opts: Any) -> None:
     """Encode images as latents of a VAE, by default Stability AI's, on which the 512x512 models are trained.
 
-    Any AutoencoderKL or AutoencoderDC of diffusers will do. dataset.json records which it was and what training does to
-    its latents; snapshots carry that on, and images are decoded with the same VAE. Under torchrun the processes share
-    the work.
+    Any AutoencoderKL or AutoencoderDC of diffusers will do, and any NVAE of this project, whose latents are draws of
+    all its groups (docs/nvae.md). dataset.json records which it was and what training does to its latents; snapshots
+    carry that on, and images are decoded with the same VAE. Under torchrun the processes share the work.
 
     \b
     Examples:
       python dataset_tool.py encode --source=img512.zip --dest=img512-sd.zip
       # As U-ViT has them
       python dataset_tool.py encode --source=img256.zip --dest=img256-uvit.zip --scale=0.18215 --pixel-range=-1,1
+      # Of an NVAE, on whose latents a diffusion model becomes its prior
+      python dataset_tool.py encode --source=datasets/digits.zip --dest=out/digits-nvae-latents.zip --draws=8 \\
+          --encoder=out/digits-nvae/network-snapshot-0000051.safetensors --batch=256
     """
     from training.conversion.latents import encode_images
     from training.encoders import encoder_to_encode
@@ -285,7 +311,7 @@ def encode(encoder: str | None, scale: float | str | None, pixel_range: str | No
     run_vae(encode_images, lambda _dataset: encoder_to_encode(encoder, scale, values), **opts)
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @encoder_option("the one that dataset.json records, or stabilityai/sd-vae-ft-mse")
 @click.option("--trust-encoder", help="Fetch whatever VAE dataset.json names on the hub", type=bool, default=False)
 @with_options(LATENT_OPTIONS)
@@ -297,7 +323,7 @@ def decode(encoder: str | None, trust_encoder: bool, **opts: Any) -> None:
     run_vae(decode_latents, lambda dataset: encoder_to_decode(dataset, encoder or "", trust_encoder), **opts)
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @click.option("--source", help="Dataset: a ZIP file or folder", metavar="PATH", required=True)
 @dest_option
 @click.option(
@@ -363,7 +389,7 @@ def captions(
     print(f"{dest}: {len(dataset)} images, {count} captions as {encoder.tokens} tokens of width {encoder.width}")
 
 
-@main.command()
+@main.command(after_interrupt=RESUMED)
 @click.option(
     "--source",
     help="Folder of 0.npy, 1.npy, ...",

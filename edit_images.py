@@ -7,6 +7,7 @@ import click
 
 from dnnlib.cli import CommandGroup, device_option, offline_option, parse_int_list, parsed_by, with_options
 from dnnlib.errors import UserError
+from dnnlib.files import check_not_input
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 
@@ -108,11 +109,20 @@ def open_vae(opts: dict[str, Any]) -> Any:
     return Editor(opts["net"], opts["device"] or "auto", opts["arch"])
 
 
+def check_places(outdir: Path | None, sheet: Path | None, inputs: dict[str, Any]) -> None:
+    """Refuse (UserError) to write over what other options ask to read, and into a dataset; sheets are PNG files."""
+    from torch_utils.pictures import check_picture
+
+    if outdir is not None:
+        check_not_input("--outdir", outdir, inputs)
+    if sheet is not None:
+        check_picture("--sheet", sheet, inputs)
+
+
 def draw_sheet(path: Path, pictures: Any, captions: list[str]) -> None:
     """Contact sheet of pictures [N, C, H, W] in rows, each with these captions."""
     from torch_utils.pictures import drawable, image_grid, save_image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = len(captions)
     save_image(path, image_grid(drawable(pictures), columns, captions * (len(pictures) // columns)))
     print(f"Contact sheet: {path}")
@@ -124,7 +134,6 @@ def save_results(outdir: Path, sheet: Path | None, rows: dict[str, Any], origina
 
     from torch_utils.pictures import save_image
 
-    outdir.mkdir(parents=True, exist_ok=True)
     shown = []
     for (name, pictures), before in zip(rows.items(), originals, strict=True):
         for k, picture in enumerate(pictures):
@@ -170,7 +179,6 @@ def inpaint(
       python edit_images.py inpaint --net=out/ve/network-snapshot-0000114-ema.safetensors --sampler=pc --steps=200 \\
           --data=datasets/digits.zip --box=0,4,8,8 --outdir=out/inpainted --sheet=out/inpainted.png
     """
-    from torch_utils.pictures import check_picture
     from training import editing
 
     if [mask, box, ratio].count(None) != 2:
@@ -178,8 +186,7 @@ def inpaint(
     if box is not None and len(box) != 4:
         raise UserError(f"--box: four numbers LEFT,TOP,RIGHT,BOTTOM, not {len(box)}")
     check_seed(seed + fills * (max(indices) + 1))
-    if sheet is not None:
-        check_picture("--sheet", sheet, {"--data": data, "--mask": mask})
+    check_places(outdir, sheet, {"--data": data, "--mask": mask})
     editor = open_editor(opts, batch)
     images = editor.images_of(data, indices)
     resolution = editor.net.spec.resolution
@@ -222,11 +229,8 @@ def colorize(
       python edit_images.py colorize --net=checkpoint_24.pth --arch=ve/cifar10_ncsnpp_continuous --sampler=pc \\
           --steps=1000 --data=photos.zip --outdir=out/coloured --sheet=out/coloured.png
     """
-    from torch_utils.pictures import check_picture
-
     check_seed(seed + fills * (max(indices) + 1))
-    if sheet is not None:
-        check_picture("--sheet", sheet, {"--data": data})
+    check_places(outdir, sheet, {"--data": data})
     editor = open_editor(opts, batch)
     images = editor.images_of(data, indices)
     coloured = editor.colorize(images, fills, seed)
@@ -250,10 +254,8 @@ def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batc
     import numpy as np
 
     from dnnlib.files import atomic_write
-    from torch_utils.pictures import check_picture
 
-    if sheet is not None:
-        check_picture("--sheet", sheet, {"--data": data})
+    check_places(outdir, sheet, {"--data": data})
     editor = open_editor(opts, batch, flow=True)
     images = editor.images_of(data, indices)
     noise = editor.encode(images)
@@ -304,15 +306,12 @@ def interpolate(
       python edit_images.py interpolate --net=out/vp/network-snapshot-0000114-ema.safetensors \\
           --data=datasets/digits.zip --indices=0-4 --outdir=out/blended --sheet=out/blended.png
     """
-    from torch_utils.pictures import check_picture
-
     if (data is None) == (seeds is None):
         raise UserError("which images? Give --data, or --seeds of images to generate")
     chosen = indices if seeds is None else seeds
     if len(chosen) < 2:
         raise UserError("to blend, two images are needed: see --indices and --seeds")
-    if sheet is not None:
-        check_picture("--sheet", sheet, {"--data": data})
+    check_places(outdir, sheet, {"--data": data})
     if seeds is not None:
         check_seed(max(seeds))
     if works_with_denoiser(opts):
@@ -367,10 +366,10 @@ def reconstruct(
       python edit_images.py reconstruct --net=out/digits-nvae/network-snapshot-0000051.safetensors \\
           --data=datasets/digits.zip --keep=3,2,1 --sheet=out/digits-nvae/reconstructions.png
     """
-    from torch_utils.pictures import check_picture, save_image
+    from torch_utils.pictures import save_image
     from training import editing_vae
 
-    check_picture("--sheet", sheet, {"--net": net, "--data": data})
+    check_places(outdir, sheet, {"--net": net, "--data": data})
     editor = editing_vae.Editor(net, device)
     images, picture = editing_vae.reconstruct(editor, editor.images_of(data, indices), keep, temperature)
     editing_vae.save_sheet(sheet, picture)
@@ -430,6 +429,7 @@ def traverse(
 
     if (data is None) == (seeds is None):
         raise UserError("which images? Give --data, or --seeds of images to generate")
+    check_places(outdir, None, {"--data": data})
     editor = editing_vae.Editor(net, device)
     count = editor.net.num_groups
     groups = list(range(count)) if groups is None else groups

@@ -1,6 +1,5 @@
 """Generate images with a trained network."""
 
-import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,7 @@ import numpy as np
 import PIL.Image
 
 from dnnlib.cli import CommandLine, imported_when_used, offline_option, parse_int_list, parsed_by, with_options
-from dnnlib.errors import UserError
-from dnnlib.files import clear_leftovers
+from dnnlib.errors import UserError, one_line
 from training.config.edm2 import GENERATION_PRESETS, generation_table
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["StackedRandomGenerator", "config_presets", "edm_sampler", "generate_images"]  # for Python callers
 
 MAX_GRID = 10_000
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 __getattr__ = imported_when_used(
     {
         "generate_images": "training.generation",
@@ -62,12 +61,20 @@ def draw_grid(path: Path, files: list[Path]) -> None:
 
 
 def _is_there(file: Path) -> bool:
-    return file.is_file() and file.stat().st_size > 0
+    """Whether a file was written to its end, which may not have reached the disk when the power failed."""
+    if not file.is_file() or file.suffix != ".png":
+        return file.is_file() and file.stat().st_size > 0
+    with open(file, "rb") as f:
+        f.seek(max(file.stat().st_size - len(PNG_END), 0))
+        return f.read() == PNG_END
 
 
 def _read(file: Path) -> np.ndarray:
-    with PIL.Image.open(file) as image:
-        pixels = np.asarray(image)
+    try:
+        with PIL.Image.open(file) as image:
+            pixels = np.asarray(image)
+    except Exception as err:  # a damaged file can fail in any way
+        raise UserError(f"--grid: {file}: damaged ({one_line(err)}): delete it, and repeat the command") from None
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
@@ -82,14 +89,17 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 )
 
 
-@click.command(cls=CommandLine, epilog=PRESETS_HELP)
+@click.command(
+    cls=CommandLine,
+    epilog=PRESETS_HELP,
+    after_interrupt="the saved images are complete; repeat the command with --skip-existing to make the others",
+)
 @with_options(click_options(NetworksConfig))
 @click.option(
     "--outdir",
-    help="Where to save the images",
+    help="Where to save the images  [required, but for --print-config]",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
 )
 @click.option("--subdirs", help="Save in a folder per 1000 seeds", is_flag=True)
 @click.option(
@@ -130,7 +140,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 @click.pass_context
 def main(
     ctx: click.Context,
-    outdir: Path,
+    outdir: Path | None,
     subdirs: bool,
     seeds: list[int],
     max_batch_size: int,
@@ -156,6 +166,8 @@ def main(
     if print_config:
         print(config.command(ctx, leave_out=["print_config"]))
         return
+    if outdir is None:
+        raise click.UsageError("Missing option '--outdir'.", ctx)
 
     from torch_utils import distributed
     from torch_utils.pictures import check_picture
@@ -180,18 +192,18 @@ def main(
         todo = [seed for seed in seeds if seed not in there]
         facts = generator.describe(seeds)
         record = ImageRecord(outdir, facts)
+        if grid is not None:
+            record.leave_out(grid)
         unknown = record.check(there)
-        images = generator.images(todo, outdir=outdir, subdirs=subdirs, max_batch_size=max_batch_size, facts=facts)
-        if distributed.get_rank() == 0:
-            clear_leftovers(files)
+        images = generator.images(
+            todo, record=lambda _generator: record, subdirs=subdirs, max_batch_size=max_batch_size
+        )
     if unknown:
         distributed.print0(f"Note: {unknown} of the images that are there do not say what made them")
     found = f" ({len(there)} are there)" if skip_existing else ""
     distributed.print0(f"Generating {len(todo)} images to {outdir}{found}")
-    with record.of(todo) if distributed.get_rank() == 0 else contextlib.nullcontext():
-        for _batch in images:
-            pass
-        distributed.barrier()
+    for _batch in images:
+        pass
     if grid is not None and distributed.get_rank() == 0:
         draw_grid(grid, files)
         print(f"Contact sheet: {grid}")

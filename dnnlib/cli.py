@@ -1,32 +1,46 @@
 """Command lines: commands whose errors are one line, common options, parsing and formatting."""
 
+import faulthandler
 import importlib
 import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import click
 
 from dnnlib.download import OFFLINE_VARIABLE
-from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError
+from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError, tell_torchrun
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MAX_RANGE = 10_000_000  # numbers in one range of parse_int_list
+MAX_RESOLUTION = 8192  # of images that are made
 
 
 class CommandLine(click.Command):
-    """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time."""
+    """Command that reports every expected failure as one line: exit code 2 for bad input, 1 at run time, 130 after
+    Ctrl-C.
+
+    Args:
+        after_interrupt: what Ctrl-C leaves, and how the user continues.
+    """
+
+    def __init__(self, *args, after_interrupt: str = "repeat the command to start over", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.after_interrupt = after_interrupt
 
     def make_context(self, *args, **kwargs) -> click.Context:
         with _one_line_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
+        if sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__)  # a dataset cut off while it is read (SIGBUS), and crashes, say where
+        with _one_line_errors(self.after_interrupt):
             for param in self.params:
                 value = ctx.params.get(param.name or "")
                 # Infinity is for options whose default it is.
@@ -50,36 +64,59 @@ class CommandGroup(click.Group):
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Inside, every expected failure becomes a click error of one line."""
+def _one_line_errors(after_interrupt: str = "") -> Iterator[None]:
+    """Inside, every expected failure becomes a click error of one line; so does Ctrl-C where there is a text for it."""
     try:
         yield
+    except KeyboardInterrupt as err:
+        if not after_interrupt:
+            raise
+        raise _Interrupted(after_interrupt) from err
     except click.UsageError as err:
         if isinstance(err, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise  # prints the help
-        raise _BadInput(err.format_message()) from err
+        pointer = "" if err.ctx is None else f" (see python {err.ctx.command_path} --help)"
+        raise _BadInput(err.format_message() + pointer) from err
     except UserError as err:
         raise _BadInput(_message(err)) from err
     except RunError as err:
-        raise click.ClickException(_message(err)) from err
+        raise _Failure(_message(err)) from err
     except MemoryError as err:
-        raise click.ClickException(OUT_OF_MEMORY) from err
+        raise _Failure(OUT_OF_MEMORY) from err
     except RuntimeError as err:
         # torch has no finer types for these.
         if "memory" in str(err) and "alloc" in str(err):
-            raise click.ClickException(OUT_OF_MEMORY) from err
+            raise _Failure(OUT_OF_MEMORY) from err
         if str(err).startswith("DataLoader worker"):
-            raise click.ClickException(f"{str(err).splitlines()[0]} Repeat the command to continue.") from err
+            raise _Failure(f"{str(err).splitlines()[0]} Repeat the command to continue.") from err
         raise
     except OSError as err:
         name = f": {err.filename}" if err.filename is not None else ""
-        raise click.ClickException(f"{err.strerror or err}{name}") from err
+        raise _Failure(f"{err.strerror or err}{name}") from err
 
 
-class _BadInput(click.ClickException):
+class _Failure(click.ClickException):
+    """An expected failure, which ends the process with exit code 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        super().show(file)
+        tell_torchrun(f"Error: {self.format_message()}")
+
+
+class _BadInput(_Failure):
     """An error of the user, which ends the process with exit code 2."""
 
     exit_code = 2
+
+
+class _Interrupted(click.ClickException):
+    """Ctrl-C, which ends the process with the exit code that shells give it."""
+
+    exit_code = 130
+
+    def show(self, file: IO | None = None) -> None:
+        # The terminal shows ^C, or a progress bar, in this line.
+        click.echo(f"\nInterrupted: {self.message}", file=file, err=True)
 
 
 def _message(error: Exception) -> str:
@@ -189,6 +226,22 @@ def parse_nimg(text: str) -> int:
     return int(value)
 
 
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Width and height of '512x512', or of '512', which means the same.
+
+    Raises:
+        UserError: anything else, or more than `MAX_RESOLUTION`.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
+    if match is None or max(map(len, filter(None, match.groups()))) > 9:
+        raise UserError(f"{text!r} is not of the form WxH, such as 512x512, nor a number")
+    width = int(match[1])
+    height = int(match[2] or width)
+    if max(width, height) > MAX_RESOLUTION:
+        raise UserError(f"{text!r} is above {MAX_RESOLUTION}x{MAX_RESOLUTION}")
+    return width, height
+
+
 def parse_int_list(text: str) -> list[int]:
     """Integers from 0, such as '1,2,5-10' (ranges include both ends).
 
@@ -207,15 +260,3 @@ def parse_int_list(text: str) -> list[int]:
             raise UserError(f"{text!r}: the range {part.strip()} is longer than {MAX_RANGE}")
         numbers.extend(range(start, end + 1))
     return numbers
-
-
-def format_time(seconds: float) -> str:
-    """A duration as '42s', '3m 07s', '2h 05m' or '4d 03h'."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s // 60 % 60:02d}m"
-    return f"{s // 86400}d {s // 3600 % 24:02d}h"

@@ -23,7 +23,9 @@ from servers import server  # noqa: F401 - a fixture
 import calculate_metrics
 import train_edm2
 from training.conditioning import Conditioning, DataSpec
+from training.config.nvae import TRAINING_PRESETS as NVAE_PRESETS
 from training.encoders import StandardRGBEncoder
+from training.families import preset_network
 from training.networks.edm2 import Precond
 from training.networks.toy import ToyModel
 from training.networks.uvit_denoiser import UViTDenoiser
@@ -57,6 +59,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_lines_on_slow_machines(monkeypatch):
+    """Progress lines come after half a minute, which a busy machine can make of any test."""
+    monkeypatch.setattr("dnnlib.progress.INTERVAL", math.inf)
 
 
 @pytest.fixture(autouse=True)
@@ -348,6 +356,19 @@ def dc_ae(tmp_path_factory) -> Path:
         options |= {f"{part}_layers_per_block": layers, f"{part}_qkv_multiscales": scales}
     path = tmp_path_factory.mktemp("dc_ae")
     AutoencoderDC(**options).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def nvae(tmp_path_factory) -> Path:
+    """A snapshot of the NVAE of digits-nvae with random weights."""
+    torch.manual_seed(0)
+    net = preset_network(NVAE_PRESETS["digits-nvae"])
+    with torch.no_grad():
+        for _ in range(20):
+            net(torch.rand(16, 1, 8, 8))
+    path = tmp_path_factory.mktemp("nvae") / "nvae.safetensors"
+    save_network(path, net, StandardRGBEncoder(), {}, torch.float32)
     return path
 
 

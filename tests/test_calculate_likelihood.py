@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from calculate_likelihood import main as calculate
 from training.conditioning import DataSpec
 from training.config.edm2 import TRAINING_PRESETS as EDM2_PRESETS
 from training.config.likelihood import FIRST_TIME, FlowLikelihoodConfig
-from training.config.nvae import TRAINING_PRESETS
 from training.config.samplers import SamplerConfig
 from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.uvit_presets import UVIT_PRESETS
@@ -28,18 +28,6 @@ from training.samplers import StackedRandomGenerator
 from training.samplers.grids import ode_grid
 from training.samplers.sampler import Sampler
 from training.snapshot import load_network, save_network
-
-
-@pytest.fixture(scope="module")
-def nvae(tmp_path_factory):
-    torch.manual_seed(0)
-    net = preset_network(TRAINING_PRESETS["digits-nvae"])
-    with torch.no_grad():
-        for _ in range(3):
-            net(torch.rand(32, 1, 8, 8))
-    path = tmp_path_factory.mktemp("nvae") / "nvae.safetensors"
-    save_network(path, net, StandardRGBEncoder(), {}, torch.float32)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +89,9 @@ def test_an_image_depends_on_itself_alone_and_a_rest_is_computed(nvae, images, t
     out = tmp_path / "parts.jsonl"
     run(nvae, images, out, "--samples=3", "--num=4", "--batch=3")
     text = out.read_text()
-    out.write_text(text + '{"index": 9, "bits_p')  # cut off when the process was killed
+    damaged = '\xff\n{"index": 5}\n{"index": 6, "bits_per_dim": null}\n'
+    # The last line was cut off when the process was killed.
+    out.write_bytes((text + damaged).encode("latin-1") + b'{"index": 9, "bits_p')
     summary = run(nvae, images, out, "--samples=3", "--batch=2")
     assert out.read_text().splitlines()[1:5] == text.splitlines()[1:5]
     rows = [row for row in lines_of(out) if "index" in row]
@@ -130,11 +120,18 @@ def test_bad_input(nvae, images, tmp_path, snapshot_file):
     options = [f"--data={images}", f"--out={out}"]
     fails_with(run_cli(calculate, f"--net={snapshot_file}", *options), "(1, 8, 10)", "(1, 8, 0)")
     fails_with(run_cli(calculate, f"--net={nvae}", *options, "--samples=0"), "--samples must be at least 1")
+    fails_with(run_cli(calculate, f"--net={nvae}", *options, "--max-batch=7", "--batch=8"), "--max-batch=7 is below")
     colour = make_dataset(tmp_path / "colour.zip", random_images(2))
     fails_with(run_cli(calculate, f"--net={nvae}", f"--data={colour}", f"--out={out}"), "(1, 8, 0)", "(3, 8, 0)")
     assert not out.exists()
-    out.write_text("{}\n")
-    fails_with(run_cli(calculate, f"--net={nvae}", *options), "holds no likelihoods")
+    for name, place in (("--data", images), ("--net", nvae)):
+        before = Path(place).read_bytes()
+        result = run_cli(calculate, f"--net={nvae}", f"--data={images}", f"--out={place}")
+        fails_with(result, f"--out={place}: is the same as {name}={place}: choose another place")
+        assert Path(place).read_bytes() == before
+    for text in ("{}", '{"facts": []}', "[1]"):
+        out.write_text(text + "\n")
+        fails_with(run_cli(calculate, f"--net={nvae}", *options), "holds no likelihoods")
     out.unlink()
     run(nvae, images, out, "--num=1")
     fails_with(run_cli(calculate, f"--net={nvae}", *options, "--samples=2"), "likelihoods of another samples")

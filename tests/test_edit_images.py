@@ -1,5 +1,7 @@
 """edit_images.py: every command of denoisers, what it keeps, and bad input."""
 
+import zlib
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -190,6 +192,16 @@ def test_every_option_is_executed():
         assert_all_options(command, [*args, *shared])
 
 
+def test_results_are_not_written_into_the_dataset(nets, tmp_path):
+    """There, {index}.png of an NVAE's reconstructions could be an image."""
+    data = make_dataset(tmp_path / "data", random_images(2))
+    options = [f"--net={nets['vp']}", f"--data={data}", "--box=1,1,2,2"]
+    for place in (data, data / "edited"):
+        result = run_cli(edit, "inpaint", *options, f"--outdir={place}")
+        fails_with(result, f"--outdir={place}: is inside --data={data}: choose another place")
+    assert len(list(data.rglob("*"))) == 3  # a folder of two images, as before
+
+
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
@@ -200,6 +212,7 @@ def test_every_option_is_executed():
         ("inpaint", ["--box=1,1,2,2", "--indices=5000"], "--indices: 5000 is too large"),
         ("inpaint", ["--mask=MASK"], "is 9x8, and the images are 8x8"),
         ("inpaint", ["--mask=TEXT"], "cannot be read as a picture"),
+        ("inpaint", ["--mask=HUGE"], "cannot be read as a picture"),
         ("inpaint", ["--box=1,1,2,2", "--snr=1"], "--snr has no effect with --sampler=heun"),
         ("colorize", [], "colouring needs a network of 3 channels, and this one has 1"),
         ("encode", ["--sampler=heun"], "noise and images are matched by rk45: leave it out"),
@@ -210,7 +223,11 @@ def test_every_option_is_executed():
 def test_bad_input(nets, tmp_path, command, options, message):
     PIL.Image.new("L", (9, 8)).save(tmp_path / "mask.png")
     (tmp_path / "text.png").write_text("x")
-    places = {"MASK": str(tmp_path / "mask.png"), "TEXT": str(tmp_path / "text.png")}
+    huge = bytearray((tmp_path / "mask.png").read_bytes())
+    huge[16:24] = b"\x7f\xff\xff\xff" * 2  # width and height
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(huge)
+    places = {"MASK": str(tmp_path / "mask.png")} | {k: str(tmp_path / f"{k.lower()}.png") for k in ("TEXT", "HUGE")}
     options = [
         option.replace(key, place) for option in options for key, place in places.items() if key in option
     ] or options

@@ -6,25 +6,9 @@ import torch
 from conftest import DIGITS, assert_all_options, fails_with, make_dataset, random_images, run_cli
 
 from edit_images import main
-from training.config.nvae import TRAINING_PRESETS
 from training.editing_vae import Editor, reconstruct, traverse
-from training.encoders import StandardRGBEncoder
-from training.families import preset_network
-from training.snapshot import save_network
 
 reconstruct_command, traverse_command = (main.commands[name] for name in ("reconstruct", "traverse"))
-
-
-@pytest.fixture(scope="module")
-def nvae(tmp_path_factory):
-    torch.manual_seed(0)
-    net = preset_network(TRAINING_PRESETS["digits-nvae"])
-    with torch.no_grad():
-        for _ in range(20):
-            net(torch.rand(16, 1, 8, 8))
-    path = tmp_path_factory.mktemp("nvae") / "nvae.safetensors"
-    save_network(path, net, StandardRGBEncoder(), {}, torch.float32)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_interrupted_encoding_has_the_same_statistics(vae, photos, latents, tmp_
         args = ["encode", f"--source={photos}", f"--dest={tmp_path / name}", f"--encoder={vae}", "--batch=2"]
         encode_pixels, calls = StabilityVAEEncoder.encode_pixels, []
 
-        def interrupted(self, x, encode_pixels=encode_pixels, calls=calls):
+        def interrupted(self, x, _randn_like, encode_pixels=encode_pixels, calls=calls):
             calls.append(len(x))
             if len(calls) == 3:
                 raise KeyboardInterrupt
@@ -110,7 +110,7 @@ def test_interrupted_encoding_has_the_same_statistics(vae, photos, latents, tmp_
 
         with monkeypatch.context() as patch:
             patch.setattr(StabilityVAEEncoder, "encode_pixels", interrupted)
-            assert run_cli(dataset_tool, *args).exit_code == 1
+            assert run_cli(dataset_tool, *args).exit_code == 130
         ok(dataset_tool, *args, "--resume")
     ok(dataset_tool, *args[:2], f"--dest={tmp_path / 'whole.zip'}", *args[3:])
     whole = record_of(tmp_path / "whole.zip")

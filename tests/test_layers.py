@@ -201,7 +201,9 @@ def test_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("script", ["calculate_metrics", "generate_images", "reconstruct_phema", "toy_example", "train_edm2"])
+@pytest.mark.parametrize(
+    "script", ["calculate_metrics", "generate_images", "reconstruct_phema", "toy_example", "train_edm2"]
+)
 def test_exports_for_python_callers(script):
     module = importlib.import_module(script)
     for name in module.__all__:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,15 @@ from dnnlib.files import file_sha256
 from dnnlib.util import code_version
 from generate_images import main as generate
 from snapshot_tool import main as snapshot_tool
+from torch_utils import pictures
+from torch_utils.pictures import save_image
 from train_edm2 import main as train
 from training.classes import find_classes
 from training.config.generation import SamplingConfig
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
+from training.generation import generate_images
 from training.generators import diffusion_generator
-from training.provenance import format_seeds
+from training.provenance import format_seeds, read_png_text
 from training.samplers import StackedRandomGenerator
 from training.snapshot import load_network, read_metadata, save_network
 
@@ -86,6 +90,28 @@ def test_images_say_what_made_them(snapshot_file, other_file, tmp_path):
     assert str(tmp_path) not in json.dumps(text)
 
 
+def test_interrupted_generation_continues(snapshot_file, tmp_path, monkeypatch):
+    args, save, saved = [f"--net={snapshot_file}", "--steps=1", "--seeds=0-5", "--batch=2"], save_image, []
+
+    def interrupted(path, *rest):
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        save(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "save_image", interrupted)
+        result = run_cli(generate, *args, f"--outdir={tmp_path / 'out'}")
+    assert result.exit_code == 130 and result.stderr.strip() == (
+        "Interrupted: the saved images are complete; repeat the command with --skip-existing to make the others"
+    )
+    assert "(3 are there)" in ok(generate, *args, f"--outdir={tmp_path / 'out'}", "--skip-existing")
+    ok(generate, *args, f"--outdir={tmp_path / 'whole'}")
+    assert sorted(tmp_path.glob("out/.*")) == [] and record_in(tmp_path / "out") == record_in(tmp_path / "whole")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
 def test_more_seeds_extend_the_record(snapshot_file, tmp_path):
     args = [f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}", "--steps=1"]
     for seeds in ("0-3", "5", "2-6"):
@@ -140,6 +166,15 @@ def test_images_of_two_makers_in_one_folder(snapshot_file, other_file, tmp_path)
     assert record_in(out)["seeds"] == "0-5" and "earlier" not in record_in(out)
 
 
+def test_files_that_do_not_say_what_made_them(tmp_path):
+    huge = bytearray(png(np.zeros([8, 8], np.uint8)))
+    huge[16:24] = b"\x7f\xff\xff\xff" * 2  # width and height: more than Pillow opens
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    for data in (b"", b"text", bytes(huge), png(np.zeros([8, 8], np.uint8))):
+        (tmp_path / "0.png").write_bytes(data)
+        assert read_png_text(tmp_path / "0.png") is None
+
+
 def test_images_of_unknown_origin(snapshot_file, tmp_path):
     out = tmp_path / "out"
     make_dataset(out, {"000001.png": png(np.zeros([8, 8], np.uint8)), "generation.json": b"[]"})
@@ -169,6 +204,60 @@ def test_metrics_save_images_with_their_record(snapshot_file, digits_ref, tmp_pa
     assert [line["seeds"] for line in measured] == ["0-2", "3-5"] and measured[0]["encoder"] == record["encoder"]
     # Reading the folder has nothing to say about the record.
     assert "left out" not in ok(metrics_tool, "calc", f"--images={tmp_path / 'out'}", *args[2:4], "--num=3")
+
+
+def test_saved_images_of_an_earlier_run(snapshot_file, other_file, digits_ref, tmp_path):
+    """Half-written ones are deleted, and whole ones that something else has made are pointed out."""
+    out = tmp_path / "out"
+    args = [f"--net={snapshot_file}", "--steps=1"]
+    measure = ["gen", *args, f"--ref={digits_ref}", "--metrics=fd_pixels", "--num=3", f"--save-images={out}"]
+    leftover = make_dataset(out, {f"000000/.000001.png.{'0' * 16}.tmp": b"half"}) / "000000"
+    assert f"Note: {out}" not in ok(metrics_tool, *measure) and len(list(leftover.iterdir())) == 3
+    ok(generate, *args, f"--outdir={out}", "--seeds=3-4", "--subdirs")  # of the same
+    (out / "generation.json").unlink()
+    assert f"Note: {out}" not in ok(metrics_tool, *measure)
+    ok(generate, f"--net={other_file}", *args[1:], f"--outdir={out}", "--seeds=8,7", "--subdirs")
+    note = f"Note: {out} also holds 2 images that this does not make, such as 000000/000007.png"
+    assert note in ok(metrics_tool, *measure)
+
+
+def test_images_saved_from_python_say_what_made_them(snapshot_file, tmp_path):
+    net, guide = load_network(snapshot_file).net, tiny_network(seed=1)
+    args = dict(
+        gnet=guide, outdir=tmp_path / "out", seeds=[1, 0, 7], class_idx=3, num_steps=2, guidance=1.5, verbose=False
+    )
+    for _batch in generate_images(net, **args):
+        pass
+    record = record_in(tmp_path / "out")
+    assert (record["net"], record["gnet"], record["seeds"]) == ("Precond", "Precond", "0-1,7")
+    assert record["sampler"] == {"function": "edm_sampler", "num_steps": 2, "guidance": 1.5}
+    assert record["classes"] == [3] and record["encoder"]["name"] == "StandardRGBEncoder"
+    assert record["net_precision"] == "fp32" and record["code_version"] == code_version()
+    assert record["net_weights_sha256"] != record["gnet_weights_sha256"]
+    text = text_of(tmp_path / "out" / "000007.png")
+    assert text.pop("seed") == 7 and text.pop("class") == 3
+    assert text == {key: value for key, value in record.items() if key != "seeds"}
+    # The same weights are recognised, other ones and other options are told apart.
+    for change, count in (({}, 0), (dict(gnet=tiny_network(seed=2)), 1), (dict(num_steps=3), 1)):
+        for _batch in generate_images(load_network(snapshot_file).net, **{**args, "seeds": [0], **change}):
+            pass
+        assert len(record_in(tmp_path / "out").get("earlier", [])) == count
+        for _batch in generate_images(net, **args):
+            pass
+    result = run_cli(generate, f"--net={snapshot_file}", f"--outdir={tmp_path / 'out'}", "--seeds=0", "--skip-existing")
+    fails_with(result, "000000.png was made by something else")
+
+
+def test_images_that_python_did_not_ask_for_are_not_in_the_record(tmp_path):
+    def denoiser(x, sigma, cond=None):
+        return x * 0
+
+    spec = tiny_network().spec
+    batches = generate_images(denoiser, spec=spec, outdir=tmp_path, seeds=range(4), max_batch_size=2, verbose=False)
+    next(iter(batches))
+    record = record_in(tmp_path)
+    assert record["net"].endswith("denoiser") and record["seeds"] == "" and "net_weights_sha256" not in record
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -234,6 +323,11 @@ def test_policies_that_do_not_fit(snapshot_file, tmp_path):
 )
 def test_classes_by_name(text, expected):
     assert find_classes(text, 10, NAMES) == expected
+
+
+def test_accents_in_names_of_classes():
+    """macOS codes them in names of folders as two characters, keyboards as one."""
+    assert find_classes("méduse", 2, ["chat", "méduse"]) == (1,)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from conftest import make_dataset, random_images, run_cli
 from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
-from training.encoders import FINAL_STD, StabilityVAEEncoder, encoder_of_vae
+from training.encoders import FINAL_STD, StabilityVAEEncoder, encoder_of_autoencoder
 from training.encoders.published_autoencoder import convert_autoencoder, diffusers_config, diffusers_name
 from training.snapshot.published_uvit import write
 
@@ -97,18 +97,18 @@ def test_published_files_are_vaes_themselves(tmp_path, published_file):
     """As --model-url and --encoder, without a conversion."""
     convert_autoencoder(published_file, tmp_path / "vae")
     images = torch.randint(256, [2, 3, 16, 8], dtype=torch.uint8)
-    encoders = [encoder_of_vae(str(place), pixel_range=(-1, 1)) for place in (published_file, tmp_path / "vae")]
+    encoders = [encoder_of_autoencoder(str(place), pixel_range=(-1, 1)) for place in (published_file, tmp_path / "vae")]
     published, converted = (encoder.scaled_as_configured().encode(images, torch.zeros_like) for encoder in encoders)
     assert encoders[0].scaled_as_configured().scale == 0.18215
     assert torch.equal(published, converted)
     write(tmp_path / "other.pth", {"weight": torch.ones(2)})
     with pytest.raises(UserError, match=r"other\.pth: no weights of a KL autoencoder"):
-        encoder_of_vae(str(tmp_path / "other.pth")).vae(torch.device("cpu"))
+        encoder_of_autoencoder(str(tmp_path / "other.pth")).vae(torch.device("cpu"))
     state = published_state()
     del state["quant_conv.bias"]
     write(tmp_path / "short.pth", state)
     with pytest.raises(UserError, match=r"short\.pth: .*quant_conv\.bias"):
-        encoder_of_vae(str(tmp_path / "short.pth")).vae(torch.device("cpu"))
+        encoder_of_autoencoder(str(tmp_path / "short.pth")).vae(torch.device("cpu"))
 
 
 def test_encode_with_a_published_file(tmp_path, published_file):

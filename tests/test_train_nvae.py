@@ -5,19 +5,21 @@ import shutil
 
 import pytest
 import torch
-from conftest import DIGITS, assert_all_options, fails_with, make_dataset, random_images, run_cli
+from conftest import DIGITS, ROOT, assert_all_options, fails_with, make_dataset, random_images, run_cli, torchrun
 
 from calculate_metrics import main as metrics_tool
 from dnnlib.errors import UserError
 from generate_images import main as generate
 from train_edm2 import main as train_edm2
 from train_nvae import main as train
+from training.conditioning import DataSpec
 from training.config.data import DatasetInfo
 from training.config.nvae import ARCH_INSTANCES, TRAINING_PRESETS, NVAETraining
 from training.families import preset_network, trained_by
 from training.generation import generate_images
 from training.networks.nvae_cells import ARCHITECTURES
 from training.optimizers import AdamaxOptimizer
+from training.samplers import StackedRandomGenerator
 from training.snapshot import load_network
 
 SMALL = [
@@ -114,6 +116,34 @@ def test_resume_is_exact(trained, tmp_path):
         assert all(torch.equal(parts["optimizer"][moment][key], value) for key, value in theirs.items())
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A folder with a run of two processes for each of two architectures: the second one's scales depend on data."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [["--arch_instance=res_mbconv"], ["--arch_instance=res_elu"]]
+    options = [*SMALL, f"--data={DIGITS}", "--duration=512"]
+    commands = [[f"--outdir={folder / name[0].split('=')[1]}", *options, *name] for name in runs]
+    (folder / "script.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom train_nvae import main\n"
+        f"for args in {commands!r}:\n    main(args, standalone_mode=False)\n"
+    )
+    done = torchrun(2, folder / "script.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 x cpu, 1 round of 64 images") == 2
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["res_mbconv", "res_elu"])
+def test_two_processes_equal_one(two_processes, architecture, tmp_path):
+    """To rounding: with batch norms of both processes' images, and scales that the first batch of both chooses."""
+    run_training(tmp_path, "--duration=512", f"--arch_instance={architecture}")
+    one, two = state_of(tmp_path), state_of(two_processes / architecture)
+    for key, value in one["net"].items():
+        torch.testing.assert_close(
+            two["net"][key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
 def test_log_and_snapshot(trained):
     fields = [json.loads(line) for line in (trained / "stats.jsonl").read_text().splitlines()]
     assert fields[0]["beta"] < fields[-1]["beta"] == 1
@@ -182,6 +212,14 @@ def test_bad_input(tmp_path, options, message):
     fails_with(result, message)
 
 
+def test_advice_for_small_batches(tmp_path):
+    options = [f"--outdir={tmp_path / 'run'}", f"--data={DIGITS}", "--preset=digits-nvae", "--status=0", "-n"]
+    advice = "Note: --lr=0.01 was chosen for batches of 64: with --batch=16, the square root rule gives --lr=0.005"
+    assert advice in run_cli(train, *options, "--batch=16").output
+    for others in (["--batch=16", "--lr=0.004"], ["--batch=64"]):
+        assert "square root rule" not in run_cli(train, *options, *others).output
+
+
 def test_images_that_decoders_cannot_take(tmp_path):
     data = make_dataset(tmp_path / "data.zip", random_images(2))
     options = [f"--outdir={tmp_path / 'run'}", f"--data={data}", "--preset=digits-nvae-binary", "-n"]
@@ -200,6 +238,24 @@ def optimizer():
     assert trained_by(config).training is NVAETraining and info.resolution == preset.resolution
     torch.manual_seed(0)
     return AdamaxOptimizer(preset_network(preset), config)
+
+
+@pytest.mark.parametrize("architecture", ARCH_INSTANCES)
+def test_every_architecture_takes_a_step(architecture):
+    small = {"arch_instance": architecture, "num_channels_enc": 8, "num_channels_dec": 8, "warmup_portion": 0.0}
+    config = NVAETraining.from_flat(small, TRAINING_PRESETS["digits-nvae"].config)
+    torch.manual_seed(0)
+    entry = trained_by(config)
+    net = entry.build(config.network, DataSpec(channels=1, resolution=8)).train()
+    assert entry.objective is not None and entry.optimizer is not None
+    objective, optimizer = entry.objective(net, config), entry.optimizer(net, config)
+    before = net.stem.weight.clone()
+    optimizer.zero_gradients()
+    with entry.step(net):
+        loss = objective(net, torch.rand(4, 1, 8, 8) * 2 - 1, None, rnd=StackedRandomGenerator("cpu", range(4)), nimg=0)
+        (loss.mean() + objective.regularizer(net, 0)).backward()
+    optimizer.step(0)
+    assert int(optimizer.nonfinite) == 0 and not torch.equal(net.stem.weight, before)
 
 
 def forward_backward(optimizer: AdamaxOptimizer, scale: float = 1) -> None:

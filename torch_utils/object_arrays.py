@@ -89,7 +89,10 @@ def load_values(data: bytes | memoryview) -> list[Any]:
     f = io.BytesIO(data)
     version = np.lib.format.read_magic(f)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(f)
+    try:
+        shape, _, dtype = read_header(f)
+    except Exception as err:  # NumPy parses it as Python text, and lets the parser's errors through
+        raise ValueError(str(err) or type(err).__name__) from None
     if not dtype.hasobject:
         if math.prod(shape) * dtype.itemsize > MAX_BYTES:
             raise ValueError("an array that is too large")

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from dnnlib.files import append_line, atomic_write, check_not_input, file_sha256
+from dnnlib.progress import Progress
 from dnnlib.util import code_version
 from torch_utils import distributed
 from torch_utils.device import select_device, set_up_device
@@ -23,6 +23,7 @@ from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
 from training.guides import load_image_network
 from training.likelihood import FlowLikelihood, Likelihood
+from training.likelihood_vae import VAELikelihood
 from training.samplers import StackedRandomGenerator
 
 LATENTS_RECORD = "latents.json"  # says what the latents of a folder are of
@@ -49,6 +50,15 @@ class DatasetLikelihood:
     device: torch.device
     facts: dict[str, Any]
     latents: Path | None = None
+
+    def check_batch(self, batch: int) -> None:
+        """Check that so many images can be computed at a time.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if isinstance(self.likelihood, VAELikelihood) and batch > self.likelihood.max_batch:
+            raise UserError(f"--max-batch={self.likelihood.max_batch} is below --batch={batch}: lower --batch, too")
 
     def figures(self, indices: Sequence[int]) -> list[dict[str, float]]:
         """Figures of images by name, with the index of each; their latents are saved where they are to be kept."""
@@ -188,21 +198,21 @@ def _shared(chunks: Sequence[list[int]]) -> Iterator[list[int]]:
     """The chunks of this process, as many as every other has: the last one may be empty."""
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     rounds = range(-(-len(chunks) // processes))
-    hidden = True if rank != 0 else None  # None: only on a terminal
-    for k in tqdm(rounds, unit="batch", disable=hidden, dynamic_ncols=True):
+    for k in Progress(rounds, unit="batch", hidden=rank != 0):
         position = k * processes + rank
         yield chunks[position] if position < len(chunks) else []
 
 
 def _read(out: Path, facts: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """The rows that a file holds; it is begun where there is none, and a line that was cut off is removed."""
-    lines = out.read_text().splitlines() if out.is_file() else []
+    """The rows that a file holds; it is begun where there is none, and loses lines that are cut off or damaged."""
+    lines = out.read_text(errors="replace").splitlines() if out.is_file() else []
     good = [line for line in map(_parsed, lines) if line is not None]
-    if lines and (not good or "facts" not in good[0]):
+    if lines and not (good and isinstance(good[0].get("facts"), dict)):
         raise UserError(f"--out={out}: exists, and holds no likelihoods: choose another name")
     if lines and (other := _difference(good[0]["facts"], facts)):
         raise UserError(f"--out={out}: holds likelihoods of another {other}: choose another name, or delete it")
-    rows = [line for line in good if "index" in line]
+    rows = [line for line in good if "index" in line and all(map(_is_number, line.values()))]
+    rows = [row for row in rows if row.keys() == rows[0].keys()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out, "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in [{"facts": facts}, *rows])
@@ -238,9 +248,13 @@ def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     return next((key for key in ours if key not in harmless and theirs.get(key) != ours[key]), None)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

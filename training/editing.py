@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, one_line
 from training.conditioning import DataSpec
 from training.control import Control, KnownGrey, KnownPixels
 from training.dataset.images import ImageFolderDataset
@@ -221,8 +221,8 @@ def mask_of_file(path: Path, resolution: int) -> torch.Tensor:
     try:
         with PIL.Image.open(path) as picture:
             mask = np.asarray(picture.convert("L")) >= 128
-    except (OSError, ValueError, PIL.Image.DecompressionBombError) as err:
-        raise UserError(f"--mask={path}: cannot be read as a picture ({err})") from None
+    except Exception as err:  # a damaged file can fail in any way
+        raise UserError(f"--mask={path}: cannot be read as a picture ({one_line(err)})") from None
     if mask.shape != (resolution, resolution):
         height, width = mask.shape
         raise UserError(f"--mask={path}: is {width}x{height}, and the images are {resolution}x{resolution}")

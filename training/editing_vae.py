@@ -19,10 +19,9 @@ from training.dataset.images import ImageFolderDataset
 from training.editing import between, check_images
 from training.encoders import StandardRGBEncoder
 from training.guides import load_image_network
-from training.losses_vae import image_values
 from training.networks.nvae import NVAE
-from training.networks.nvae_layers import effective_weights
 from training.samplers import StackedRandomGenerator
+from training.snapshot.nvae_latents import NVAELatents
 
 Latents = list[torch.Tensor]  # of each group [N, Z, H, W], the top group first
 
@@ -60,7 +59,7 @@ class Editor:
         found: Any = load_image_network(net, self.device, arch).net
         if not isinstance(found, NVAE):
             raise UserError(f"--net={net}: holds a {type(found).__name__}, and this needs the latents of an NVAE")
-        self.net = found
+        self.net, self.latents = found, NVAELatents(found)
 
     def images_of(self, data: str, indices: Sequence[int]) -> torch.Tensor:
         """Images of a dataset, uint8 [N, C, H, W].
@@ -72,26 +71,18 @@ class Editor:
         check_images(dataset, data, indices, spec, spec.channels)
         return torch.from_numpy(np.stack([dataset[i][0] for i in indices])).to(self.device)
 
-    @torch.no_grad()
     def encode(self, images: torch.Tensor, seeds: Sequence[int] | None = None) -> Latents:
         """Latents of images, uint8 [N, C, H, W].
 
         Args:
             seeds: of draws from the posteriors, one per image; None = their means.
         """
-        net = self.net
         rnd = StackedRandomGenerator(self.device, range(len(images)) if seeds is None else seeds)
-        x = image_values(net.decoder, images, net.loss_crop, rnd.randn_like)
-        with effective_weights(net):
-            return net.prior_draws(x, torch.zeros_like if seeds is None else rnd.randn_like)
+        return self.latents.draws_of(images, rnd.randn_like, torch.zeros_like if seeds is None else rnd.randn_like)
 
-    @torch.no_grad()
     def decode(self, latents: Latents) -> np.ndarray:
         """Mean images of latents, uint8 [N, C, H, W]."""
-        net = self.net
-        with effective_weights(net):
-            images = net.decoder.mean(net.sample(len(latents[0]), noise=latents))
-        return StandardRGBEncoder().decode(2 * net.crop(images) - 1).cpu().numpy()
+        return StandardRGBEncoder().decode(2 * self.latents.images_of(latents) - 1).cpu().numpy()
 
     def draw(self, seeds: Sequence[int], temperature: float = 1) -> Latents:
         """Latents of random images, one per seed, those of `generate_images.py`."""

@@ -1,9 +1,10 @@
 """Seeds -> images, shared out over processes: options, networks, batches, decoded and saved."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
-from dnnlib.files import atomic_write, file_sha256
+from dnnlib.files import atomic_write, clear_leftovers, file_sha256
+from dnnlib.progress import Progress
 from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
@@ -24,15 +25,15 @@ from training.classes import ClassChoice, find_classes
 from training.conditioning import DataSpec
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, VAESampling
 from training.encoders import (
-    AutoencoderEncoder,
     Encoder,
     StandardRGBEncoder,
+    VAEEncoder,
 )
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
 from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
 from training.prompts import prompts_for
-from training.provenance import format_seeds, png_text
+from training.provenance import ImageRecord, format_seeds, name_of, plain, png_text, weights_sha256
 from training.samplers import StackedRandomGenerator, edm_sampler
 from training.snapshot import Snapshot, load_network, open_snapshot
 
@@ -60,8 +61,9 @@ class ImageBatches:
         encoder: decodes latents, `encoder_batch_size` at a time.
         seeds: one integer per image, over all processes.
         device: where the random numbers are drawn.
-        outdir, subdirs: where images are saved (see `image_path`); None = nowhere.
-        facts: what makes the images, for the text of PNG files; None = they have none.
+        record: generator -> the record of the folder in which images are saved; called when the iteration starts. None
+            = they are saved nowhere.
+        subdirs: save in a folder per thousand seeds (see `image_path`).
         class_names: names of the classes, for the same.
         prompts: texts that images follow in turn, for the same.
         max_batch_size: images per batch and process.
@@ -74,12 +76,11 @@ class ImageBatches:
         encoder: Encoder,
         seeds: Sequence[int],
         device: torch.device | str,
-        outdir: str | os.PathLike | None = None,
+        record: Callable[[Generator], ImageRecord] | None = None,
         subdirs: bool = False,
         max_batch_size: int = 32,
         encoder_batch_size: int = 32,
         verbose: bool = True,
-        facts: Mapping[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
         prompts: Sequence[str] = (),
     ):
@@ -91,21 +92,41 @@ class ImageBatches:
         self.num_batches, self.num_images = len(batches), len(seeds)
         self.own = [(idx, indices) for idx, indices in enumerate(batches) if idx % world_size == rank]
         self.make_generator, self.encoder, self.seeds, self.device = make_generator, encoder, seeds, device
-        self.outdir, self.subdirs, self.encoder_batch_size, self.verbose = outdir, subdirs, encoder_batch_size, verbose
-        self.facts, self.class_names, self.prompts = facts, class_names, prompts
+        self.record, self.subdirs, self.encoder_batch_size, self.verbose = record, subdirs, encoder_batch_size, verbose
+        self.class_names, self.prompts = class_names, prompts
 
     def __len__(self) -> int:
         return len(self.own)
 
     def __iter__(self) -> Iterator[EasyDict]:
-        disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
+        hidden = not self.verbose or distributed.get_rank() != 0
         generator = self.make_generator(self.largest)
-        for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
-            r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
-            r.indices = indices
-            r.seeds = [self.seeds[i] for i in indices]
-            self._make(generator, r)
-            yield r
+        with self._recorded(generator) as record:
+            for batch_idx, indices in Progress(self.own, unit="batch", hidden=hidden):
+                r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
+                r.indices = indices
+                r.seeds = [self.seeds[i] for i in indices]
+                self._make(generator, r)
+                if record is not None:
+                    self._save(record, generator, r)
+                yield r
+
+    @contextlib.contextmanager
+    def _recorded(self, generator: Generator) -> Iterator[ImageRecord | None]:
+        """Inside, images are saved in the folder of a record: leftovers of killed runs are gone, others pointed out."""
+        if self.record is None:
+            yield None
+            return
+        first, suffix = distributed.get_rank() == 0, self.encoder.output_suffix(generator.spec.channels)
+        with distributed.fail_together():
+            record = self.record(generator)
+            if first:
+                clear_leftovers(image_path(record.folder, seed, self.subdirs, suffix) for seed in self.seeds)
+        if first and (note := record.note_of_others(self.seeds, suffix)):
+            print(note)
+        with record.of(self.seeds) if first else contextlib.nullcontext():
+            yield record
+            distributed.barrier()  # the record is complete when all processes are done
 
     def _make(self, generator: Generator, r: EasyDict) -> None:
         rnd = StackedRandomGenerator(self.device, r.seeds)
@@ -114,23 +135,22 @@ class ImageBatches:
         with torch.inference_mode():
             latents = generator(r.noise, r.labels, rnd)
             r.images = torch.cat([self.encoder.decode(part) for part in latents.split(self.encoder_batch_size)])
-        if self.outdir is not None:
-            suffix = self.encoder.output_suffix(generator.spec.channels)
-            labels: torch.Tensor | None = r.labels
-            of_classes = generator.spec.conditioning.kind == "classes"
-            classes = labels.argmax(dim=1).tolist() if labels is not None and of_classes else [None] * len(r.seeds)
-            for seed, class_idx, image in zip(r.seeds, classes, r.images.cpu().numpy(), strict=True):
-                path = image_path(self.outdir, seed, self.subdirs, suffix)
-                if suffix == ".png":
-                    pictures.save_image(path, image, self._text(seed, class_idx))
-                else:
-                    with atomic_write(path, sync=False) as f:
-                        np.save(f, image)
 
-    def _text(self, seed: int, class_idx: int | None) -> dict[str, str]:
-        """The text of the PNG file of a seed."""
-        if self.facts is None:
-            return {}
+    def _save(self, record: ImageRecord, generator: Generator, r: EasyDict) -> None:
+        suffix = self.encoder.output_suffix(generator.spec.channels)
+        labels: torch.Tensor | None = r.labels
+        of_classes = generator.spec.conditioning.kind == "classes"
+        classes = labels.argmax(dim=1).tolist() if labels is not None and of_classes else [None] * len(r.seeds)
+        for seed, class_idx, image in zip(r.seeds, classes, r.images.cpu().numpy(), strict=True):
+            path = image_path(record.folder, seed, self.subdirs, suffix)
+            if suffix == ".png":
+                pictures.save_image(path, image, png_text(record.facts, **self._of_image(seed, class_idx)))
+            else:
+                with atomic_write(path, sync=False) as f:
+                    np.save(f, image)
+
+    def _of_image(self, seed: int, class_idx: int | None) -> dict[str, Any]:
+        """What the text of a PNG file says of its image alone."""
         of_image: dict[str, Any] = {"seed": int(seed)}
         if self.prompts:
             of_image["prompt"] = self.prompts[seed % len(self.prompts)]
@@ -138,7 +158,7 @@ class ImageBatches:
             of_image["class"] = class_idx
             if self.class_names is not None and class_idx < len(self.class_names):
                 of_image["class_name"] = self.class_names[class_idx]
-        return png_text(self.facts, **of_image)
+        return of_image
 
 
 def generate_images(
@@ -162,11 +182,11 @@ def generate_images(
 
     Args:
         net, gnet: main and guiding denoiser: networks, files or URLs of them (whose encoder then decodes, if none is
-            given), or any callables D(x, sigma, cond). `gnet` is used where
-            `sampler_kwargs` ask for guidance. `net` may also be an NVAE; `sampler_kwargs` are then those of
-            `VAESampling`.
+            given), or any callables D(x, sigma, cond). `gnet` is used where `sampler_kwargs` ask for guidance. `net`
+            may also be an NVAE; `sampler_kwargs` are then those of `VAESampling`.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
-        outdir: where images are saved as {seed:06d}.png; None = nowhere.
+        outdir: where images are saved as {seed:06d}.png, with generation.json, which says what made them; None =
+            nowhere.
         subdirs: save in a folder per thousand seeds.
         seeds: one integer per image, over all processes.
         class_idx: class of all images; None = drawn from the seed.
@@ -185,10 +205,10 @@ def generate_images(
         UserError: `class_idx` is out of range, `gnet` does not fit `net`, `spec` is missing, or the sampler has no
             such argument.
     """
-    if isinstance(net, (str, os.PathLike)):
+    if isinstance(net, (str, Path)):
         snapshot = load_network(net)
         net, encoder = snapshot.net, snapshot.encoder if encoder is None else encoder
-    if isinstance(gnet, (str, os.PathLike)):
+    if isinstance(gnet, (str, Path)):
         gnet = load_network(gnet).net
     spec = spec if spec is not None else getattr(net, "spec", None)
     if spec is None:
@@ -198,32 +218,69 @@ def generate_images(
         None if class_idx is None else ClassChoice(find_classes(str(class_idx), spec.conditioning.num_classes), "fixed")
     )
     batches = partial(
-        ImageBatches, encoder=encoder, seeds=seeds, device=device, outdir=outdir, subdirs=subdirs,
-        max_batch_size=max_batch_size, encoder_batch_size=encoder_batch_size, verbose=verbose,
+        ImageBatches, encoder=encoder, seeds=seeds, device=device, subdirs=subdirs, max_batch_size=max_batch_size,
+        encoder_batch_size=encoder_batch_size, verbose=verbose,
     )  # fmt: skip
     if is_other_than_denoiser(net):
         sampling = SamplingConfig(vae=VAESampling.from_json(sampler_kwargs))
-        return batches(lambda _largest: architecture_of(net.to(device).eval()).generator(net, sampling, None))
+        make = architecture_of(net.to(device).eval()).generator
+        return batches(lambda _: make(net, sampling, None), record=_record_in(outdir, encoder, net=net))
     _check_arguments(sampler_fn, sampler_kwargs)
-    if gnet is not None and hasattr(gnet, "spec"):
+    if hasattr(gnet, "spec"):
         check_guide(spec, gnet.spec)
     for network in (net, gnet):
         if isinstance(network, nn.Module):
             network.to(device).eval()
+    make_generator = partial(_sampler_generator, net, gnet, sampler_fn, sampler_kwargs, spec, classes, compiled)
+    return batches(make_generator, record=_record_in(outdir, encoder, net=net, gnet=gnet))
+
+
+def _sampler_generator(
+    net: Any,
+    gnet: Any,
+    sampler_fn: Callable[..., torch.Tensor],
+    sampler_kwargs: dict[str, Any],
+    spec: DataSpec,
+    classes: ClassChoice | None,
+    compiled: bool,
+    largest: int,
+) -> Generator:
+    """The generator that a sampler and its denoisers are, for batches of up to `largest` images."""
+    main = accelerated(net, largest, compiled)
     guided = gnet is not None and sampler_kwargs.get("guidance", 1) != 1
+    guide = accelerated(gnet, largest, compiled) if guided else gnet
 
-    def make_generator(largest: int) -> Generator:
-        main = accelerated(net, largest, compiled)
-        guide = accelerated(gnet, largest, compiled) if guided else gnet
+    def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return sampler_fn(net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs)
 
-        def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-            return sampler_fn(
-                net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
-            )
+    facts = {"function": name_of(sampler_fn), **{key: plain(value) for key, value in sampler_kwargs.items()}}
+    return DiffusionGenerator(spec, sample, classes, {"sampler": facts})
 
-        return DiffusionGenerator(spec, sample, classes)
 
-    return batches(make_generator)
+def _record_in(
+    outdir: str | os.PathLike | None, encoder: Encoder, **networks: Any
+) -> Callable[[Generator], ImageRecord] | None:
+    """Gives the record of a folder in which images of networks in memory are saved; None where there is no folder.
+
+    Args:
+        networks: by the names of the options that they would be; None = there is none.
+    """
+    if outdir is None:
+        return None
+
+    def record(generator: Generator) -> ImageRecord:
+        facts: dict[str, Any] = {}
+        for key, network in networks.items():
+            if network is not None:
+                facts[key] = name_of(network)
+            if isinstance(network, nn.Module):
+                facts[f"{key}_weights_sha256"] = weights_sha256(network)
+                facts[f"{key}_precision"] = getattr(network, "precision", "fp32")
+        return ImageRecord(
+            Path(outdir), {**facts, **generator.describe(), "encoder": encoder.record, "code_version": code_version()}
+        )
+
+    return record
 
 
 def _check_arguments(function: Callable, arguments: dict[str, Any]) -> None:
@@ -302,7 +359,7 @@ class LoadedGenerator:
             if source is not None and loaded is not None:
                 facts |= {key: source, f"{key}_sha256": file_sha256(loaded.path)}
         encoder = self.snapshot.encoder
-        if isinstance(encoder, AutoencoderEncoder) and not encoder.vae_sha256:
+        if isinstance(encoder, VAEEncoder) and not encoder.vae_sha256:
             encoder = encoder.identified()
         made_by = {"encoder": encoder.record, "code_version": code_version()}
         return {**facts, "seeds": format_seeds(seeds), **self.generator(None).describe(), **made_by}
@@ -316,7 +373,7 @@ def _chosen_encoder(encoder: Encoder, networks: NetworksConfig) -> Encoder:
     """
     if networks.encoder is None and not networks.trust_encoder:
         return encoder
-    if not isinstance(encoder, AutoencoderEncoder):
+    if not isinstance(encoder, VAEEncoder):
         given = "--encoder" if networks.encoder is not None else "--trust-encoder"
         raise UserError(f"{given} is for networks that make latents of a VAE, and --net={networks.net} makes none")
     return encoder.named_by("") if networks.encoder is None else encoder.with_vae(networks.encoder)
@@ -361,6 +418,6 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot.net.precision = resolve_precision(sampling.precision, device)
     snapshot = dataclasses.replace(snapshot, encoder=_chosen_encoder(snapshot.encoder, networks))
     snapshot.encoder.prepare(device)
-    if isinstance(snapshot.encoder, AutoencoderEncoder):
+    if isinstance(snapshot.encoder, VAEEncoder):
         snapshot.encoder.check_channels(snapshot.net.spec.channels)
     return LoadedGenerator(config, snapshot, guide, device, prompts_for(config, snapshot, device))

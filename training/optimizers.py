@@ -215,7 +215,7 @@ class AdamaxOptimizer:
         # Whether to skip is decided here, and not on the device: waiting for it once is little beside a step of NVAE.
         if self.gradients.sum().isfinite() or self.gradients.isfinite().all():
             self.good_steps += 1
-            torch._foreach_copy_(self.good_statistics, self.statistics)
+            _copy_(self.good_statistics, self.statistics)
             for group in self.adamax.param_groups:
                 group["lr"] = self.learning_rate(nimg)
             self.adamax.step()
@@ -228,7 +228,7 @@ class AdamaxOptimizer:
         self.nonfinite += 1
         if not self.first_skipped:
             self.first_skipped = f"{self._first_nonfinite()} at {nimg} images"
-        torch._foreach_copy_(self.statistics, self.good_statistics)
+        _copy_(self.statistics, self.good_statistics)
         if self.scales:
             self.loss_scaling, self.good_steps = self.loss_scaling / 2, 0
 
@@ -260,7 +260,7 @@ class AdamaxOptimizer:
                     view.copy_(state[name][key])
         if self.scales:
             self.loss_scaling, self.good_steps = state["loss_scaling"], state["good_steps"]
-        torch._foreach_copy_(self.good_statistics, self.statistics)
+        _copy_(self.good_statistics, self.statistics)
 
     def _by_name(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: view.clone(memory_format=torch.contiguous_format) for name, view in self._views(vector).items()}
@@ -270,3 +270,9 @@ class AdamaxOptimizer:
         named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
         parts = vector.split([p.numel() for _, p in named])
         return {name: part.as_strided(p.shape, p.stride()) for (name, p), part in zip(named, parts, strict=True)}
+
+
+def _copy_(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors one by one into others; networks without batch norms have none."""
+    if targets:
+        torch._foreach_copy_(targets, sources)

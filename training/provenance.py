@@ -1,20 +1,25 @@
 """What made generated images: generation.json beside them, and the same in each PNG file."""
 
+import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import torch
+from torch import nn
 
 from dnnlib.cli import parse_int_list
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
+from training.config.data import RECORD_NAME
 
-RECORD_NAME = "generation.json"
 TEXT_KEY = "openedm2"  # of PNG files
 # What may differ between images that are made in the same way.
 INCIDENTAL = ("seeds", "seed", "class", "class_name", "net", "gnet", "code_version", "earlier")
@@ -29,6 +34,27 @@ def format_seeds(seeds: Iterable[int]) -> str:
         else:
             parts.append([seed, seed])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def name_of(function: Any) -> str:
+    """What a function, or the class of a network, is called."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: text for all that is no number, text, bool or None."""
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return name_of(value) if callable(value) else str(value)
+
+
+def weights_sha256(net: nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def png_text(facts: Mapping[str, Any], **of_image: Any) -> dict[str, str]:
@@ -54,7 +80,7 @@ def read_png_text(path: Path) -> dict[str, Any] | None:
     try:
         with PIL.Image.open(path) as image:
             facts = json.loads(image.info[TEXT_KEY])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SyntaxError):
+    except Exception:  # a file that is damaged, or says nothing, can fail in any way
         return None
     return facts if isinstance(facts, dict) else None
 
@@ -103,10 +129,11 @@ class ImageRecord:
     """
 
     def __init__(self, outdir: Path, facts: Mapping[str, Any]):
-        self.path = outdir / RECORD_NAME
+        self.folder, self.path = outdir, outdir / RECORD_NAME
         self.facts = {key: value for key, value in facts.items() if key != "seeds"}
         self.seeds: set[int] = set()
         self.others: list[tuple[dict[str, Any], set[int]]] = []
+        self.sheets: set[str] = set()  # contact sheets in the folder, which are none of its images
         for entry, seeds in self._read():
             if difference(self.facts, entry):
                 self.others.append((entry, seeds))
@@ -118,6 +145,7 @@ class ImageRecord:
             return []
         try:
             newest = json.loads(self.path.read_text())
+            self.sheets |= set(newest.pop("sheets", []))
             entries = [newest, *newest.pop("earlier", [])]
             return [(entry, set(parse_int_list(text)) if (text := entry.pop("seeds")) else set()) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -126,8 +154,20 @@ class ImageRecord:
                 "another --outdir"
             ) from None
 
+    def leave_out(self, sheet: Path) -> None:
+        """Say of a contact sheet, if it is in the folder, that it is none of its images.
+
+        Raises:
+            UserError: it has the name of an image.
+        """
+        folder = self.path.parent.resolve()
+        if sheet.resolve().is_relative_to(folder):
+            if re.fullmatch("[0-9]{6,}", sheet.stem):
+                raise UserError(f"--grid={sheet}: is the name of an image of --outdir: choose another one")
+            self.sheets.add(sheet.resolve().relative_to(folder).as_posix())
+
     def check(self, files: Mapping[int, Path]) -> int:
-        """How many of these images, by seed, do not say what made them.
+        """How many of these images, by seed, do not say what made them; those that do are in the record from now on.
 
         Raises:
             UserError: one was made by something else.
@@ -136,7 +176,7 @@ class ImageRecord:
         for seed, file in files.items():
             if seed in self.seeds:
                 continue
-            theirs = next((entry for entry, seeds in self.others if seed in seeds), None) or read_png_text(file)
+            theirs = self._maker(seed, file)
             if theirs is None:
                 unknown += 1
             elif found := difference(self.facts, theirs):
@@ -144,7 +184,30 @@ class ImageRecord:
                     f"--skip-existing: {file} was made by something else ({found}): choose another --outdir, or make "
                     "all images again without --skip-existing"
                 )
+            else:
+                self.seeds.add(seed)
         return unknown
+
+    def _maker(self, seed: int, file: Path) -> dict[str, Any] | None:
+        """What made an image that is not among `seeds`; None = it is not known."""
+        return next((entry for entry, seeds in self.others if seed in seeds), None) or read_png_text(file)
+
+    def note_of_others(self, seeds: Iterable[int], suffix: str) -> str:
+        """A line about images in the folder that something else has made, beside those of these seeds; '' = none.
+
+        Who measures the folder measures them, too.
+        """
+        ours, folder, found = self.seeds | set(seeds), self.folder, []
+        for file in (*folder.glob(f"*{suffix}"), *folder.glob(f"*/*{suffix}")):
+            if not re.fullmatch("[0-9]{6,}", file.stem) or (seed := int(file.stem)) in ours:
+                continue
+            theirs = self._maker(seed, file)
+            if theirs is None or difference(self.facts, theirs):
+                found.append(file)
+        if not found:
+            return ""
+        name, count = min(found).relative_to(folder), f"{len(found)} image{'s' if len(found) > 1 else ''}"
+        return f"Note: {folder} also holds {count} that this does not make, such as {name}"
 
     @contextmanager
     def of(self, seeds: Sequence[int]) -> Iterator[None]:
@@ -166,6 +229,8 @@ class ImageRecord:
         contents: dict[str, Any] = {**self.facts, "seeds": format_seeds(self.seeds)}
         if self.others:
             contents["earlier"] = [{**entry, "seeds": format_seeds(seeds)} for entry, seeds in self.others]
+        if self.sheets:
+            contents["sheets"] = sorted(self.sheets)
         text = json.dumps(contents, indent=2) + "\n"
         if not (self.path.is_file() and self.path.read_text() == text):
             with atomic_write(self.path, "w") as f:

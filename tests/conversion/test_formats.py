@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fails_with, make_dataset, png
+from conftest import fails_with, make_dataset, npy, png
 from sources import convert, damaged, encoded, folder_of_classes, idx_file, image, labels_of, make_tar, python2_batch
 
+from training.conversion.opening import open_source
+from training.conversion.sources import Choice
 from training.dataset.images import ImageFolderDataset
 
 RNG = np.random.default_rng(0)
@@ -143,6 +145,10 @@ def test_one_image_per_sample(tmp_path):
     dataset = convert(tmp_path, source)
     assert labels_of(dataset) == [0, 1, 2, 0, 1, 2]
     np.testing.assert_array_equal(dataset[4][0], image(8, 8, seed=4).transpose(2, 0, 1))
+    for key, others in ((None, "depth.png, seg.png"), ("SEG.png", "depth.png, png")):
+        note = f"one image per sample: others beside it are left out ({others}; see --image-key)"
+        assert open_source(source, Choice(image_key=key)).notes == [note]
+    assert open_source(make_tar(tmp_path / "plain.tar", samples())).notes == []
     options = ["--image-key=SEG.png", "--workers=1"]
     assert convert(tmp_path, source, dest="masks.zip", options=options)[0][0].max() == 0
     options = ["--image-key=left.png"]
@@ -360,6 +366,13 @@ def test_bad_sources(tmp_path):
         "no images in it (left out: 2 other files (1 .txt, 1 .md))",
     )
     fails_with(convert(tmp_path, tmp_path / "nowhere", ok=False), "nowhere: no such file or folder")
+    np.savez(tmp_path / "adm.npz", arr_0=np.zeros([2, 8, 8, 3], np.uint8))
+    result = convert(tmp_path, tmp_path / "adm.npz", ok=False)
+    fails_with(
+        result, "no images in it (left out: 1 other file (1 .npy))", "ADM go to calculate_metrics.py as they are"
+    )
+    result = convert(tmp_path, make_dataset(tmp_path / "l.zip", {"0.npy": npy(np.zeros([4, 8, 8]))}), ok=False)
+    fails_with(result, "latents are trained on as they are", "dataset_tool.py decode")
     (tmp_path / "odd.bin").write_bytes(b"odd stuff")
     fails_with(convert(tmp_path, tmp_path / "odd.bin", ok=False), "neither a ZIP", "b'odd stuf'")
     whole = make_tar(tmp_path / "x.tar", {f"{i}.png": encoded(image(64, 64)) for i in range(9)})

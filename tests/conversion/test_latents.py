@@ -89,7 +89,7 @@ from training.encoders import StabilityVAEEncoder
 StabilityVAEEncoder.prepare = lambda self, device: None
 StabilityVAEEncoder.identified = lambda self: self
 StabilityVAEEncoder.downsampling = lambda self: 8
-StabilityVAEEncoder.encode_pixels = lambda self, x: torch.nn.functional.avg_pool2d(x.float(), 8).repeat(1, 3, 1, 1)[:, :8]
+StabilityVAEEncoder.encode_pixels = lambda self, x, _draw: torch.nn.functional.avg_pool2d(x.float(), 8).repeat(1, 3, 1, 1)[:, :8]
 """
 
 
@@ -111,14 +111,15 @@ def test_resumed_encoding(vae, pixels, tmp_path, monkeypatch):
     calls = []
     encode_pixels = StabilityVAEEncoder.encode_pixels
 
-    def interrupted(self, x):
+    def interrupted(self, x, randn_like):
         calls.append(len(x))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return encode_pixels(self, x)
+        return encode_pixels(self, x, randn_like)
 
     monkeypatch.setattr(StabilityVAEEncoder, "encode_pixels", interrupted)
-    assert run_cli(dataset_tool, *args).exit_code == 1
+    result = run_cli(dataset_tool, *args)
+    assert result.exit_code == 130 and "Interrupted: repeat the command with --resume to continue" in result.stderr
     run_tool(*args, "--resume")
     assert calls == [2] * 3 + [2] * 3
     assert len(ImageFolderDataset(tmp_path / "l.zip")) == 10
@@ -148,7 +149,7 @@ def test_numbers_that_overflow(command, method, vae, pixels, tmp_path, monkeypat
         run_tool("encode", f"--source={pixels}", f"--dest={source}", f"--model-url={vae}")
     shape, calls = ([8, 2, 2] if command == "encode" else [3, 16, 16]), []
 
-    def overflowing(self, x):
+    def overflowing(self, x, *_args):
         result = torch.zeros([len(x), *shape])
         calls.append(len(x))
         if len(calls) == 2:
@@ -185,7 +186,7 @@ def test_bad_latents(vae, pixels, tmp_path):
         run_cli(dataset_tool, "decode", f"--source={pixels}", *args), "holds 3 channels of uint8, not VAE latents"
     )
     latents = make_dataset(tmp_path / "l.zip", {"a.npy": npy(np.ones([8, 2, 2], np.float32))})
-    fails_with(run_cli(dataset_tool, "encode", f"--source={latents}", *args), "8 channels of float32, not RGB images")
+    fails_with(run_cli(dataset_tool, "encode", f"--source={latents}", *args), "8 channels of float32, not images")
     odd = make_dataset(tmp_path / "odd.zip", random_images(1, size=9))
     fails_with(run_cli(dataset_tool, "encode", f"--source={odd}", *args), "divisible by 8, not 9")
     bad = make_dataset(tmp_path / "nan.zip", {"a.npy": npy(np.full([8, 2, 2], np.nan, np.float32))})

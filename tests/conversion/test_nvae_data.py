@@ -114,3 +114,21 @@ def test_fixed_split():
     assert not np.array_equal(validation, fixed_split(70, 7, seed=1)[1])
     with pytest.raises(UserError, match="cannot be taken"):
         fixed_split(5, 6)
+
+
+def test_images_set_aside(tmp_path):
+    """As NVAE's published code does with FFHQ."""
+    files = {f"{i:02d}.png": png(np.full([4, 4, 3], i, np.uint8)) for i in range(20)}
+    args = ["convert", f"--source={make_dataset(tmp_path / 'images.zip', files)}", "--workers=1", "--validation=3"]
+    found = {}
+    for split in ("train", "validation"):
+        dest = tmp_path / f"{split}.zip"
+        result = run_cli(dataset_tool, *args, f"--dest={dest}", f"--split={split}")
+        assert result.exit_code == 0, result.output
+        found[split] = [int(image.flat[0]) for image, _ in ImageFolderDataset(dest)]
+        assert f"{len(found[split])} of its 20 images: --split={split} of --validation=3" in result.output
+    train, validation = fixed_split(20, 3)
+    assert found == {"train": train.tolist(), "validation": validation.tolist()}
+    fails_with(run_cli(dataset_tool, *args, f"--dest={tmp_path / 'x.zip'}", "--split=test"), "not test: see --split")
+    args[-1] = "--validation=21"
+    fails_with(run_cli(dataset_tool, *args, f"--dest={tmp_path / 'x.zip'}"), "21 validation images cannot be taken")

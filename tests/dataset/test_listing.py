@@ -23,6 +23,8 @@ CLASSES = {f"{c}/{k}.png": png(image(8, 8, seed=k)) for c in ("cat", "dog") for 
         "#recycle/0.png",
         "$RECYCLE.BIN/0.png",
         ".Trash-1000/files/0.png",
+        "#snapshot/GMT-2026.01.01/cat/0.png",
+        "System Volume Information/0.png",
     ],
 )
 def test_hidden_and_system_folders(kind, name, tmp_path):

@@ -1,11 +1,16 @@
 """The order of training, and its batches."""
 
+import multiprocessing
+import os
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 from conftest import DIGITS
 
 from training.dataset.images import ImageFolderDataset
-from training.dataset.order import RunSampler, begin_loader_process, collate, dataset_indices
+from training.dataset.order import RunSampler, begin_loader_process, collate, dataset_indices, start_loading
 
 
 def test_each_pass_shows_every_image_once():
@@ -32,7 +37,13 @@ def test_loader_processes_give_the_same_batches():
         loader = torch.utils.data.DataLoader(
             ImageFolderDataset(DIGITS), batch_sampler=sampler, collate_fn=collate, **kwargs
         )
-        return [images for images, _labels in (x for _, x in zip(range(3), loader, strict=False))]
+        batches = start_loading(loader)
+        images = [next(batches)[0] for _ in range(3)]
+        for process in multiprocessing.active_children():  # which leave signals to the group to this one
+            status = Path(f"/proc/{process.pid}/status")
+            assert os.getsid(process.pid) == process.pid
+            assert not status.exists() or int(re.search(r"SigBlk:\s*(\w+)", status.read_text())[1], 16) & 1 << 1
+        return images
 
     spawned = batches(num_workers=2, multiprocessing_context="spawn", worker_init_fn=begin_loader_process)
     for a, b in zip(batches(), spawned, strict=True):

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DIGITS, make_dataset, npy, random_images
+from conftest import DIGITS, fails_with, make_dataset, npy, png, random_images, run_cli
 from sources import check
 
+from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
 
@@ -98,6 +99,36 @@ def test_checksums_of_entries(compression, tmp_path):
             dataset[2]
 
 
+@pytest.mark.parametrize(("name", "wrong"), [(b"dataset.json", b"data\xa0et.json"), (b"2.png", b"2.pog")])
+def test_damaged_names_of_entries(name, wrong, tmp_path):
+    """Labels or images are not missed because the directory calls them otherwise."""
+    files = {f"{i}.png": png(np.full([8, 8], i, np.uint8)) for i in range(4)}
+    path = make_dataset(tmp_path / "d.zip", files, labels={name: 0 for name in files})
+    data = path.read_bytes()
+    position = data.rindex(name)  # in the directory
+    path.write_bytes(data[:position] + wrong + data[position + len(name) :])
+    with pytest.raises(
+        UserError, match=r"d\.zip: cannot read .*: damaged \(it is also called (dataset\.json|2\.png)\)"
+    ):
+        ImageFolderDataset(path)
+    result = run_cli(dataset_tool, "convert", f"--source={path}", f"--dest={tmp_path / 'o.zip'}", "--workers=1")
+    fails_with(result, f"--source={path}: damaged (File name in directory")
+
+
+def test_names_as_other_tools_write_them(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for name in ("a.png", "caf\xe9.txt", "b.\u20ac", "notes.md"):
+            archive.writestr(name, png(np.zeros([8, 8], np.uint8)))
+    data = (
+        (tmp_path / "d.zip")
+        .read_bytes()
+        .replace(b"notes.md", b"n\\tes.md")
+        .replace(b"b.\xe2\x82\xac", b"b.\xe2\x82\xac")
+    )
+    (tmp_path / "d.zip").write_bytes(data)
+    assert ImageFolderDataset(tmp_path / "d.zip").notes == ["left out: 3 other files (1 .€, 1 .txt, 1 .md)"]
+
+
 def test_checksums_can_be_left_out(tmp_path):
     path = make_dataset(tmp_path / "l.zip", latents())
     flipped(path, b"2.npy")
@@ -151,6 +182,10 @@ def test_bombs(tmp_path):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(UserError, match=f"cannot read 0.png: .*{sizes}"):
             ImageFolderDataset(tmp_path / "e.zip")
+        result = run_cli(
+            dataset_tool, "convert", f"--source={tmp_path / 'e.zip'}", f"--dest={tmp_path / 'o'}", "--workers=1"
+        )
+        fails_with(result, "0.png: cannot be read: ")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="cannot read 0.png: truncated or damaged: it should unpack to 72 bytes"):

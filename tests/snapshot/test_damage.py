@@ -10,7 +10,7 @@ from dnnlib.errors import UserError
 from torch_utils.checkpoint import load_checked
 from training.metrics.weights import read_state
 from training.networks.uvit import UViT
-from training.snapshot import published_score_sde, published_uvit
+from training.snapshot import load_network, published_score_sde, published_uvit
 
 STATE = {"all_modules.0.weight": torch.arange(3000.0), "all_modules.0.bias": torch.arange(3000.0).square()}
 
@@ -49,6 +49,17 @@ def test_every_flipped_bit_of_a_weight_is_found(name, tmp_path):
         path.write_bytes(flipped)
         with pytest.raises(UserError, match=rf"{name}: .*(checksum mismatch|damaged)"):
             read()
+
+
+def test_damaged_names_in_an_archive(tmp_path):
+    """Python's zipfile fails on them in a way of its own."""
+    path = tmp_path / "uvit.pth"
+    uvit(path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\1\2") + 46] = 0xD8  # no UTF-8
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"uvit\.pth: .*damaged"):
+        load_network(path)
 
 
 @pytest.mark.parametrize("count", [1, 300])

@@ -1,5 +1,6 @@
 """NVAE: what its network, objective and optimiser can be, and its presets with published results."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -248,6 +249,19 @@ class NVAETraining(TrainConfig):
         if self.dataset is not None:
             self.network.check_images(self.dataset.resolution, self.dataset.channels)
 
+    def notes(self) -> list[str]:
+        preset = TRAINING_PRESETS.get(self.preset)
+        if preset is None or self.optimizer.lr != preset.config.optimizer.lr:
+            return []
+        ratio = self.run.batch / preset.config.run.batch
+        if ratio > 0.5:
+            return []
+        # Malladi et al. 2022 (arXiv 2205.10287): adaptive optimisers keep their noise so.
+        return [
+            f"--lr={self.optimizer.lr:g} was chosen for batches of {preset.config.run.batch}: with --batch="
+            f"{self.run.batch}, the square root rule gives --lr={self.optimizer.lr * math.sqrt(ratio):.1g}"
+        ]
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Presets
@@ -350,6 +364,10 @@ TRAINING_PRESETS: dict[str, Preset] = {
     "nvae-mnist": _published(
         (28, 1, 60_000), (400, 5), 400, 32, _groups([10, 5]), (0.01, 0.01), "78.01 nats",
         blocks=2, cells=3, flows=0, decoder="bernoulli", loss_crop=2,
+    ),
+    "nvae-mnist-flow": _published(
+        (28, 1, 60_000), (400, 5), 400, 32, _groups([10, 5]), (0.01, 0.01), "78.19 nats",
+        blocks=2, cells=3, decoder="bernoulli", loss_crop=2,
     ),
     "nvae-cifar10": _published(
         (32, 3, 50_000), (400, 5), 256, 128, _groups([30]), (0.01, 0.01), "2.91 bits/dim"

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dnnlib.errors import UserError, one_line
+from dnnlib.progress import Progress
 from torch_utils.object_arrays import load_values
 from training.conversion.latents import LATENT_PATTERN
 from training.conversion.writer import DatasetWriter, image_name
 from training.dataset.captions import EMPTY, contexts_name, encode_contexts
+from training.dataset.labels import MAX_LABEL
 from training.encoders import PUBLISHED_CLIP, PUBLISHED_VAE, StabilityVAEEncoder
 
 SCALE, SCALE_OF_CAPTIONS = 0.18215, 0.2301  # of the published latents, and of those of MS-COCO
@@ -43,7 +44,7 @@ def import_features(source: Path, dest: Path, scale: float | None = None, resume
     try:
         labels: list[list[Any]] = []
         texts: dict[str, list[str]] = {}
-        for index, (number, captions) in enumerate(tqdm(files.items(), unit="img", disable=None, dynamic_ncols=True)):
+        for index, (number, captions) in enumerate(Progress(files.items(), unit="img")):
             name = image_name(index, LATENT_PATTERN)
             moments, label = _item(source / f"{number}.npy")
             labels += [] if label is None else [[name, label]]
@@ -109,14 +110,20 @@ def _values(path: Path) -> list[Any]:
         raise UserError(f"{path}: cannot be read ({one_line(err)[:200]})") from None
 
 
+def _only_value(path: Path) -> Any:
+    """What the file holds; None = several values, or no one."""
+    values = _values(path)
+    return values[0] if len(values) == 1 else None
+
+
 def _item(path: Path) -> tuple[np.ndarray, int | None]:
     """Moments [2C, H, W] and label of a feature."""
-    moments, *label = _values(path)
+    moments, *label = _values(path) or [None]
     is_moments = isinstance(moments, np.ndarray) and moments.dtype == np.float32 and moments.ndim == 3
     if not is_moments or len(moments) % 2 or not np.isfinite(moments).all():
         raise UserError(f"{path}: not moments of latents, float32 [2C, H, W]")
-    if label and not (len(label) == 1 and isinstance(label[0], int)):
-        raise UserError(f"{path}: not moments and a label")
+    if label and not (len(label) == 1 and type(label[0]) is int and 0 <= label[0] <= MAX_LABEL):
+        raise UserError(f"{path}: not moments and a label from 0 to {MAX_LABEL}")
     return moments, label[0] if label else None
 
 
@@ -129,7 +136,7 @@ def _latent(moments: np.ndarray) -> bytes:
 
 
 def _context(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    (context,) = _values(path)
+    context = _only_value(path)
     is_context = isinstance(context, np.ndarray) and context.dtype == np.float32 and np.isfinite(context).all()
     if not is_context or context.shape != shape:
         raise UserError(f"{path}: not a context, float32 {list(shape)}")
@@ -139,7 +146,7 @@ def _context(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def _empty_context(source: Path) -> np.ndarray:
     for folder in (source, source.parent):
         if (folder / EMPTY_FILE).is_file():
-            (context,) = _values(folder / EMPTY_FILE)
+            context = _only_value(folder / EMPTY_FILE)
             if isinstance(context, np.ndarray) and context.ndim == 2:
                 return _context(folder / EMPTY_FILE, context.shape)
             raise UserError(f"{folder / EMPTY_FILE}: not a context")

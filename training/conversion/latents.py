@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from dnnlib.progress import Progress
 from torch_utils import distributed
 from training.conversion.writer import DatasetWriter, encode_png, image_name
 from training.dataset.images import ImageFolderDataset
-from training.encoders import AutoencoderEncoder, Moments, to_pixels
+from training.encoders import Moments, NVAEEncoder, VAEEncoder
+from training.samplers.noise import StackedRandomGenerator
 
 DISTRIBUTION_PATTERN, LATENT_PATTERN = "img-mean-std-{}.npy", "img-latent-{}.npy"
 
@@ -24,43 +25,45 @@ DISTRIBUTION_PATTERN, LATENT_PATTERN = "img-mean-std-{}.npy", "img-latent-{}.npy
 def encode_images(
     dataset: ImageFolderDataset,
     dest: Path,
-    encoder: AutoencoderEncoder,
+    encoder: VAEEncoder,
     device: torch.device,
     dtype: torch.dtype,
     max_images: int | None = None,
     batch: int = 8,
     resume: bool = False,
+    draws: int = 1,
 ) -> int:
     """Encode pixels as latents of a VAE, float32 [C, H, W]: mean and standard deviation of each channel, where the VAE
     gives them.
 
-    The encoder is recorded in dataset.json, with the statistics of these latents if it has none. Under torchrun the
-    processes share the work, and the first one writes. Returns the number of images.
+    Those of an NVAE are draws, which depend on the index of the item alone. The encoder is recorded in dataset.json,
+    with the statistics of these latents if it needs them and has none. Under torchrun the processes share the work, and
+    the first one writes. Returns the number of items.
 
     Args:
         dtype: what the VAE computes in.
+        draws: items for each image, one after the other, where latents are draws.
 
     Raises:
-        UserError: the images are not RGB, the VAE gives NaN or infinity, or `dest` exists.
+        UserError: the images are not such as the VAE knows, it gives NaN or infinity, `dest` exists, or `draws` has no
+            meaning for it.
         OSError: `dest` cannot be written.
     """
-    if dataset.dtype != np.uint8 or dataset.num_channels != 3:
-        raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not RGB images")
-    factor = encoder.downsampling()
-    if dataset.resolution % factor != 0:
-        raise UserError(
-            f"{dataset.path}: the VAE needs a size divisible by {factor}, not {dataset.resolution}: "
-            "convert the images to another --resolution"
-        )
+    if dataset.dtype != np.uint8:
+        raise UserError(f"{dataset.path}: holds {dataset.num_channels} channels of {dataset.dtype}, not images")
+    encoder.check_images(str(dataset.path), dataset.num_channels, dataset.resolution)
+    if draws > 1 and not isinstance(encoder, NVAEEncoder):
+        raise UserError(f"--draws={draws}: only latents of an NVAE are stored as draws: leave it out")
     encoder = encoder.identified()
     moments = None if encoder.is_measured else Moments(encoder.distribution)
 
     def record() -> dict[str, Any]:
         return (encoder if moments is None else encoder.measured(*moments.result())).record
 
-    def encode(images: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    def encode(images: torch.Tensor, names: Sequence[str], items: Sequence[int]) -> torch.Tensor:
+        randn_like = StackedRandomGenerator(device, items).randn_like
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            latents = encoder.encode_pixels(images.to(device)).float()
+            latents = encoder.encode_pixels(images.to(device), randn_like).float()
         _check_finite(latents, names, dtype)
         return latents
 
@@ -71,6 +74,7 @@ def encode_images(
         facts=dict(kind="encode", options=[encoder.init_kwargs, str(dtype)]),
         moments=moments,
         record=record,
+        repeat=draws,
     )
     return _map_dataset(dataset, dest, work, max_images, batch, resume)
 
@@ -78,7 +82,7 @@ def encode_images(
 def decode_latents(
     dataset: ImageFolderDataset,
     dest: Path,
-    encoder: AutoencoderEncoder,
+    encoder: VAEEncoder,
     device: torch.device,
     dtype: torch.dtype,
     max_images: int | None = None,
@@ -95,18 +99,18 @@ def decode_latents(
     if not (encoder.distribution and dataset.num_channels == 2 * channels):
         encoder.check_channels(dataset.num_channels)
 
-    def decode(latents: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    def decode(latents: torch.Tensor, names: Sequence[str], _items: Sequence[int]) -> torch.Tensor:
         raw = latents[:, :channels].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pixels = encoder.raw_to_floats(raw)
         _check_finite(pixels, names, dtype)
-        return to_pixels(pixels)
+        return encoder.floats_to_pixels(pixels)
 
     work = _Work(
         function=decode,
         name_of=image_name,
         file_of=lambda image: encode_png(image.transpose(1, 2, 0)),
-        facts=dict(kind="decode", options=[encoder.vae_name, encoder.pixel_range, str(dtype)]),
+        facts=dict(kind="decode", options=[encoder.init_kwargs, str(dtype)]),
     )
     return _map_dataset(dataset, dest, work, max_images, batch, resume)
 
@@ -129,24 +133,26 @@ def _check_finite(values: torch.Tensor, names: Sequence[str], dtype: torch.dtype
 class _Work:
     """What is done to a dataset.
 
-    `function` maps a batch of images (and their names, for messages) to results, `file_of` a result to the contents of
-    its file, `name_of` its index to the name of that; `facts` must be the same when the work is resumed. `moments`
-    are to be gathered of all results, and `record` gives what dataset.json says of the encoder when all are done.
+    `function` maps a batch of images (their names, for messages, and the indices of the results) to results,
+    `file_of` a result to the contents of its file, `name_of` its index to the name of that; `facts` must be the same
+    when the work is resumed. `moments` are to be gathered of all results, and `record` gives what dataset.json says
+    of the encoder when all are done. Each image has `repeat` results, one after the other.
     """
 
-    function: Callable[[torch.Tensor, Sequence[str]], torch.Tensor]
+    function: Callable[[torch.Tensor, Sequence[str], Sequence[int]], torch.Tensor]
     name_of: Callable[[int], str]
     file_of: Callable[[np.ndarray], bytes]
     facts: dict[str, Any]
     moments: Moments | None = None
     record: Callable[[], dict[str, Any]] | None = None
+    repeat: int = 1
 
 
 def _map_dataset(
     dataset: ImageFolderDataset, dest: Path, work: _Work, max_images: int | None, batch: int, resume: bool
 ) -> int:
-    """Write the results for all images, in order, with their labels; the number of images."""
-    count = len(dataset) if max_images is None else min(max_images, len(dataset))
+    """Write the results for all images, in order, with their labels; the number of results."""
+    count = work.repeat * (len(dataset) if max_images is None else min(max_images, len(dataset)))
     writer: DatasetWriter | None = None  # in the first process
     with distributed.fail_together():
         if distributed.get_rank() == 0:
@@ -155,7 +161,8 @@ def _map_dataset(
         _write_results(dataset, writer, work, count, batch)
         with distributed.fail_together():
             if writer is not None:
-                labels = [dataset.get_stored_label(i) for i in range(count)] if dataset.has_labels else None
+                images = [i // work.repeat for i in range(count)]
+                labels = [dataset.get_stored_label(i) for i in images] if dataset.has_labels else None
                 pairs = None if labels is None else [[work.name_of(i), label] for i, label in enumerate(labels)]
                 contents: dict[str, Any] = {"labels": pairs}
                 if dataset.class_names is not None:
@@ -185,17 +192,17 @@ def _write_results(
                     work.moments.add(np.load(io.BytesIO(data)))
     done = distributed.from_first(done)
     starts = range(done, count, batch * world_size)
-    disable = None if rank == 0 else True
-    with tqdm(total=count, initial=done, unit="img", disable=disable, dynamic_ncols=True) as progress:
+    with Progress(total=count, initial=done, unit="img", hidden=rank != 0) as progress:
         for start in starts:
             begin = min(start + rank * batch, count)
             indices = range(begin, min(begin + batch, count))
             part = torch.zeros(0)
             with distributed.fail_together():
                 if len(indices) > 0:
-                    images = torch.from_numpy(np.stack([dataset[i][0] for i in indices]))
-                    names = [f"{dataset.path}: {dataset.name(i)}" for i in indices]
-                    part = work.function(images, names).cpu()
+                    sources = [i // work.repeat for i in indices]
+                    images = torch.from_numpy(np.stack([dataset[i][0] for i in sources]))
+                    names = [f"{dataset.path}: {dataset.name(i)}" for i in sources]
+                    part = work.function(images, names, indices).cpu()
             parts = [part.numpy() for part in distributed.gather_to_first(part)]
             with distributed.fail_together():
                 for image in itertools.chain.from_iterable(parts):

@@ -6,6 +6,7 @@ Everything reads without executing anything in a file.
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,22 @@ def fixed_split(count: int, num_validation: int, seed: int = 0) -> tuple[np.ndar
         raise UserError(f"{num_validation} validation images cannot be taken from {count}")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
+
+
+def part_of_source(source: Source, num_validation: int, split: str) -> Source:
+    """The images of a source that `fixed_split` gives to a part, 'train' or 'validation'.
+
+    Raises:
+        UserError: another part, or fewer images.
+    """
+    if split not in ("train", "validation"):
+        raise UserError(f"--validation={num_validation} makes the parts train and validation, not {split}: see --split")
+    count = source.count if source.count is not None else sum(1 for _ in source.images())
+    indices = fixed_split(count, num_validation)[split == "validation"]
+    chosen = frozenset(indices.tolist())
+
+    def images() -> Iterator[SourceImage]:
+        return (image for i, image in enumerate(source.images()) if i in chosen)
+
+    notes = [*source.notes, f"{len(chosen)} of its {count} images: --split={split} of --validation={num_validation}"]
+    return replace(source, count=len(chosen), images=images, notes=notes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dnnlib.errors import RunError, UserError, one_line
 from training.config.metrics import SPLITS
-from training.dataset.listing import Listing, many
+from training.dataset.listing import ARRAY_SUFFIX, Listing, many
 
 Label = int | str | list[float] | None
 Result = TypeVar("Result")
@@ -46,6 +46,7 @@ class Source:
     labels: str = ""  # where they come from: 'dataset.json', 'column label', ...; '' = there are none
     classes: list[str] | None = None  # names of the classes 0, 1, ..., where labels are numbers with names
     multi_label: bool = False  # labels are lists of classes
+    num_classes: int | None = None  # None: not known before all are read
     has_keys: bool = False  # `Choice.image_key` and `label_key` mean something to it
     notes: list[str] = field(default_factory=list)  # what users should know about how it was understood, one line each
 
@@ -133,5 +134,12 @@ def _part_of(name: str) -> str | None:
 def no_images(path: Path, listing: Listing) -> UserError:
     """The error about a source that holds only other files."""
     found = "; ".join(listing.left_out()) or "it is empty"
-    remedy = "write Arrow files as Parquet" if listing.others[".arrow"] else "unpack archives"
-    return UserError(f"--source={path}: no images in it ({found}): {remedy} first")
+    if listing.others[".arrow"]:
+        remedy = "write Arrow files as Parquet first"
+    elif path.suffix == ".npz":
+        remedy = "reference batches of ADM go to calculate_metrics.py as they are; save other arrays as PNG files first"
+    elif listing.others[ARRAY_SUFFIX]:
+        remedy = "latents are trained on as they are, and become images by dataset_tool.py decode"
+    else:
+        remedy = "unpack archives first"
+    return UserError(f"--source={path}: no images in it ({found}): {remedy}")

@@ -22,7 +22,11 @@ class _File(NamedTuple):
 
     @property
     def is_image(self) -> bool:
-        return f".{self.key.rpartition('.')[2]}" in image_suffixes()
+        return _is_image(self.key)
+
+
+def _is_image(key: str) -> bool:
+    return f".{key.rpartition('.')[2]}" in image_suffixes()
 
 
 def has_samples(names: Sequence[str]) -> bool:
@@ -53,10 +57,15 @@ def tar_shards(path: Path, shards: Sequence[Path], choice: Choice, note: str = "
                 samples = _samples(archive)
                 yield from images_naming_damage(shard, _with_images(shard, samples, choice))
 
+    names = list_tar(shards[0]).names
     labels, notes = f"key {choice.label_key}" if choice.label_key else "files .cls, or keys of .json", []
-    if not choice.label_key and not has_samples(list_tar(shards[0]).names):
+    if not choice.label_key and not has_samples(names):
         labels = ""
         notes = ["no labels beside the images: if each tar file is a class, unpack each into a folder of its name"]
+    kinds = {key for _base, key in map(_split, names) if _is_image(key)}
+    others = sorted(kinds - {choice.image_key.lower()} if choice.image_key else {key for key in kinds if "." in key})
+    if others and len(others) < len(kinds):
+        notes.append(f"one image per sample: others beside it are left out ({', '.join(others)}; see --image-key)")
     return Source(f"tar shards{note}", path, None, images, labels, has_keys=True, notes=notes)
 
 

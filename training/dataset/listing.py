@@ -3,21 +3,26 @@
 import contextlib
 import functools
 import importlib
+import json
 import os
 import posixpath
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import PIL.Image
 
+from training.config.data import RECORD_NAME
+
 ARRAY_SUFFIX = ".npy"
 CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
 NAMES_FILE = "names.json"  # what the images of a dataset were called before
-OUR_FILES = ("dataset.json", "report.json", "generation.json", NAMES_FILE)  # beside images
-# Folders in which systems keep thumbnails, deleted files and the like; all of them may hold images.
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "lost+found")
+OUR_FILES = ("dataset.json", "report.json", RECORD_NAME, NAMES_FILE)  # beside images
+# Folders in which systems keep thumbnails, deleted files and earlier versions; all of them may hold images.
+SYSTEM_FOLDERS = ("__MACOSX", "Network Trash Folder", "Temporary Items")  # macOS
+SYSTEM_FOLDERS += ("@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot")  # NAS
+SYSTEM_FOLDERS += ("$RECYCLE.BIN", "System Volume Information", "lost+found")  # Windows, Linux
 HIDDEN = re.compile(rf"(?:^|/)(\.(?!\.?(?:/|$))[^/]*|{'|'.join(map(re.escape, SYSTEM_FOLDERS))})(?=/|$)")
 # Formats that Pillow only recognises, or hands to a program.
 UNREADABLE_FORMATS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"})
@@ -26,6 +31,7 @@ HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 OTHER_PICTURES = {".avif", ".jxl", ".jxr", ".svg", ".exr", ".hdr", ".eps", ".wmf", ".emf", ".xcf", ".raw", ".dng"}
 OTHER_PICTURES |= {".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".pef", ".srw"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+RARE = 100  # files of a type: text files beside the images are more
 SHOWN = 5  # names and suffixes in a line
 
 
@@ -63,8 +69,8 @@ def printable(name: str) -> str:
 
 
 def many(count: int, noun: str) -> str:
-    """'1 image', '2 images'."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """'1 image', '2 images', '2 classes'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def counted(counts: Counter[str]) -> str:
@@ -82,7 +88,9 @@ class Listing:
     kinds: Counter[str] = field(default_factory=Counter)  # of these, by file type
     hidden: Counter[str] = field(default_factory=Counter)  # images in hidden files and folders, by that file or folder
     unreadable: list[str] = field(default_factory=list)  # names of pictures of other types
+    sheets: list[str] = field(default_factory=list)  # names of contact sheets of the images
     others: Counter[str] = field(default_factory=Counter)  # all other files, by type
+    odd: list[int] = field(default_factory=list)  # positions of those of rare types, whose names may be damaged
     tables: list[str] = field(default_factory=list)  # names of those among them that may hold labels
 
     def unused_tables(self) -> list[str]:
@@ -105,22 +113,46 @@ class Listing:
                 f"left out: {many(len(self.unreadable), 'picture')} of unreadable kinds ({counted(kinds)}): "
                 f"{heif}convert to PNG or JPEG"
             )
+        if self.sheets:
+            lines.append(
+                f"left out: {many(len(self.sheets), 'contact sheet')} ({', '.join(map(printable, self.sheets))})"
+            )
         if self.others:
             lines.append(f"left out: {many(self.others.total(), 'other file')} ({counted(self.others)})")
         return lines
 
 
-def list_files(names: Iterable[str], arrays: bool = False) -> Listing:
+def contact_sheets(names: Iterable[str], read: Callable[[str], bytes | memoryview]) -> set[str]:
+    """The files that are contact sheets of images beside them, as the record of generated images says.
+
+    Args:
+        read: name -> contents.
+    """
+    found: set[str] = set()
+    for name in names:
+        if posixpath.basename(name) == RECORD_NAME:
+            # A damaged record, which can fail in any way, is no reason to refuse images.
+            with contextlib.suppress(Exception):
+                sheets = json.loads(bytes(read(name))).get("sheets", [])
+                found |= {posixpath.join(posixpath.dirname(name), sheet) for sheet in sheets}
+    return found
+
+
+def list_files(names: Iterable[str], arrays: bool = False, sheets: Collection[str] = ()) -> Listing:
     """Sort files by what is done with them.
 
     Args:
         names: of all files, relative to the place that they are in.
         arrays: `.npy` files count as images.
+        sheets: names of those that are contact sheets.
     """
     listing, readable = Listing(), image_suffixes() | ({ARRAY_SUFFIX} if arrays else set())
+    positions_by_type: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names):
         suffix, hidden = suffix_of(name), HIDDEN.search(name)
-        if hidden is not None:
+        if name in sheets:
+            listing.sheets.append(name)
+        elif hidden is not None:
             if suffix in readable:
                 listing.hidden[hidden[1]] += 1
         elif suffix in readable:
@@ -131,6 +163,8 @@ def list_files(names: Iterable[str], arrays: bool = False) -> Listing:
             listing.unreadable.append(name)
         elif posixpath.basename(name) not in OUR_FILES and suffix != CONTEXTS_SUFFIX:
             listing.others[suffix or "without a suffix"] += 1
+            positions_by_type[suffix].append(position)
             if suffix in TABLE_SUFFIXES:
                 listing.tables.append(name)
+    listing.odd = [position for some in positions_by_type.values() if len(some) <= RARE for position in some]
     return listing

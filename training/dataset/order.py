@@ -2,9 +2,12 @@
 
 import functools
 import math
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,8 +108,20 @@ def collate(items: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, t
     return batch, torch.from_numpy(np.stack(labels))
 
 
+def start_loading(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """The batches of a loader, whose processes do not see Ctrl-C, not even while they start."""
+    if loader.num_workers == 0 or not hasattr(signal, "pthread_sigmask"):  # Windows has none
+        return iter(loader)
+    multiprocessing.resource_tracker.ensure_running()  # its start would let signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def begin_loader_process(_worker: int) -> None:
-    """Prepares a loader process: signals to the group (Ctrl-C, torchrun's SIGTERM) are left to the training process."""
+    """Prepares a loader process: signals to the group (Ctrl-C, torchrun's SIGTERM) are left to the main process."""
     os.setsid()
     # When Python shuts down, the thread that sends batches may be about to free a tensor, for which it needs Python's
     # lock: now and then that aborts the process. So leave before.

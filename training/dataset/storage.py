@@ -15,9 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib.errors import UserError, one_line
+from training.dataset.listing import Listing, contact_sheets, list_files
 
-# Of the local header of a ZIP entry: its fixed size, and where the lengths of its name and extra field are.
-LOCAL_HEADER_BYTES, LOCAL_LENGTHS = 30, 26
+# Of the local header of a ZIP entry: its fixed size, and where its flags and the lengths of name and extra field are.
+LOCAL_HEADER_BYTES, LOCAL_FLAGS, LOCAL_LENGTHS = 30, 6, 26
+UTF8_FLAG = 1 << 11
 MAX_FILE_BYTES = 1 << 30  # of a compressed entry: more would only be there to fill the memory
 
 
@@ -50,6 +52,14 @@ class Storage(Protocol):
         """
         ...
 
+    def check_name(self, idx: int) -> None:
+        """Compare the name of a file with its second copy, if there is one.
+
+        Raises:
+            ValueError: they differ.
+        """
+        ...
+
     def compressed(self, indices: np.ndarray) -> bool:
         """Whether any of these files is unpacked each time it is read."""
         ...
@@ -67,6 +77,12 @@ def open_storage(path: Path) -> Storage:
     if path.is_file():
         return _Zip(path)
     raise UserError(f"{path}: no such dataset: give a ZIP file or a folder of images")
+
+
+def files_of_dataset(storage: Storage) -> Listing:
+    """The files by what is done with them; arrays are images, too."""
+    sheets = contact_sheets(storage.names, lambda name: storage.read(storage.names.index(name)))
+    return list_files(storage.names, arrays=True, sheets=sheets)
 
 
 def files_below(folder: Path) -> Iterator[str]:
@@ -142,6 +158,9 @@ class _Folder:
     def check(self, idx: int, data: bytes | memoryview) -> None:
         pass
 
+    def check_name(self, idx: int) -> None:
+        pass
+
     def compressed(self, indices: np.ndarray) -> bool:
         return False
 
@@ -167,6 +186,7 @@ class _Zip:
             info.filename = info.filename.replace("\\", "/")  # as some Windows tools write
         infos.sort(key=lambda info: info.filename)
         self.names = [info.filename for info in infos]
+        self._originals = {i: info.orig_filename for i, info in enumerate(infos) if info.orig_filename != info.filename}
         fields = [(i.header_offset, i.compress_size, i.file_size, i.CRC, i.compress_type) for i in infos]
         self._offsets, self._stored_sizes, self._sizes, self._crcs, self._methods = (
             np.array(fields, np.int64).reshape(-1, 5).T
@@ -178,8 +198,8 @@ class _Zip:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": -1, "_map": None}
 
-    def _stored(self, idx: int) -> memoryview:
-        """The bytes of an entry as they lie in the file."""
+    def _local_header(self, idx: int) -> tuple[mmap.mmap, int, int, int]:
+        """The file, and the place of an entry's local header in it, with the lengths of its name and extra field."""
         if self._map is None:
             self._file = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
@@ -188,9 +208,13 @@ class _Zip:
         if _identity(os.fstat(self._file)) != self._identity:
             raise ValueError("the ZIP file has changed since it was opened: restore it, and repeat the command")
         offset = int(self._offsets[idx])
-        name_length, extra_length = struct.unpack_from("<HH", self._map, offset + LOCAL_LENGTHS)
+        return self._map, offset, *struct.unpack_from("<HH", self._map, offset + LOCAL_LENGTHS)
+
+    def _stored(self, idx: int) -> memoryview:
+        """The bytes of an entry as they lie in the file."""
+        contents, offset, name_length, extra_length = self._local_header(idx)
         start = offset + LOCAL_HEADER_BYTES + name_length + extra_length
-        return memoryview(self._map)[start : start + int(self._stored_sizes[idx])]
+        return memoryview(contents)[start : start + int(self._stored_sizes[idx])]
 
     def read(self, idx: int) -> bytes | memoryview:
         data, method = self._stored(idx), int(self._methods[idx])
@@ -214,6 +238,14 @@ class _Zip:
     def check(self, idx: int, data: bytes | memoryview) -> None:
         if zlib.crc32(data) != self._crcs[idx]:
             raise ValueError("damaged (checksum mismatch): copy or convert the dataset again")
+
+    def check_name(self, idx: int) -> None:
+        contents, offset, name_length, _extra_length = self._local_header(idx)
+        start = offset + LOCAL_HEADER_BYTES
+        is_utf8 = struct.unpack_from("<H", contents, offset + LOCAL_FLAGS)[0] & UTF8_FLAG
+        name = contents[start : start + name_length].decode("utf-8" if is_utf8 else "cp437", "replace")
+        if name != self._originals.get(idx, self.names[idx]):
+            raise ValueError(f"damaged (it is also called {one_line(name)[:50]}): copy or convert the dataset again")
 
     def compressed(self, indices: np.ndarray) -> bool:
         return bool((self._methods[indices] != zipfile.ZIP_STORED).any())

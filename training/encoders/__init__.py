@@ -8,7 +8,6 @@ from training.encoders.base import (
     RandnLike,
     RawLatentEncoder,
     StandardRGBEncoder,
-    to_pixels,
     unwhiten,
     whiten,
 )
@@ -17,12 +16,14 @@ from training.encoders.choice import (
     data_spec,
     encoder_for,
     encoder_from_record,
+    encoder_of_autoencoder,
     encoder_of_vae,
     encoder_to_decode,
     encoder_to_encode,
     same_latents,
 )
 from training.encoders.models import KNOWN_VAES, PUBLISHED_VAE
+from training.encoders.nvae import NVAEEncoder
 from training.encoders.text import (
     PUBLISHED_CLIP,
     TEXT_ENCODERS,
@@ -32,6 +33,7 @@ from training.encoders.text import (
     text_encoder_from_record,
     text_record,
 )
+from training.encoders.vae import VAEEncoder
 
 __all__ = [
     "ENCODERS",
@@ -45,22 +47,24 @@ __all__ = [
     "ContextEncoder",
     "Encoder",
     "Moments",
+    "NVAEEncoder",
     "RandnLike",
     "RawLatentEncoder",
     "StabilityVAEEncoder",
     "StandardRGBEncoder",
     "TextEncoder",
+    "VAEEncoder",
     "WordEncoder",
     "data_spec",
     "encoder_for",
     "encoder_from_record",
+    "encoder_of_autoencoder",
     "encoder_of_vae",
     "encoder_to_decode",
     "encoder_to_encode",
     "same_latents",
     "text_encoder_from_record",
     "text_record",
-    "to_pixels",
     "unwhiten",
     "whiten",
 ]

@@ -1,21 +1,21 @@
 """Encoders that are VAEs of diffusers."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from dnnlib.errors import UserError
-from training.encoders.base import FINAL_STD, Encoder, RandnLike, to_pixels, unwhiten, whiten
-from training.encoders.models import PUBLISHED_VAE, ModelFiles, absolute
+from training.encoders.base import FINAL_STD, RandnLike, unwhiten, whiten
+from training.encoders.models import PUBLISHED_VAE, ModelFiles
+from training.encoders.vae import VAEEncoder
 
 # Raw latents of the published VAE, of pixels in [0, 1], per channel.
 PUBLISHED_MEAN = (5.81, 3.25, 0.12, -2.15)
 PUBLISHED_STD = (4.17, 4.62, 3.71, 3.28)
 
 
-class AutoencoderEncoder(Encoder):
+class AutoencoderEncoder(VAEEncoder):
     """Latents of a VAE of diffusers, whitened per channel to mean 0 and standard deviation 0.5, or scaled.
 
     Args:
@@ -28,7 +28,6 @@ class AutoencoderEncoder(Encoder):
     """
 
     model_class = ""  # diffusers' name
-    distribution = False  # whether raw latents are mean and standard deviation of what is drawn
 
     def __init__(
         self,
@@ -41,51 +40,25 @@ class AutoencoderEncoder(Encoder):
         shift: float = 0.0,
         pixel_range: Sequence[float] = (-1.0, 1.0),
     ):
-        self.vae_name, self.vae_sha256, self.batch_size = vae_name, vae_sha256, batch_size
+        super().__init__(vae_name, vae_sha256, batch_size)
         self.scale, self.shift = scale, shift
         # One number stands for all channels.
         self.raw_mean = list(raw_mean) if scale is None else [shift]
         self.raw_std = list(raw_std) if scale is None else [FINAL_STD / scale]
         self.pixel_range = list(pixel_range)
-        self._named_by = ""
-        self._vae: Any = None
 
     @property
     def init_kwargs(self) -> dict:
-        kwargs: dict[str, Any] = dict(vae_name=self.vae_name)
-        if self.vae_sha256:
-            kwargs["vae_sha256"] = self.vae_sha256
+        kwargs = super().init_kwargs
         if self.scale is None:
             kwargs |= dict(raw_mean=self.raw_mean, raw_std=self.raw_std)
         else:
             kwargs |= dict(scale=self.scale, shift=self.shift)
         return {**kwargs, "pixel_range": self.pixel_range}
 
-    def named_by(self, source: str) -> "AutoencoderEncoder":
-        """The same, whose VAE a file names, so that not everything may be fetched for it; '' = the user trusts it."""
-        return self._with(_named_by=source)
-
-    def with_vae(self, vae_name: str) -> "AutoencoderEncoder":
-        """An encoder of the same latents by a VAE that the user names."""
-        return self._with(vae_name=absolute(vae_name), vae_sha256="", _named_by="", _vae=None)
-
     def measured(self, raw_mean: Sequence[float], raw_std: Sequence[float]) -> "AutoencoderEncoder":
         """The same with statistics of raw latents."""
         return self._with(raw_mean=list(raw_mean), raw_std=list(raw_std))
-
-    def identified(self) -> "AutoencoderEncoder":
-        """The same with the checksum of its VAE.
-
-        Raises:
-            UserError: the VAE is missing.
-            RunError: it could not be downloaded now.
-        """
-        return self._with(vae_sha256=self._files().sha256())
-
-    def _with(self, **attributes: Any) -> "AutoencoderEncoder":
-        other = copy.copy(self)
-        vars(other).update(attributes)
-        return other
 
     @property
     def is_measured(self) -> bool:
@@ -98,50 +71,27 @@ class AutoencoderEncoder(Encoder):
     def final_channels(self, stored: int) -> int:
         return stored // 2 if self.distribution else stored
 
-    def prepare(self, device: torch.device) -> None:
-        self.vae(device)
-
-    def vae(self, device: torch.device) -> Any:
-        """The VAE on `device`.
-
-        Raises:
-            UserError: diffusers is not installed, or the VAE is missing, damaged or another than it should be.
-            RunError: it could not be downloaded now.
-        """
-        return self._loaded().to(device)
-
-    def _loaded(self) -> Any:
-        if self._vae is None:
-            files = self._files()
-            if self.vae_sha256 and (actual := files.sha256()) != self.vae_sha256:
-                raise UserError(
-                    f"the VAE {self.vae_name} is another than {self._named_by or 'its record'} says (SHA-256 "
-                    f"{actual[:12]}... instead of {self.vae_sha256[:12]}...): give the right one by --encoder"
-                )
-            self._vae = files.load(self.model_class).eval().requires_grad_(False)
-        return self._vae
-
     def _files(self) -> ModelFiles:
         return ModelFiles(self.vae_name, self._named_by)
+
+    def _load(self, files: ModelFiles) -> Any:
+        return files.load(self.model_class).eval().requires_grad_(False)
 
     def downsampling(self) -> int:
         """Pixels per latent along a side. Errors as for `vae`."""
         raise NotImplementedError
 
-    def check_channels(self, channels: int) -> None:
-        """Check that latents of so many channels can be decoded. Errors as for `vae`, and:
-
-        Raises:
-            UserError: the VAE has another number.
-        """
-        if channels != self.latent_channels():
+    def check_images(self, source: str, channels: int, resolution: int) -> None:
+        if channels != 3:
+            raise UserError(f"{source}: holds {channels} channels of uint8, not RGB images")
+        factor = self.downsampling()
+        if resolution % factor != 0:
             raise UserError(
-                f"the VAE {self.vae_name} has latents of {self.latent_channels()} channels, not {channels}: give the "
-                "VAE that made them by --encoder"
+                f"{source}: the VAE needs a size divisible by {factor}, not {resolution}: convert the images to "
+                "another --resolution"
             )
 
     def latent_channels(self) -> int:
-        """Channels of the VAE's latents. Errors as for `vae`."""
         return self._loaded().config.latent_channels
 
     def scaled_as_configured(self) -> "AutoencoderEncoder":
@@ -166,7 +116,7 @@ class AutoencoderEncoder(Encoder):
         """Pixels as the VAE sees them -> raw latents."""
         raise NotImplementedError
 
-    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
         vae = self.vae(x.device)
         black, white = self.pixel_range
         with torch.inference_mode():
@@ -181,10 +131,9 @@ class AutoencoderEncoder(Encoder):
         return whiten(x, self.raw_mean, self.raw_std)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        return to_pixels(self.raw_to_floats(unwhiten(x.float(), self.raw_mean, self.raw_std)))
+        return self.floats_to_pixels(self.raw_to_floats(unwhiten(x.float(), self.raw_mean, self.raw_std)))
 
     def raw_to_floats(self, raw: torch.Tensor) -> torch.Tensor:
-        """Raw latents (no distributions) -> pixels as the VAE gives them, brought to around [0, 1]."""
         self.check_channels(raw.shape[1])
         vae = self.vae(raw.device)
         black, white = self.pixel_range

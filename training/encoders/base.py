@@ -41,8 +41,8 @@ class Encoder:
             RunError: something could not be downloaded now.
         """
 
-    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
-        """uint8 pixels [N, C, H, W] -> raw latents."""
+    def encode_pixels(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
+        """uint8 pixels [N, C, H, W] -> raw latents; `randn_like` draws where they are draws themselves."""
         raise NotImplementedError
 
     def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Encoder:
 
     def encode(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
         """uint8 pixels [N, C, H, W] -> final latents."""
-        return self.encode_latents(self.encode_pixels(x), randn_like)
+        return self.encode_latents(self.encode_pixels(x, randn_like), randn_like)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Final latents -> uint8 pixels (or float32 raw latents where there are no pixels)."""
@@ -88,7 +88,7 @@ class StandardRGBEncoder(Encoder):
     def output_suffix(self, channels: int) -> str:
         return ".png" if channels <= 4 else ".npy"  # PNG ends at RGBA
 
-    def encode_pixels(self, x: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:
         return x
 
     def encode_latents(self, x: torch.Tensor, randn_like: RandnLike = torch.randn_like) -> torch.Tensor:

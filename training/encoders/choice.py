@@ -19,10 +19,13 @@ from training.encoders.autoencoders import (
 )
 from training.encoders.base import Encoder, Moments, RawLatentEncoder, StandardRGBEncoder
 from training.encoders.models import PUBLISHED_SUFFIX, PUBLISHED_VAE, ModelFiles, absolute
+from training.encoders.nvae import NVAEEncoder
+from training.encoders.vae import VAEEncoder
 
 # The registry: names in files.
 ENCODERS: dict[str, type[Encoder]] = {
-    cls.__name__: cls for cls in (StandardRGBEncoder, RawLatentEncoder, StabilityVAEEncoder, AutoencoderDCEncoder)
+    cls.__name__: cls
+    for cls in (StandardRGBEncoder, RawLatentEncoder, StabilityVAEEncoder, AutoencoderDCEncoder, NVAEEncoder)
 }
 RAW = "raw"  # in place of the name of a VAE: there is none
 MAX_MEASURED = 10000  # items whose statistics are taken for those of all
@@ -47,18 +50,25 @@ def encoder_from_record(source: str, name: Any, kwargs: Any) -> Encoder:
         encoder = encoder_class(**kwargs)
     except (UserError, TypeError) as err:
         raise UserError(f"{source}: the arguments of its encoder do not fit ({one_line(err)[:100]})") from None
-    return encoder.named_by(source) if isinstance(encoder, AutoencoderEncoder) else encoder
+    return encoder.named_by(source) if isinstance(encoder, VAEEncoder) else encoder
 
 
-def encoder_of_vae(vae_name: str, **kwargs: Any) -> AutoencoderEncoder:
-    """The encoder of a VAE that the user names: the published one with its statistics, others with none yet.
-
-    Args:
-        kwargs: arguments of the encoder.
+def encoder_of_vae(vae_name: str) -> VAEEncoder:
+    """The encoder of a VAE that the user names: the published one with its statistics, others with none yet, or that of
+    an NVAE, which needs none.
 
     Raises:
         UserError: there is no such VAE, or none that is known here.
-        RunError: its configuration could not be downloaded now.
+        RunError: it, or its configuration, could not be downloaded now.
+    """
+    return NVAEEncoder(absolute(vae_name)) if NVAEEncoder.recognises(vae_name) else encoder_of_autoencoder(vae_name)
+
+
+def encoder_of_autoencoder(vae_name: str, **kwargs: Any) -> AutoencoderEncoder:
+    """As `encoder_of_vae`, of a VAE of diffusers.
+
+    Args:
+        kwargs: arguments of the encoder.
     """
     if vae_name == PUBLISHED_VAE:
         return StabilityVAEEncoder(**kwargs)
@@ -115,13 +125,13 @@ def recorded_encoder(dataset: ImageFolderDataset, override: str = "", trusted: b
         source = f"{dataset.path}: dataset.json"
         encoder = encoder_from_record(source, record.get("name"), record.get("kwargs"))
     if override:  # the statistics of the record are those of the latents, wherever the VAE is now
-        return encoder.with_vae(override) if isinstance(encoder, AutoencoderEncoder) else encoder_of_vae(override)
-    return encoder.named_by("") if trusted and isinstance(encoder, AutoencoderEncoder) else encoder
+        return encoder.with_vae(override) if isinstance(encoder, VAEEncoder) else encoder_of_vae(override)
+    return encoder.named_by("") if trusted and isinstance(encoder, VAEEncoder) else encoder
 
 
 def encoder_to_encode(
     vae_name: str | None, scale: float | str | None = None, pixel_range: Sequence[float] | None = None
-) -> tuple[AutoencoderEncoder, str]:
+) -> tuple[VAEEncoder, str]:
     """The encoder for new latents, and what it does in a line.
 
     Args:
@@ -132,11 +142,18 @@ def encoder_to_encode(
         pixel_range: values of black and white; None = those of the encoder's kind.
 
     Raises:
-        UserError: there is no such VAE, or it has no published statistics.
+        UserError: there is no such VAE, it has no published statistics, or it is an NVAE, for which the other arguments
+            have no meaning.
         RunError: it could not be downloaded now.
     """
+    if vae_name is not None and NVAEEncoder.recognises(vae_name):
+        if scale is not None or pixel_range is not None:
+            given = "--scale" if scale is not None else "--pixel-range"
+            raise UserError(f"{given} has no meaning for latents of an NVAE: leave it out")
+        encoder = encoder_of_vae(vae_name)
+        return encoder, f"Encoder: {encoder.describe()}"
     kwargs: dict[str, Any] = {} if pixel_range is None else dict(pixel_range=pixel_range)
-    encoder = encoder_of_vae(vae_name or PUBLISHED_VAE, **kwargs)
+    encoder = encoder_of_autoencoder(vae_name or PUBLISHED_VAE, **kwargs)
     if scale == "measured":
         encoder = encoder.measured((), ())
     elif scale == "config" or (scale is None and (vae_name or "").endswith(PUBLISHED_SUFFIX)):
@@ -150,9 +167,7 @@ def encoder_to_encode(
     return encoder, f"Encoder: {encoder.describe()}"
 
 
-def encoder_to_decode(
-    dataset: ImageFolderDataset, override: str = "", trusted: bool = False
-) -> tuple[AutoencoderEncoder, str]:
+def encoder_to_decode(dataset: ImageFolderDataset, override: str = "", trusted: bool = False) -> tuple[VAEEncoder, str]:
     """The encoder for latents that are to become pixels, and how it was found in a line.
 
     Arguments and errors as for `encoder_for`.
@@ -161,7 +176,7 @@ def encoder_to_decode(
     if encoder is None:
         lines: list[str] = []
         return assumed_encoder(dataset, lines.append), lines[0]
-    if not isinstance(encoder, AutoencoderEncoder):
+    if not isinstance(encoder, VAEEncoder):
         raise UserError(f"{dataset.path}: no VAE made these latents: name one by --encoder")
     return encoder, f"Encoder: {encoder.describe()}"
 
@@ -176,7 +191,9 @@ def assumed_encoder(dataset: ImageFolderDataset, log: Callable[[str], None]) -> 
 
 
 def _with_statistics(encoder: Encoder, dataset: ImageFolderDataset, max_items: int) -> Encoder:
-    """The encoder with statistics of the latents, which fit these."""
+    """The encoder with the statistics of the latents that it needs, which fit these."""
+    if isinstance(encoder, NVAEEncoder):
+        return encoder
     distribution = isinstance(encoder, AutoencoderEncoder) and encoder.distribution
     if not isinstance(encoder, (AutoencoderEncoder, RawLatentEncoder)):
         raise UserError(f"{dataset.path}: holds latents, and its dataset.json names a {type(encoder).__name__}")

@@ -1,6 +1,6 @@
 """The images that are measured: folders, ZIP files, and .npz files of ADM."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from dnnlib.util import EasyDict
 from torch_utils import distributed
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
-from training.dataset.order import collate, subset
+from training.dataset.order import begin_loader_process, collate, start_loading, subset
 
 
 class ArrayImages(torch.utils.data.Dataset):
@@ -55,11 +55,15 @@ class ArrayImages(torch.utils.data.Dataset):
 StoredImages = ImageFolderDataset | ArrayImages
 
 
-def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) -> StoredImages:
+Fit = Callable[[np.ndarray], np.ndarray | None]
+
+
+def open_images(path: str | Path, num_images: int | None = None, seed: int = 0, fit: Fit | None = None) -> StoredImages:
     """The uint8 images of a folder, a ZIP file, or an .npz file of ADM; transparent ones on white, as converted.
 
     Args:
         num_images: how many; of more, `seed` draws a subset. None = all.
+        fit: makes images of one size of those in folders and ZIP files, see `ImageFolderDataset`; None = they are.
 
     Raises:
         UserError: the path is missing or damaged, holds latents or fewer images, or they differ in size.
@@ -68,7 +72,7 @@ def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) 
     if path.suffix == ".npz":
         images = ArrayImages(path, num_images, seed)
     else:
-        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed, opaque=True)
+        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed, opaque=True, fit=fit)
         if images.dtype != np.uint8:
             raise UserError(f"{path}: holds latents, not images: decode them first (dataset_tool.py decode)")
         images.verify()
@@ -105,6 +109,7 @@ class FileBatches:
             images,
             batch_sampler=self.batches,  # type: ignore[arg-type]
             collate_fn=collate,
+            worker_init_fn=begin_loader_process,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
             multiprocessing_context="spawn" if num_workers > 0 else None,
@@ -114,5 +119,6 @@ class FileBatches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[EasyDict]:
-        for batch_idx, (indices, (images, _labels)) in enumerate(zip(self.batches, self.loader, strict=True)):
+        batches = zip(self.batches, start_loading(self.loader), strict=True)
+        for batch_idx, (indices, (images, _labels)) in enumerate(batches):
             yield EasyDict(images=images, indices=np.array(indices), batch_idx=batch_idx, num_batches=len(self))

@@ -82,8 +82,8 @@ def row_norms(v: torch.Tensor) -> torch.Tensor:
 class DataInitConv2d(Conv2d):
     """Convolution that chooses its scale and bias in its first forward pass of training.
 
-    With out = conv(x, v / |v|) of the first batch, they become such that each channel leaves with mean 0 and standard
-    deviation 1/5. `init_done` (not in published checkpoints) keeps loaded weights as they are.
+    With out = conv(x, v / |v|) of the first batch of all processes, they become such that each channel leaves with mean
+    0 and standard deviation 1/5. `init_done` (not in published checkpoints) keeps loaded weights as they are.
     """
 
     init_done: torch.Tensor
@@ -100,9 +100,13 @@ class DataInitConv2d(Conv2d):
     @torch.no_grad()
     def _initialize(self, x: torch.Tensor) -> None:
         assert self.log_weight_norm is not None and self.bias is not None
-        out = self._conv_forward(x, self.weight / (row_norms(self.weight) + WEIGHT_EPS), None)
-        std = 5 * out.std(dim=(0, 2, 3)) + WEIGHT_EPS
-        self.bias.copy_(-out.mean(dim=(0, 2, 3)) / std)
+        out = self._conv_forward(x, self.weight / (row_norms(self.weight) + WEIGHT_EPS), None).float()
+        count = distributed.all_reduce_sum_(out.new_tensor([out.numel() / out.shape[1]]))
+        mean = distributed.all_reduce_sum_(out.sum(dim=(0, 2, 3))) / count
+        deviation = out - mean.reshape(-1, 1, 1)
+        var = distributed.all_reduce_sum_(deviation.square().sum(dim=(0, 2, 3))) / (count - 1)
+        std = 5 * var.sqrt() + WEIGHT_EPS
+        self.bias.copy_(-mean / std)
         self.log_weight_norm.copy_(-std.log().reshape(-1, 1, 1, 1))
         self.init_done.fill_(True)
         if self.shared_weight is not None:

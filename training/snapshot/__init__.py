@@ -3,6 +3,7 @@
 `python snapshot_tool.py` converts, inspects, exports and fetches them.
 """
 
+from training.encoders import NVAEEncoder
 from training.snapshot.files import (
     Snapshot,
     load_network,
@@ -12,6 +13,9 @@ from training.snapshot.files import (
     write_snapshot,
 )
 from training.snapshot.layout import SnapshotFile, build_for
+from training.snapshot.nvae_latents import find_nvae_snapshot
+
+NVAEEncoder.open_file = staticmethod(find_nvae_snapshot)
 
 __all__ = [
     "Snapshot",

@@ -25,6 +25,7 @@ from training.toy.sampling import sample_toy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 FORMATS = (".png", ".pdf", ".svg")
 VIEW = (-1.65, 1.65)  # limits of x and of y in the upper panels
@@ -128,12 +129,14 @@ def draw_paper_figure(figure: "Figure", models: Models, guidance: float, cfg_gui
         "Ground truth": distribution.sample(SAMPLES, generator=generator),
         "No guidance": sample_toy(net, noise),
     }
-    lower: list[Callable[[Axes], None]] = [lambda axes: _draw_density(axes, box, net, "Density of the model, $p_1$")]
+    lower: list[Callable[[Axes], None]] = [
+        lambda axes: _draw_density(axes, box, net, "Density of the model, $p_1$", "Oranges")
+    ]
     if gnet is not None:
         cfg_samples = sample_toy(net, noise, models.cfg_net, cfg_guidance)
         samples[f"Classifier-free guidance, $w = {cfg_guidance:g}$"] = cfg_samples
         samples[f"Autoguidance, $w = {guidance:g}$"] = sample_toy(net, noise, gnet, guidance)
-        lower.append(lambda axes: _draw_density(axes, box, gnet, "Density of its guide, $p_0$"))
+        lower.append(lambda axes: _draw_density(axes, box, gnet, "Density of its guide, $p_0$", "Greens"))
         lower.append(lambda axes: _draw_ratio(axes, box, net, gnet))
     lower.append(lambda axes: _draw_trajectories(axes, cls, box, net, gnet, guidance, generator))
 
@@ -184,15 +187,26 @@ def _draw_samples(axes: "Axes", cls: str, x: torch.Tensor) -> None:
     _frame(axes, VIEW, VIEW)
 
 
-def _draw_density(axes: "Axes", box: Box, model: ToyModel, title: str) -> None:
+def _draw_density(axes: "Axes", box: Box, model: ToyModel, title: str, colors: str) -> None:
     """Draw a model's density at `SIGMA_MID`, which it gives up to a factor."""
     grid = _grid(*box, GRID, next(model.parameters()).device)
     logp = model.logp(grid, SIGMA_MID)
     density = (logp - logp.max()).exp().detach().cpu().numpy()
     extent = (*box[0], *box[1])
-    axes.imshow(density, origin="lower", extent=extent, cmap="Oranges", interpolation="bilinear")
+    image = axes.imshow(density, origin="lower", extent=extent, cmap=colors, interpolation="bilinear")
+    _color_bar(axes, image, "density, share of the maximum", [0, 0.5, 1])
     axes.set_title(title)
     _frame(axes, *box)
+
+
+def _color_bar(axes: "Axes", image: "AxesImage", label: str, ticks: list[float]) -> None:
+    """A bar in the upper left corner that says what the colours are."""
+    corner = axes.inset_axes((0.02, 0.87, 0.46, 0.11), xticks=[], yticks=[])
+    corner.patch.set_alpha(0.9)
+    bar = axes.figure.colorbar(image, cax=corner.inset_axes((0.08, 0.68, 0.84, 0.22)), orientation="horizontal")
+    bar.set_ticks(ticks)
+    bar.ax.tick_params(labelsize=8, length=2, pad=1)
+    bar.set_label(label, fontsize=8, labelpad=0)
 
 
 def _draw_ratio(axes: "Axes", box: Box, net: ToyModel, gnet: ToyModel) -> None:
@@ -201,13 +215,16 @@ def _draw_ratio(axes: "Axes", box: Box, net: ToyModel, gnet: ToyModel) -> None:
     grid = _grid(*box, GRID, device)
     ratio = (net.logp(grid, SIGMA_MID) - gnet.logp(grid, SIGMA_MID)).detach().cpu().numpy()
     extent = (*box[0], *box[1])
-    low = float(ratio.max()) - RATIO_NATS
-    axes.imshow(ratio, origin="lower", extent=extent, cmap="Oranges", vmin=low, interpolation="bilinear")
+    ratio -= ratio.max()  # known up to a constant
+    image = axes.imshow(
+        ratio, origin="lower", extent=extent, cmap="Purples", vmin=-RATIO_NATS, vmax=0, interpolation="bilinear"
+    )
     coarse = _grid(*box, ARROWS, device)
     gradient = net.score(coarse, SIGMA_MID) - gnet.score(coarse, SIGMA_MID)
     length = gradient.norm(dim=-1, keepdim=True)
     arrows = (gradient / length * length.clamp(max=length.quantile(0.8).item())).cpu().numpy()
     places = coarse.cpu().numpy()
+    _color_bar(axes, image, "nats, from the maximum", [-RATIO_NATS, 0])
     axes.quiver(places[..., 0], places[..., 1], arrows[..., 0], arrows[..., 1], color=POINT_COLOR, width=0.004)
     axes.set_title(r"Their ratio, $\log\, p_1 / p_0$")
     _frame(axes, *box)

@@ -1,0 +1,97 @@
+"""What a diffusion prior on the latents of an NVAE is worth: the table of docs/nvae.md.
+
+Beside it stand the NVAE's own prior at several temperatures, a Gaussian of the latents' mean and covariance, and what
+decoding posteriors gives, which no prior can beat by much.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from training.dataset.images import ImageFolderDataset
+from training.dataset.order import evenly_spaced
+from training.generation import generate_images
+from training.metrics import calculate_metrics_from_stats, calculate_stats_for_iterable
+from training.metrics.statistics import last_stats
+from training.networks.nvae import NVAE
+from training.snapshot import load_network
+
+TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
+STEPS = 18
+
+
+def everything(dataset: ImageFolderDataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images and the classes of all."""
+    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).argmax(dim=1)
+
+
+class Reals:
+    """Real images, and what samples are like beside them."""
+
+    def __init__(self, path: Path):
+        self.images, self.classes = everything(ImageFolderDataset(path))
+        self.stats = last_stats(calculate_stats_for_iterable(self.images.split(500), ["fd_pixels"], verbose=False))
+        self.flat = self.images.flatten(1).float()
+        self.between = torch.cdist(self.flat, self.flat).fill_diagonal_(torch.inf).min(dim=1).values.mean()
+
+    def compare(self, images: torch.Tensor, classes: torch.Tensor | None = None) -> dict[str, float]:
+        """fd_pixels, the distance to the nearest real image beside that between real ones, and, where images have
+        classes, the share of those whose nearest real image is of theirs."""
+        stats = last_stats(calculate_stats_for_iterable(images.split(500), ["fd_pixels"], verbose=False))
+        distance, nearest = torch.cdist(images.flatten(1).float(), self.flat).min(dim=1)
+        found = {
+            **calculate_metrics_from_stats(stats, self.stats, ["fd_pixels"]),
+            "distance_ratio": (distance.mean() / self.between).item(),
+        }
+        if classes is not None:
+            found["agreement"] = (self.classes[nearest] == classes).float().mean().item()
+        return {name: round(float(value), 3) for name, value in found.items()}
+
+
+def samples(net: Any, num: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images of the seeds 0, 1, ... and their classes."""
+    batches = list(generate_images(net, seeds=range(num), max_batch_size=250, verbose=False, **kwargs))
+    labels = None if batches[0].labels is None else torch.cat([r.labels for r in batches]).argmax(dim=1)
+    return torch.cat([r.images for r in batches]), labels
+
+
+def gaussian(latents: torch.Tensor, num: int) -> torch.Tensor:
+    """Draws from the normal distribution with the mean and covariance of latents, in float32."""
+    rows = latents.flatten(1).double()
+    mean, values, vectors = rows.mean(dim=0), *torch.linalg.eigh(rows.T.cov())
+    noise = torch.randn(num, rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (mean + noise * values.clamp(min=0).sqrt() @ vectors.T).float().reshape(num, *latents.shape[1:])
+
+
+@click.command()
+@click.option("--data", help="Images", type=click.Path(path_type=Path), default=Path("datasets/digits.zip"))
+@click.option("--latents", help="What dataset_tool.py encode made of them", type=click.Path(path_type=Path))
+@click.option("--net", help="Snapshot of the diffusion prior", required=True)
+@click.option("--num", help="Images of each kind", default=2000)
+def main(data: Path, latents: Path, net: str, num: int) -> None:
+    reals, prior = Reals(data), load_network(net)
+    nvae: Any = load_network(prior.encoder.vae_name).net
+    assert isinstance(nvae, NVAE), "the network of --net has been trained on the latents of an NVAE"
+    stored, classes = everything(ImageFolderDataset(latents))
+    final = prior.encoder.encode_latents(stored)
+    chosen = torch.from_numpy(evenly_spaced(len(final), num))
+    for temperature in TEMPERATURES:
+        images, _ = samples(nvae, num, temperature=temperature)
+        show(f"prior of the NVAE, T = {temperature:g}", reals.compare(images))
+    show("Gaussian of the latents", reals.compare(prior.encoder.decode(gaussian(final, num))))
+    images, labels = samples(prior.net, num, encoder=prior.encoder, num_steps=STEPS)
+    show("diffusion prior", reals.compare(images, labels))
+    show("decoded posteriors", reals.compare(prior.encoder.decode(final[chosen]), classes[chosen]))
+
+
+def show(name: str, figures: dict[str, float]) -> None:
+    print(json.dumps({"images": name, **figures}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
