@@ -2,28 +2,15 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dnnlib.cli import CommandGroup, device_option, offline_option, parsed_by, with_options
+from dnnlib.cli import CommandGroup, device_option, offline_option, parse_resolution, parsed_by, with_options
 from dnnlib.errors import UserError
 from training.config.data import TRANSFORMS
 from training.config.metrics import PRECISIONS, SPLITS
-
-MAX_RESOLUTION = 8192
-
-
-def parse_resolution(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
-    if match is None or max(len(match[1]), len(match[2])) > 9:
-        raise UserError(f"{text!r} is not of the form WxH, such as 512x512")
-    width, height = int(match[1]), int(match[2])
-    if max(width, height) > MAX_RESOLUTION:
-        raise UserError(f"{text!r} is above {MAX_RESOLUTION}x{MAX_RESOLUTION}")
-    return width, height
 
 
 def parse_range(text: str) -> tuple[float, float] | str:
@@ -79,7 +66,10 @@ resume_option = click.option("--resume", help="Continue what an interrupted run 
 @max_images_option
 @click.option("--transform", help="How to make images square  [default: resize]", type=click.Choice(TRANSFORMS))
 @click.option(
-    "--resolution", help="Size of the images, such as 512x512", metavar="WxH", callback=parsed_by(parse_resolution)
+    "--resolution",
+    help="Size of the images, such as 512x512 (or 512)",
+    metavar="WxH",
+    callback=parsed_by(parse_resolution),
 )
 @click.option(
     "--channels", help="3 = RGB, 1 = grayscale", type=click.Choice(["1", "3"]), default="3", show_default=True
@@ -195,6 +185,11 @@ def convert(
     print(f"{dest}: {many(report.written, 'image')}, {classes}")
     for note in report.notes:
         print(f"  {note}")
+    if report.enlarged:
+        print(
+            f"  Note: {report.enlarged} of {many(report.written, 'image')} were enlarged, the smallest from "
+            f"{report.smallest} pixels: a lower --resolution would keep them sharp"
+        )
     if report.too_small:
         print(f"  left out: {report.too_small} that are too small")
     for name, reason in report.skipped[:10]:
@@ -244,6 +239,8 @@ def run_vae(
     from torch_utils import distributed
     from torch_utils.device import select_device, set_up_device
     from training.dataset.images import COMPRESSED, ImageFolderDataset
+    from training.dataset.labels import only_the_first
+    from training.dataset.listing import many
     from training.preconditioning import PRECISIONS
 
     distributed.init()
@@ -259,7 +256,11 @@ def run_vae(
     if dataset.compressed:
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
-    distributed.print0(f"{dest}: {count} items")
+    distributed.print0(f"{dest}: {many(count, 'item')}")
+    labels = [dataset.get_stored_label(i) for i in range(len(dataset))] if dataset.has_labels else []
+    classes = [len({label for label in part if isinstance(label, int)}) for part in (labels[:count], labels)]
+    for note in only_the_first(count, len(dataset), *classes):
+        distributed.print0(f"Note: {note}")
     distributed.shutdown()
 
 

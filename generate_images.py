@@ -97,10 +97,9 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 @with_options(click_options(NetworksConfig))
 @click.option(
     "--outdir",
-    help="Where to save the images",
+    help="Where to save the images  [required, but for --print-config]",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
 )
 @click.option("--subdirs", help="Save in a folder per 1000 seeds", is_flag=True)
 @click.option(
@@ -141,7 +140,7 @@ PRESETS_HELP = "\b\nPresets, with their published results:\n" + "\n".join(
 @click.pass_context
 def main(
     ctx: click.Context,
-    outdir: Path,
+    outdir: Path | None,
     subdirs: bool,
     seeds: list[int],
     max_batch_size: int,
@@ -167,6 +166,8 @@ def main(
     if print_config:
         print(config.command(ctx, leave_out=["print_config"]))
         return
+    if outdir is None:
+        raise click.UsageError("Missing option '--outdir'.", ctx)
 
     from torch_utils import distributed
     from torch_utils.pictures import check_picture
@@ -191,6 +192,8 @@ def main(
         todo = [seed for seed in seeds if seed not in there]
         facts = generator.describe(seeds)
         record = ImageRecord(outdir, facts)
+        if grid is not None:
+            record.leave_out(grid)
         unknown = record.check(there)
         images = generator.images(
             todo, record=lambda _generator: record, subdirs=subdirs, max_batch_size=max_batch_size

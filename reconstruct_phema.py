@@ -88,11 +88,13 @@ def main(
     from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
     inputs = list_averages(indir, inprefix, instd)
-    beside = (outdir or indir).resolve() == indir.resolve()
+    outdir = outdir or indir
+    beside = outdir.resolve() == indir.resolve()
     if beside and any(avg.path.name.startswith(f"{outprefix}-") for avg in inputs):
         raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than the snapshots there")
-    for path in reconstruct_phema(inputs, outdir or indir, outprefix, outstd, outkimg, skip, batch, suffix):
-        print(path)
+    there = set(outdir.glob("*")) if skip else set()
+    for path in reconstruct_phema(inputs, outdir, outprefix, outstd, outkimg, skip, batch, suffix):
+        print(f"{path} (skipped: it is there)" if path in there else path)
 
 
 if __name__ == "__main__":

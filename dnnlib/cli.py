@@ -14,10 +14,11 @@ from typing import IO, Any, TypeVar
 import click
 
 from dnnlib.download import OFFLINE_VARIABLE
-from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError
+from dnnlib.errors import OUT_OF_MEMORY, RunError, UserError, tell_torchrun
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 MAX_RANGE = 10_000_000  # numbers in one range of parse_int_list
+MAX_RESOLUTION = 8192  # of images that are made
 
 
 class CommandLine(click.Command):
@@ -74,26 +75,35 @@ def _one_line_errors(after_interrupt: str = "") -> Iterator[None]:
     except click.UsageError as err:
         if isinstance(err, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             raise  # prints the help
-        raise _BadInput(err.format_message()) from err
+        pointer = "" if err.ctx is None else f" (see python {err.ctx.command_path} --help)"
+        raise _BadInput(err.format_message() + pointer) from err
     except UserError as err:
         raise _BadInput(_message(err)) from err
     except RunError as err:
-        raise click.ClickException(_message(err)) from err
+        raise _Failure(_message(err)) from err
     except MemoryError as err:
-        raise click.ClickException(OUT_OF_MEMORY) from err
+        raise _Failure(OUT_OF_MEMORY) from err
     except RuntimeError as err:
         # torch has no finer types for these.
         if "memory" in str(err) and "alloc" in str(err):
-            raise click.ClickException(OUT_OF_MEMORY) from err
+            raise _Failure(OUT_OF_MEMORY) from err
         if str(err).startswith("DataLoader worker"):
-            raise click.ClickException(f"{str(err).splitlines()[0]} Repeat the command to continue.") from err
+            raise _Failure(f"{str(err).splitlines()[0]} Repeat the command to continue.") from err
         raise
     except OSError as err:
         name = f": {err.filename}" if err.filename is not None else ""
-        raise click.ClickException(f"{err.strerror or err}{name}") from err
+        raise _Failure(f"{err.strerror or err}{name}") from err
 
 
-class _BadInput(click.ClickException):
+class _Failure(click.ClickException):
+    """An expected failure, which ends the process with exit code 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        super().show(file)
+        tell_torchrun(f"Error: {self.format_message()}")
+
+
+class _BadInput(_Failure):
     """An error of the user, which ends the process with exit code 2."""
 
     exit_code = 2
@@ -216,6 +226,22 @@ def parse_nimg(text: str) -> int:
     return int(value)
 
 
+def parse_resolution(text: str) -> tuple[int, int]:
+    """Width and height of '512x512', or of '512', which means the same.
+
+    Raises:
+        UserError: anything else, or more than `MAX_RESOLUTION`.
+    """
+    match = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
+    if match is None or max(map(len, filter(None, match.groups()))) > 9:
+        raise UserError(f"{text!r} is not of the form WxH, such as 512x512, nor a number")
+    width = int(match[1])
+    height = int(match[2] or width)
+    if max(width, height) > MAX_RESOLUTION:
+        raise UserError(f"{text!r} is above {MAX_RESOLUTION}x{MAX_RESOLUTION}")
+    return width, height
+
+
 def parse_int_list(text: str) -> list[int]:
     """Integers from 0, such as '1,2,5-10' (ranges include both ends).
 
@@ -234,15 +260,3 @@ def parse_int_list(text: str) -> list[int]:
             raise UserError(f"{text!r}: the range {part.strip()} is longer than {MAX_RANGE}")
         numbers.extend(range(start, end + 1))
     return numbers
-
-
-def format_time(seconds: float) -> str:
-    """A duration as '42s', '3m 07s', '2h 05m' or '4d 03h'."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s // 60 % 60:02d}m"
-    return f"{s // 86400}d {s // 3600 % 24:02d}h"

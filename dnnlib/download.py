@@ -3,8 +3,10 @@
 import hashlib
 import os
 import re
+import socket
 import sys
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,7 +120,8 @@ def _cached(address: str, checksum: str, cache_dir: str | os.PathLike | None, nu
         return target
     if offline():
         raise UserError(
-            f"{printable_url(address)} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): save it as {target}"
+            f"{printable_url(address)} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): fetch it where there "
+            f"is one by python snapshot_tool.py prefetch {printable_url(address)}, or save it as {target}"
         )
     with _alone(target):
         if not target.is_file():  # else another process has fetched it meanwhile
@@ -239,19 +242,24 @@ def _hub_file(url: str) -> Path:
         raise UserError(f"{printable_url(url)}: not of the form hf://owner/repo/file")
     import huggingface_hub
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging
 
     repo, revision, name = match.groups()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it announces each of its attempts
     try:
-        if offline():
+        if offline() or not hub_is_known():
             path = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
             if not isinstance(path, str):
+                if not offline():
+                    raise RunError(f"{url}: not fetched from the hub (no network: its server is unknown here)")
                 raise UserError(
                     f"{url} is needed and no network is wanted ({OFFLINE_VARIABLE}=1): fetch it where there is one by "
                     f"python snapshot_tool.py prefetch {url}, and bring the cache of huggingface_hub (HF_HOME)"
                 )
             return Path(path)
         return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
-    except UserError:
+    except (UserError, RunError):
         raise
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError, ValueError) as err:
         if not isinstance(err, errors.LocalEntryNotFoundError):
@@ -260,3 +268,20 @@ def _hub_file(url: str) -> Path:
         raise RunError(f"{url}: not fetched from the hub ({one_line(err.__cause__ or err)})") from None
     except Exception as err:  # the library lets through what those that it is built on raise
         raise RunError(f"{url}: not fetched from the hub ({one_line(err)})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def hub_is_known() -> bool:
+    """Whether the name of the Hugging Face hub's server can be looked up: without a network it cannot, and its library
+    would try for half a minute."""
+    from huggingface_hub import constants
+
+    # Behind a proxy, names are its business; and the library has a way of its own to use no network.
+    if urllib.request.getproxies() or constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except socket.gaierror:
+        return False
+    return True

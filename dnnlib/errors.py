@@ -1,6 +1,10 @@
 """Failures that a user sees as one line."""
 
+import contextlib
+import json
+import os
 import re
+import time
 
 OUT_OF_MEMORY = "out of memory: use smaller batches (--batch-gpu in training, --batch elsewhere) or a smaller network"
 
@@ -15,6 +19,14 @@ class DamagedFileError(UserError):
 
 class RunError(RuntimeError):
     """A failure at run time that no traceback would explain better than its message, which is one line."""
+
+
+def tell_torchrun(message: str) -> None:
+    """Have torchrun, where it started this process, end its own report with the message that explains the failure."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError), open(path, "w") as f:
+            json.dump({"message": message, "timestamp": int(time.time())}, f)
 
 
 def one_line(text: object) -> str:

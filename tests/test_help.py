@@ -1,5 +1,6 @@
 """Help texts."""
 
+import re
 import subprocess
 import sys
 
@@ -45,3 +46,14 @@ def test_help_through_the_shell(name):
     assert done.returncode == 0
     assert done.stdout.startswith(f"Usage: {name}.py [OPTIONS]")
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_what_the_readme_writes_is_no_part_of_the_repository():
+    text = (ROOT / "README.md").read_text()
+    written = {match[1] for match in re.finditer(r"--(?:outdir|dest|out|grid|save)=(\S+)", text)}
+    written |= {match[1] for match in re.finditer(r"snapshot_tool\.py (?:convert|export) \S+ (\S+)", text)}
+    assert len(written) > 10
+    for path in written:
+        file = path if "." in path else f"{path}/file"
+        assert subprocess.run(["git", "check-ignore", "-q", "--no-index", file], cwd=ROOT).returncode == 0, path

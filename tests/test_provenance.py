@@ -325,6 +325,11 @@ def test_classes_by_name(text, expected):
     assert find_classes(text, 10, NAMES) == expected
 
 
+def test_accents_in_names_of_classes():
+    """macOS codes them in names of folders as two characters, keyboards as one."""
+    assert find_classes("méduse", 2, ["chat", "méduse"]) == (1,)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -41,8 +41,11 @@ def test_all_reconstruction_options(run, tmp_path):
     assert metadata["nimg"] == 2048
     # Skipped when there.
     times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    run_cli(reconstruct, *args)
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == times
+    (tmp_path / "posthoc-0000002-0.200.safetensors").unlink()
+    lines = run_cli(reconstruct, *args).output.splitlines()
+    assert [line.endswith("(skipped: it is there)") for line in lines] == [True, True, True, False]
+    changed = [p.name for p, time in times.items() if p.stat().st_mtime_ns != time]
+    assert changed == ["posthoc-0000002-0.200.safetensors"]
 
 
 @pytest.mark.parametrize("kimg", [2, 3])

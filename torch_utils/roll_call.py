@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
+from dnnlib.errors import tell_torchrun
+
 BEAT = 4.0  # seconds between signs of life
 SILENT_BEATS = 10  # after which a process that gives none is lost
 ANSWER = 3.0  # seconds that all have to answer a roll call
@@ -28,6 +30,7 @@ class Store(Protocol):
 def end_process(message: str) -> NoReturn:
     """End the process at once, whatever its other threads wait for."""
     print(f"Error: {message}", file=sys.stderr, flush=True)
+    tell_torchrun(f"Error: {message}")
     os._exit(1)
 
 

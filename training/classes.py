@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +101,8 @@ def _numbered(text: str, size: int) -> tuple[int, ...]:
 
 
 def _class_called(name: str, names: Sequence[str]) -> int:
-    """Number of the class of a name: exactly, or but for the case of letters."""
-    for alike in (str, str.casefold):
+    """Number of the class of a name: exactly, or but for the case of letters and how accents are coded."""
+    for alike in (str, lambda text: unicodedata.normalize("NFC", text).casefold()):
         matches = [i for i, other in enumerate(names) if alike(other) == alike(name)]
         if len(matches) == 1:
             return matches[0]

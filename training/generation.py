@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write, clear_leftovers, file_sha256
+from dnnlib.progress import Progress
 from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
@@ -99,10 +99,10 @@ class ImageBatches:
         return len(self.own)
 
     def __iter__(self) -> Iterator[EasyDict]:
-        disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
+        hidden = not self.verbose or distributed.get_rank() != 0
         generator = self.make_generator(self.largest)
         with self._recorded(generator) as record:
-            for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
+            for batch_idx, indices in Progress(self.own, unit="batch", hidden=hidden):
                 r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
                 r.indices = indices
                 r.seeds = [self.seeds[i] for i in indices]
@@ -182,9 +182,8 @@ def generate_images(
 
     Args:
         net, gnet: main and guiding denoiser: networks, files or URLs of them (whose encoder then decodes, if none is
-            given), or any callables D(x, sigma, cond). `gnet` is used where
-            `sampler_kwargs` ask for guidance. `net` may also be an NVAE; `sampler_kwargs` are then those of
-            `VAESampling`.
+            given), or any callables D(x, sigma, cond). `gnet` is used where `sampler_kwargs` ask for guidance. `net`
+            may also be an NVAE; `sampler_kwargs` are then those of `VAESampling`.
         encoder: decodes what the sampler returns; default: 8-bit pixels.
         outdir: where images are saved as {seed:06d}.png, with generation.json, which says what made them; None =
             nowhere.
@@ -232,21 +231,30 @@ def generate_images(
     for network in (net, gnet):
         if isinstance(network, nn.Module):
             network.to(device).eval()
+    make_generator = partial(_sampler_generator, net, gnet, sampler_fn, sampler_kwargs, spec, classes, compiled)
+    return batches(make_generator, record=_record_in(outdir, encoder, net=net, gnet=gnet))
+
+
+def _sampler_generator(
+    net: Any,
+    gnet: Any,
+    sampler_fn: Callable[..., torch.Tensor],
+    sampler_kwargs: dict[str, Any],
+    spec: DataSpec,
+    classes: ClassChoice | None,
+    compiled: bool,
+    largest: int,
+) -> Generator:
+    """The generator that a sampler and its denoisers are, for batches of up to `largest` images."""
+    main = accelerated(net, largest, compiled)
     guided = gnet is not None and sampler_kwargs.get("guidance", 1) != 1
+    guide = accelerated(gnet, largest, compiled) if guided else gnet
 
-    def make_generator(largest: int) -> Generator:
-        main = accelerated(net, largest, compiled)
-        guide = accelerated(gnet, largest, compiled) if guided else gnet
+    def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
+        return sampler_fn(net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs)
 
-        def sample(noise: torch.Tensor, cond: torch.Tensor | None, rnd: StackedRandomGenerator) -> torch.Tensor:
-            return sampler_fn(
-                net=main, noise=noise, labels=cond, gnet=guide, randn_like=rnd.randn_like, **sampler_kwargs
-            )
-
-        facts = {"function": name_of(sampler_fn), **{key: plain(value) for key, value in sampler_kwargs.items()}}
-        return DiffusionGenerator(spec, sample, classes, {"sampler": facts})
-
-    return batches(make_generator, record=_record_in(outdir, encoder, net=net, gnet=gnet if guided else None))
+    facts = {"function": name_of(sampler_fn), **{key: plain(value) for key, value in sampler_kwargs.items()}}
+    return DiffusionGenerator(spec, sample, classes, {"sampler": facts})
 
 
 def _record_in(

@@ -19,6 +19,7 @@ from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
+from training.dataset.listing import many
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
@@ -27,6 +28,7 @@ from training.monitoring.journal import Journal, status_line
 from training.monitoring.outdir import OPTIONS_NAME, STATE_PATTERN, check_outdir, snapshot_name, state_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
+from training.monitoring.tracker import Tracker
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 from training.snapshot.initial import take_weights_
@@ -157,24 +159,24 @@ class TrainingRun:
             if config.run.init_from:
                 self.take_initial_weights(config.run.init_from)
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
-        dataset, share = self.dataset, self.share
+        dataset, share, world_size = self.dataset, self.share, distributed.get_world_size()
         for line in dataset.summary():
             journal.log(line)
         if self.encoder.vae_name:
             journal.log(f"Encoder: {self.encoder.describe()}")
         assert config.dataset is not None
         journal.log(
-            f"Training on {len(dataset)} images of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}, "
-            f"{config.dataset.label_dim} classes: {sum(p.numel() for p in self.net.parameters())} parameters, "
-            f"{self.net.precision}, {distributed.get_world_size()} x {self.device.type}, "
-            f"{share.rounds} round{'s' * (share.rounds > 1)} of {share.batch_gpu} images per step"
+            f"Training on {dataset.size_text()}, {many(config.dataset.label_dim, 'class')}: "
+            f"{sum(p.numel() for p in self.net.parameters())} parameters, "
+            f"{self.net.precision}, {world_size} x {self.device.type}, "
+            f"{many(share.rounds, 'round')} of {many(share.batch_gpu, 'image')} per step"
         )
         return True
 
     def take_initial_weights(self, path: str) -> None:
         """Start with those of a snapshot; the averages, too."""
         with distributed.fail_together():
-            for line in take_weights_(self.net, path):
+            for line in take_weights_(self.net, path, self.encoder):
                 self.journal.log(line)
         assert self.architecture.ema is not None
         self.ema = self.architecture.ema(self.net, self.config)
@@ -188,6 +190,9 @@ class TrainingRun:
             evaluation = SnapshotEvaluation(
                 run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
             )
+        with distributed.fail_together():
+            if run.tracker != "none" and distributed.get_rank() == 0:
+                journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
         previews = None
         with distributed.fail_together():
             if distributed.get_rank() == 0 and self.preview_interval != 0:
@@ -200,6 +205,7 @@ class TrainingRun:
                     run.preview_images,
                     run.preview_steps,
                 )
+                journal.show(self.outdir / "reals.png", self.nimg)
         journal.start(self.nimg, run.duration)
         start_nimg = self.nimg
         self.start_time = time.time() - self.seconds
@@ -373,7 +379,9 @@ class TrainingRun:
         if previews is not None:
             ema_net, _ = self.ema.get()[-1]
             begin = time.time()
-            previews.draw(ema_net, self.outdir / f"fakes-{self.nimg // 1000:07d}.png", lambda: suspend.received)
+            path = self.outdir / f"fakes-{self.nimg // 1000:07d}.png"
+            previews.draw(ema_net, path, lambda: suspend.received)
+            self.journal.show(path, self.nimg)
             self.preview_seconds = time.time() - begin
             self.tick.time += self.preview_seconds
 

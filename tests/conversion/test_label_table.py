@@ -129,3 +129,9 @@ def test_json_lines_of_another_form(text, message, tmp_path):
     source = photos(tmp_path / "src", "0.png")
     result = convert(tmp_path, source, ok=False, options=[f"--labels={tmp_path / 't.jsonl'}"])
     fails_with(result, f"t.jsonl: {message}" if message[0] != "i" else message)
+
+
+def test_accents_as_macos_codes_them(tmp_path):
+    """Two characters in names of files, one in tables that people type."""
+    source = photos(tmp_path / "src", "cafe\u0301 0.png", "cafe\u0301 1.png")
+    assert labels_of(labelled(tmp_path, "name,label\ncaf\u00e9 0.png,1\ncaf\u00e9 1,0\n", source)) == [1, 0]

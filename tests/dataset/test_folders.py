@@ -66,7 +66,11 @@ def test_parts_in_training(tmp_path):
         (("Train/cat/0.png", "TEST/cat/0.png"), True),
         (("training/0.png", "validation/0.png"), True),
         (("train/0.png", "test/0.png", "extra/0.png"), True),
+        (("training_set/0.png", "test_set/0.png"), True),
+        (("seg_train/0.png", "seg_test/0.png"), True),
+        (("train images/0.png", "valid images/0.png"), True),
         (("train/0.png", "bus/0.png"), False),  # vehicles
+        (("test_strip/0.png", "train_station/0.png"), False),
         (("train/0.png", "training/0.png"), False),
         (("contest/0.png", "valley/0.png"), False),
     ],
@@ -117,6 +121,15 @@ def test_folders_of_thousands(pattern, tmp_path):
     assert not ImageFolderDataset(tmp_path / "forms" / "data").has_labels
     digits = make_dataset(tmp_path / "digits", pictures("0/0.png", "0/1.png", "1/0.png", "1/1.png"))
     assert labels_of(ImageFolderDataset(digits)) == [0, 0, 1, 1]
+
+
+def test_folders_of_cameras(tmp_path):
+    """Phones and cameras begin another one now and then: no classes."""
+    dataset = ImageFolderDataset(make_dataset(tmp_path / "DCIM", pictures("100APPLE/0.png", "101APPLE/1.png")))
+    note = "no labels: the folders 100APPLE, 101APPLE are those of a camera, no classes"
+    assert not dataset.has_labels and dataset.notes == [note]
+    mixed = make_dataset(tmp_path / "mixed", pictures("100APPLE/0.png", "cat/1.png"))
+    assert labels_of(ImageFolderDataset(mixed)) == [0, 1]
 
 
 @pytest.mark.parametrize("companion", ["masks", "Segmentation", "gt"])

@@ -182,6 +182,10 @@ def test_bombs(tmp_path):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(UserError, match=f"cannot read 0.png: .*{sizes}"):
             ImageFolderDataset(tmp_path / "e.zip")
+        result = run_cli(
+            dataset_tool, "convert", f"--source={tmp_path / 'e.zip'}", f"--dest={tmp_path / 'o'}", "--workers=1"
+        )
+        fails_with(result, "0.png: cannot be read: ")
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="cannot read 0.png: truncated or damaged: it should unpack to 72 bytes"):

@@ -1,5 +1,6 @@
 """Commands whose failures are one line, their options, and what parses and prints."""
 
+import json
 import os
 import shlex
 import signal
@@ -14,12 +15,12 @@ from conftest import ROOT, fails_with, run_cli
 from dnnlib.cli import (
     CommandGroup,
     CommandLine,
-    format_time,
     given_options,
     imported_when_used,
     offline_option,
     parse_int_list,
     parse_nimg,
+    parse_resolution,
     parsed_by,
     with_options,
 )
@@ -76,7 +77,7 @@ def failing(error: Exception) -> click.Command:
         ),
         (OSError(28, "No space left on device", "out/a.png"), "No space left on device: out/a.png", 1),
         (OSError("strange"), "strange", 1),
-        (click.UsageError("no such thing"), "no such thing", 2),
+        (click.UsageError("no such thing"), "no such thing (see python main --help)", 2),
     ],
 )
 def test_expected_failures_are_one_line(error, line, exit_code):
@@ -156,6 +157,35 @@ def test_numbers_are_finite():
     assert run_cli(options, "--high=inf").output.startswith("0.0 inf")  # its default
 
 
+def test_errors_of_usage_point_to_the_help():
+    @click.command(cls=CommandLine)
+    @click.option("--outdir", required=True)
+    def main(outdir): ...
+
+    assert run_cli(main).stderr == "Error: Missing option '--outdir'. (see python main --help)\n"
+    group = CommandGroup("tool", commands={"make": main})
+    assert run_cli(group, "make", "--bogus").stderr.endswith("(see python tool make --help)\n")
+
+
+def test_torchrun_is_told_what_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    run_cli(failing(UserError("a.zip: no such file")))
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "Error: a.zip: no such file"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512x512", (512, 512)), ("32", (32, 32)), ("64x48", (64, 48)), ("8192", (8192, 8192))]
+)
+def test_resolutions(text, size):
+    assert parse_resolution(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "0", "64x", "x64", "64x0", "-1", "8193", "64x9999", "1" * 5000])
+def test_no_resolutions(text):
+    with pytest.raises(UserError):
+        parse_resolution(text)
+
+
 def test_options_keep_their_order():
     assert [param.name for param in options.params] == ["low", "high", "seeds", "flag", "name"]
 
@@ -226,11 +256,6 @@ def test_lists_of_integers():
 def test_no_lists_of_integers(text, reason):
     with pytest.raises(UserError, match=reason):
         parse_int_list(text)
-
-
-def test_times():
-    cases = {0: "0s", 59.4: "59s", 59.6: "1m 00s", 187: "3m 07s", 7500: "2h 05m", 86400 * 4 + 3 * 3600: "4d 03h"}
-    assert {seconds: format_time(seconds) for seconds in cases} == cases
 
 
 def test_messages_from_elsewhere():

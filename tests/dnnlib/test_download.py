@@ -470,7 +470,10 @@ def test_two_processes_with_a_wrong_address(server, tmp_path):
     server.script["/net.pkl"] = [status(404)]
     done = torchrun(2, "generate_images.py", f"--net={server.url}/net.pkl", f"--outdir={tmp_path}")
     assert done.returncode != 0
-    assert done.stderr.count("the server says 404") == 1
+    message = f"Error: {server.url}/net.pkl: the server says 404 Not Found: check the address"
+    # Once by us, and once where torchrun's own report ends.
+    assert [line.split(": ", 1)[0] for line in done.stderr.splitlines() if "404" in line] == ["Error", "  traceback "]
+    assert message in done.stderr and done.stderr.splitlines()[-2].endswith(message)
     assert len(server.requests) == 1
 
 
@@ -494,9 +497,25 @@ def test_prefetch(server, monkeypatch):
     )
 
 
+def test_prefetch_of_models_of_the_hub(monkeypatch):
+    urls = []
+    monkeypatch.setattr("snapshot_tool.open_url", lambda url, **_: urls.append(url) or "path")
+    assert run_cli(snapshot_tool, "prefetch", "openai/clip-vit-large-patch14").exit_code == 0
+    assert {"hf://openai/clip-vit-large-patch14/" + name for name in ("model.safetensors", "vocab.json")} < set(urls)
+
+
+def test_without_a_network_the_hub_is_one_line_at_once(tmp_path):
+    env = {key: value for key, value in os.environ.items() if "proxy" not in key.lower() and key != "HF_HUB_OFFLINE"}
+    env |= {"HF_ENDPOINT": "http://hub.invalid", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "snapshot_tool.py", "inspect", "hf://me/digits"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("Error: hf://me/digits/config.json: not fetched from the hub (no network")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def test_offline_option(tmp_path):
     result = run_cli(generate, "--preset=edm2-img512-xs-fid", f"--outdir={tmp_path}", "--offline")
-    fails_with(result, "edm2-img512-xs-2147483-0.135.pkl is needed and no network is wanted", "save it as")
+    fails_with(result, "edm2-img512-xs-2147483-0.135.pkl is needed and no network is wanted", "prefetch http")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from conftest import DIGITS, TINY, fails_with, run_cli, tiny_network
 
 from dnnlib.errors import UserError
 from train_edm2 import main as train
-from training.encoders import StandardRGBEncoder
+from training.encoders import StabilityVAEEncoder, StandardRGBEncoder
 from training.networks.toy import ToyModel
 from training.snapshot import load_network, save_network
 from training.snapshot.initial import take_weights_
@@ -28,7 +28,7 @@ def test_what_fits_is_taken_and_the_rest_is_listed(tmp_path):
     source = tiny_network(label_dim=5, num_blocks=2)
     net = tiny_network(seed=1, label_dim=7)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    lines = take_weights_(net, saved(tmp_path, source))
+    lines = take_weights_(net, saved(tmp_path, source), StandardRGBEncoder())
     state, found = net.state_dict(), source.state_dict()
     assert set(found) - set(state)  # it has more blocks
     for name, tensor in state.items():
@@ -41,9 +41,20 @@ def test_what_fits_is_taken_and_the_rest_is_listed(tmp_path):
 
 def test_another_architecture_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"start\.safetensors: holds a network of toy example"):
-        take_weights_(tiny_network(), saved(tmp_path, ToyModel(hidden_dim=8)))
+        take_weights_(tiny_network(), saved(tmp_path, ToyModel(hidden_dim=8)), StandardRGBEncoder())
     with pytest.raises(UserError, match="no weight of it has a name and shape"):
-        take_weights_(ToyModel(hidden_dim=16), saved(tmp_path, ToyModel(hidden_dim=8)))
+        take_weights_(ToyModel(hidden_dim=16), saved(tmp_path, ToyModel(hidden_dim=8)), StandardRGBEncoder())
+
+
+def test_other_latents_are_said(tmp_path):
+    """The latents of a published U-ViT in a run whose data are scaled in another way."""
+    theirs, ours = (StabilityVAEEncoder(scale=scale, pixel_range=(-1.0, 1.0)) for scale in (0.18215, 0.2301))
+    path = tmp_path / "start.safetensors"
+    save_network(path, tiny_network(), theirs, {}, torch.float32)
+    assert not any("Note" in line for line in take_weights_(tiny_network(), str(path), theirs))
+    note = take_weights_(tiny_network(), str(path), ours)[-1]
+    assert note.startswith(f"Note: {path} was trained on other data")
+    assert "times 0.18215; here: " in note and note.endswith("times 0.2301")
 
 
 def test_a_run_starts_there_and_resumes_without_the_file(run, tmp_path):

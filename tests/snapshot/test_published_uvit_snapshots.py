@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import fails_with, run_cli
+from conftest import fails_with, make_dataset, random_images, run_cli
 
 from dnnlib.errors import UserError
 from generate_images import main as generate
 from snapshot_tool import main as snapshot_tool
+from train_uvit import main as train
 from training.conditioning import Conditioning, DataSpec
 from training.config.uvit_presets import UVIT_PRESETS
 from training.encoders import StandardRGBEncoder
@@ -125,3 +126,19 @@ def test_generating_from_a_published_file(tmp_path):
     result = run_cli(generate, *args, "--guidance=1.5", "--class=3")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "000000.png").is_file()
+
+
+def test_training_from_a_published_checkpoint(tmp_path):
+    """A folder of the published code is where a run starts; a learning rate of nearly 0 leaves its weights."""
+    path, net = as_published("cifar10_uvit_small", tmp_path)
+    folder = tmp_path / "5.ckpt"
+    folder.mkdir()
+    path.rename(folder / "nnet_ema.pth")
+    data = make_dataset(tmp_path / "data.zip", random_images(1, size=32))
+    options = ["--preset=cifar10_uvit_small", "--depth=2", "--xflip=0", "--duration=1", "--batch=1", "--lr=1e-30"]
+    options += ["--preview=0", f"--init-from={folder}", "--precision=fp32", "--device=cpu"]
+    result = run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={data}", *options)
+    assert result.exit_code == 0, result.output
+    assert "(100.0% of the values)" in result.output and "as initialised" not in result.output
+    (trained,) = (tmp_path / "run").glob("network-snapshot-*-ema.safetensors")
+    torch.testing.assert_close(load_network(trained).net.net.pos_embed, net.net.pos_embed, rtol=1e-3, atol=1e-5)

@@ -13,12 +13,13 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
+from dnnlib.progress import Progress
 from torch_utils.pictures import check_picture, drawable
 from training.dataset.images import COMPRESSED, ImageFolderDataset
+from training.dataset.listing import many
 from training.dataset.order import evenly_spaced
 from training.encoders import FINAL_STD, Encoder, StandardRGBEncoder, encoder_for
 
@@ -114,7 +115,7 @@ def _scan(dataset: ImageFolderDataset) -> _Scan:
     duplicates: list[list[str]] = []
     shapes: Counter[str] = Counter()
     moments = np.zeros([2, dataset.num_channels])
-    for idx in tqdm(range(len(dataset)), unit="img", disable=None, dynamic_ncols=True):
+    for idx in Progress(range(len(dataset)), unit="img"):
         try:
             image, _label = dataset[idx]
         except UserError as err:
@@ -148,7 +149,7 @@ def _labels(dataset: ImageFolderDataset, indices: list[int]) -> dict[str, Any]:
         return dict(labels=f"vectors of length {dataset.label_dim}", **source)
     empty = [label for label in range(dataset.label_dim) if label not in counts]
     facts: dict[str, Any] = dict(
-        labels=f"{len(counts)} classes of {min(counts.values())} to {max(counts.values())} images", **source
+        labels=f"{many(len(counts), 'class')} of {min(counts.values())} to {max(counts.values())} images", **source
     )
     if dataset.class_names is not None:
         facts["class_names"] = dataset.class_names[: 5 * SHOWN]

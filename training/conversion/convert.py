@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import PIL
-from tqdm import tqdm
 
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import check_not_input
+from dnnlib.progress import Progress
 from training.conversion.depth import ValueRange
 from training.conversion.label_table import LabelTable
 from training.conversion.labels import WrittenLabels
 from training.conversion.sources import CLASS_FOLDERS, Label, Source, SourceImage
-from training.conversion.transforms import decode_image, make_transform
+from training.conversion.transforms import decode_image, enlarged_from, make_transform
 from training.conversion.workers import map_in_order
 from training.conversion.writer import DatasetWriter, encode_png, image_name
+from training.dataset.labels import only_the_first
 from training.dataset.listing import NAMES_FILE, many
 from training.dataset.order import evenly_spaced
 
@@ -48,7 +49,10 @@ class Report:
     classes: list[str] | None = None  # names of the classes 0, 1, ...
     class_counts: dict[int, int] = field(default_factory=dict)  # images per class; empty where labels are no classes
     sources: list[list[str]] = field(default_factory=list)  # what was found in each, in lines for users
-    notes: list[str] = field(default_factory=list)  # on the labels
+    notes: list[str] = field(default_factory=list)  # on the labels, and what was left out
+    # Of the images that this run has converted; not in report.json, which interruptions leave as it is.
+    enlarged: int = 0
+    smallest: int = 0  # shorter side of the smallest of these, before
 
 
 def convert_images(
@@ -100,12 +104,18 @@ def convert_images(
         conversion = _Conversion(writer, settings, written_labels, on_error)
         conversion.write_images(sources, max_images, workers)
         report = conversion.finish(sources)
+        counts = [source.count for source in sources if source.count is not None]
+        if max_images is not None and len(counts) == len(sources):
+            # Of several sources, classes of the same name are one.
+            known = sources[0].num_classes if len(sources) == 1 and labels is None else None
+            report.notes += only_the_first(max_images, sum(counts), len(report.class_counts), known)
         if labels is not None and (unused := labels.unused()):
             report.notes.append(f"{many(len(unused), 'row')} of {labels.path} without an image, such as {unused[0]}")
         writer.write("dataset.json", written_labels.to_json())
         if keep_names:
             writer.write(NAMES_FILE, json.dumps(conversion.names).encode())
-        writer.write("report.json", json.dumps({**asdict(report), "options": options}, indent=2).encode())
+        stored = {key: value for key, value in asdict(report).items() if key not in ("enlarged", "smallest")}
+        writer.write("report.json", json.dumps({**stored, "options": options}, indent=2).encode())
         writer.finish()
     except BaseException:
         writer.close()
@@ -136,7 +146,7 @@ class _Conversion:
         work = map_in_order(_Task(self.settings), chunks, workers)
         with (
             contextlib.closing(work),
-            tqdm(total=min(totals, default=None), unit="img", disable=None, dynamic_ncols=True) as progress,
+            Progress(total=min(totals, default=None), unit="img") as progress,
         ):
             for result in itertools.chain.from_iterable(work):
                 progress.update()
@@ -147,6 +157,9 @@ class _Conversion:
         present = name in self.writer.names  # from the run that was interrupted
         if result.png is not None:
             self._check_size(result)
+            if result.enlarged_from:
+                self.report.enlarged += 1
+                self.report.smallest = min(result.enlarged_from, self.report.smallest or result.enlarged_from)
             if not present:
                 self.writer.write(name, result.png)
             elif zlib.crc32(result.png) != self.writer.crc(name):
@@ -219,6 +232,7 @@ class _Converted:
     label: Label
     png: bytes | None = None
     size: tuple[int, int] = (0, 0)  # width, height
+    enlarged_from: int = 0  # see `transforms.enlarged_from`
     reason: str = ""
     is_error: bool = False
 
@@ -233,7 +247,8 @@ class _Task:
     settings: ImageSettings
 
     def __call__(self, chunk: list[_Item]) -> list[_Converted]:
-        transform = make_transform(self.settings.transform, self.settings.width, self.settings.height)
+        settings = self.settings
+        transform = make_transform(settings.transform, settings.width, settings.height)
         results = []
         for index, source, image, done in chunk:
             result = _Converted(index, source, image.name, image.label)
@@ -244,7 +259,8 @@ class _Task:
                 result.reason, result.is_error = f"cannot be read: {image.error}", True
                 continue
             try:
-                pixels = transform(decode_image(image.data, self.settings.channels, self.settings.value_range))
+                decoded = decode_image(image.data, settings.channels, settings.value_range)
+                pixels = transform(decoded)
             except Exception as err:  # a broken image can fail in any way
                 kind = "damaged, or not an image" if isinstance(err, PIL.UnidentifiedImageError) else one_line(err)
                 result.reason, result.is_error = f"cannot be read: {kind or type(err).__name__}", True
@@ -253,6 +269,7 @@ class _Task:
                 result.reason = "too small"
                 continue
             result.png, result.size = encode_png(pixels), (pixels.shape[1], pixels.shape[0])
+            result.enlarged_from = enlarged_from(settings.transform, decoded, settings.width, settings.height)
         return results
 
 

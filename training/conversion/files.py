@@ -13,7 +13,8 @@ from training.conversion.sources import CLASS_FOLDERS, Choice, Label, Source, So
 from training.conversion.tar import TarContents, read_member, tar_members
 from training.dataset.folders import folders_as_classes, parts_of_folders, shared_folder
 from training.dataset.labels import parse_labels_json
-from training.dataset.listing import Listing, counted, is_image, list_files, printable, suffix_of
+from training.dataset.listing import Listing, contact_sheets, counted, is_image, list_files, printable, suffix_of
+from training.dataset.storage import MAX_FILE_BYTES
 
 
 def image_folder(path: Path, files: Listing, text: bytes | None, choice: Choice) -> Source:
@@ -35,8 +36,10 @@ def image_zip(path: Path, choice: Choice) -> Source:
     with zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         named = sorted(((info.filename.replace("\\", "/"), info) for info in infos), key=lambda pair: pair[0])
-        text = archive.read("dataset.json") if "dataset.json" in archive.namelist() else None
-        listing = list_files(name for name, _info in named)
+        text = _unpacked(archive, archive.getinfo("dataset.json")) if "dataset.json" in archive.namelist() else None
+        entries = dict(named)
+        sheets = contact_sheets(entries, lambda name: _unpacked(archive, entries[name]))
+        listing = list_files((name for name, _info in named), sheets=sheets)
         for position in listing.odd:
             archive.open(named[position][1]).close()  # compares the two copies of a name
     found = _understand(path, listing, text, choice.split)
@@ -49,12 +52,25 @@ def image_zip(path: Path, choice: Choice) -> Source:
                     continue
                 data, error = b"", ""
                 try:
-                    data = archive.read(info)
+                    data = _unpacked(archive, info)
                 except Exception as err:  # a damaged entry can fail in any way
                     error = one_line(err) or type(err).__name__
                 yield SourceImage(name, data, found.labels_by_name.get(name), error)
 
     return found.source("ZIP file", path, images)
+
+
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """An entry of a ZIP file. Unlike by `ZipFile.read`, no more is ever unpacked than it should be.
+
+    Raises:
+        ValueError: it should be too much.
+        zipfile.BadZipFile, zlib.error and others: the entry is damaged.
+    """
+    if info.file_size > MAX_FILE_BYTES:
+        raise ValueError(f"it would unpack to {info.file_size} bytes, more than {MAX_FILE_BYTES}")
+    with archive.open(info) as f:
+        return f.read(info.file_size)
 
 
 def image_tar(path: Path, contents: TarContents, choice: Choice) -> Source:
@@ -84,7 +100,11 @@ class _Found:
 
     def source(self, kind: str, path: Path, images: Callable[[], Iterator[SourceImage]]) -> Source:
         kind = f"{kind} ({counted(Counter(map(suffix_of, self.names)))})"
-        return Source(kind, path, len(self.names), images, self.labels, self.classes, notes=self.notes)
+        labels = self.labels_by_name.values()
+        known = None if any(isinstance(label, list) for label in labels) else len(set(map(str, labels)))
+        return Source(
+            kind, path, len(self.names), images, self.labels, self.classes, num_classes=known, notes=self.notes
+        )
 
 
 def _understand(path: Path, files: Listing, text: bytes | None, split: str) -> _Found:

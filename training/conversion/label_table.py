@@ -5,6 +5,7 @@ import io
 import json
 import posixpath
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -90,8 +91,13 @@ def _without_suffix(name: str) -> str:
     return name[: -len(suffix)] if picture else name
 
 
+def _folded(name: str) -> str:
+    """The name in one form for all cases of letters, and for accents as macOS codes them in names of files."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 # How names are compared: exactly, then in any case of letters, then without file types, too.
-_FORMS = (str, str.casefold, lambda name: _without_suffix(name).casefold())
+_FORMS = (str, _folded, lambda name: _folded(_without_suffix(name)))
 
 
 def read_label_file(path: Path, choice: Choice) -> LabelTable:

@@ -46,6 +46,7 @@ class Source:
     labels: str = ""  # where they come from: 'dataset.json', 'column label', ...; '' = there are none
     classes: list[str] | None = None  # names of the classes 0, 1, ..., where labels are numbers with names
     multi_label: bool = False  # labels are lists of classes
+    num_classes: int | None = None  # None: not known before all are read
     has_keys: bool = False  # `Choice.image_key` and `label_key` mean something to it
     notes: list[str] = field(default_factory=list)  # what users should know about how it was understood, one line each
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
@@ -117,6 +118,42 @@ def center_crop_celeba(image: np.ndarray, width: int, height: int) -> np.ndarray
     if min(y, x) < 0:
         return None
     return resize(image[y : y + CELEBA_CROP, x : x + CELEBA_CROP], width, height, BILINEAR)
+
+
+def enlarged_from(name: str | None, image: np.ndarray, width: int | None, height: int | None) -> int:
+    """Shorter side of the part of an image that a transform keeps, if it makes more pixels of it; else 0."""
+    if width is None or height is None:
+        return 0
+    rows, columns = image.shape[:2]
+    if name is None:
+        return min(rows, columns) if width > columns or height > rows else 0
+    if name == "center-crop-wide":  # leaves smaller images out
+        return 0
+    boxes = {"celeba": CELEBA_BOX[2] - CELEBA_BOX[0], "center-crop-celeba": CELEBA_CROP}
+    kept = boxes[name] if name in boxes else min(rows, columns)
+    return kept if width > kept else 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A transform by name, as `make_transform` makes it, that loader processes can take over.
+
+    Raises:
+        UserError: when it is made, if the transform and the size do not go together.
+    """
+
+    name: str | None
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        make_transform(self.name, self.width, self.height)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray | None:
+        return make_transform(self.name, self.width, self.height)(image)
+
+    def describe(self) -> str:
+        return f"{self.name or 'resized'} to {self.width}x{self.height}"
 
 
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:

@@ -10,11 +10,17 @@ from dnnlib.errors import UserError
 from training.dataset.listing import many, printable
 
 PARTS = {"train": "train|training", "validation": "val|valid|validation|dev", "test": "test|testing"}
+PART_NAMES = {  # also such as training_set, seg_train and test-images
+    part: re.compile(f"((seg|images?|imgs?)[ _-])?({words})([ _-]?(set|data|images?|imgs?))?", re.IGNORECASE)
+    for part, words in PARTS.items()
+}
 # Of datasets whose images come with others that belong to them.
 PICTURE_FOLDERS = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "rgb", "jpegimages"}
 COMPANION_FOLDERS = {"mask", "masks", "seg", "segmentation", "segmentations", "annotation", "annotations", "label"}
 COMPANION_FOLDERS |= {"labels", "gt", "groundtruth", "ground_truth", "depth", "normals", "edges", "trimaps"}
 COMPANION_FOLDERS |= {"segmentationclass", "segmentationobject"}
+# Of cameras and phones, by their Design rule for Camera File system: 100APPLE, 101_PANA.
+CAMERA_FOLDER = re.compile("[1-9][0-9]{2}[A-Z0-9_]{5}")
 PER_FOLDER = 1000  # files, where folders only keep directories small
 SHOWN = 5  # names in a line
 
@@ -43,7 +49,7 @@ def parts_of_folders(names: Sequence[str]) -> dict[str, str]:
     start = len(shared_folder(names))
     parts = {}
     for top in {name[start:].split("/")[0] for name in names if "/" in name[start:]}:
-        part = next((part for part, words in PARTS.items() if re.fullmatch(words, top, re.IGNORECASE)), None)
+        part = next((part for part, name in PART_NAMES.items() if name.fullmatch(top)), None)
         if part is not None:
             parts[top] = part
     return parts if len(set(parts.values())) > 1 else {}
@@ -82,6 +88,8 @@ def folders_as_classes(where: str, names: Sequence[str], unreadable: Iterable[st
         return ClassFolders(notes=[note])
     if _are_thousands(names, [str(top) for top in tops]):
         return ClassFolders(notes=[f"no labels: the folders {_some(folders)} hold a thousand images each, no classes"])
+    if all(map(CAMERA_FOLDER.fullmatch, folders)):
+        return ClassFolders(notes=[f"no labels: the folders {_some(folders)} are those of a camera, no classes"])
     index = {folder: i for i, folder in enumerate(folders)}
     without = {name[start:].split("/")[0] for name in unreadable if "/" in name[start:]} - index.keys()
     labels = [index[str(top)] for top in tops]

@@ -135,4 +135,19 @@ def describe_classes(counts: Mapping[int, int], names: Sequence[str] | None) -> 
     """Such as '3 classes: cat (8), dog (8), emu (2)', from the number of images per class."""
     shown = [f"{one_line(names[label]) if names else label} ({counts[label]})" for label in sorted(counts)[:SHOWN]]
     more = ", ..." if len(counts) > SHOWN else ""
-    return f"{len(counts)} class{'es' if len(counts) != 1 else ''}: {', '.join(shown)}{more}"
+    return f"{many(len(counts), 'class')}: {', '.join(shown)}{more}"
+
+
+def only_the_first(taken: int, total: int, classes: int, all_classes: int | None = None) -> list[str]:
+    """A line that says what --max-images has left out, if anything.
+
+    Args:
+        taken, total: numbers of images.
+        classes, all_classes: numbers of classes in those that were taken, and in all; 0 = there are none, None = it is
+            not known.
+    """
+    if taken >= total:
+        return []
+    some = f"{classes} of {many(all_classes, 'class')}" if all_classes else many(classes, "class")
+    missing = ": for all classes, leave --max-images out" if all_classes is not None and classes < all_classes else ""
+    return [f"only the first {taken} of {many(total, 'image')}{f', which have {some}' if classes else ''}{missing}"]

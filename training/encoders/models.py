@@ -10,9 +10,9 @@ from typing import Any
 from dnnlib.download import OFFLINE_VARIABLE, offline, open_url
 from dnnlib.errors import RunError, UserError, one_line
 from dnnlib.files import file_sha256
+from training.config.edm2 import PUBLISHED_VAE
 from training.encoders.published_autoencoder import load_autoencoder
 
-PUBLISHED_VAE = "stabilityai/sd-vae-ft-mse"  # of the published models
 # What files of strangers may have fetched from the hub without being asked about it.
 KNOWN_VAES = (
     PUBLISHED_VAE,

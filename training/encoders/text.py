@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dnnlib.download import offline
+from dnnlib.download import hub_is_known, offline
 from dnnlib.errors import UserError, one_line
 from training.config.data import MAX_CHANNELS, MAX_TOKENS
+from training.config.edm2 import PUBLISHED_CLIP
 from training.config.fields import Config, option
 
-PUBLISHED_CLIP = "openai/clip-vit-large-patch14"  # of the published models
 CLIP_TOKENS = 77
 
 
@@ -89,15 +89,21 @@ class TextEncoder:
         except ImportError:
             raise UserError("texts need transformers: pip install transformers") from None
         unknown = bool(self.named_by) and self.model != PUBLISHED_CLIP
-        options: dict[str, Any] = {"local_files_only": offline() or unknown or os.path.isdir(self.model)}
+        no_network = offline() or not hub_is_known()
+        options: dict[str, Any] = {"local_files_only": no_network or unknown or os.path.isdir(self.model)}
         try:
             tokenizer = CLIPTokenizer.from_pretrained(self.model, **options)
             model = CLIPTextModel.from_pretrained(self.model, use_safetensors=True, **options)
         except Exception as err:  # transformers has errors of its own
             named = f" that {self.named_by} names" if self.named_by else ""
-            raise UserError(
-                f"the text encoder {self.model}{named} could not be loaded: {one_line(err)[:200]}"
-            ) from None
+            failed = f"the text encoder {self.model}{named} could not be loaded"
+            if no_network and self.model == PUBLISHED_CLIP:
+                raise UserError(
+                    f"{failed}: it is not in huggingface_hub's cache, and there is no network, or none is wanted: "
+                    f"run python snapshot_tool.py prefetch {PUBLISHED_CLIP} where there is one, and bring the cache "
+                    f"(HF_HOME)"
+                ) from None
+            raise UserError(f"{failed}: {one_line(err)[:200]}") from None
         return tokenizer, model.eval().requires_grad_(False)
 
     def to(self, device: torch.device) -> "TextEncoder":

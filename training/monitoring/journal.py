@@ -8,16 +8,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dnnlib.cli import format_time
 from dnnlib.errors import UserError
 from dnnlib.files import append_line, atomic_write, leftovers, locked
+from dnnlib.progress import Lines, format_time
 from torch_utils import distributed
+from training.monitoring.tracker import Tracker
 
 LOCK = ".lock"  # in the directory of a run
 
 
 class Journal:
-    """A run's progress bar, log.txt, stats.jsonl and TensorBoard events; only the first process shows and writes.
+    """A run's progress bar, log.txt, stats.jsonl, TensorBoard events and tracker, of the first process.
 
     While it is open, it keeps other runs out of the directory. It clears away what killed ones left half-written.
 
@@ -39,6 +40,8 @@ class Journal:
         progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
         self.progress = self._resources.enter_context(progress)
         self.tensorboard = None
+        self.lines: Lines | None = None  # where there is no terminal, once training has begun
+        self.tracker: Tracker | None = None
 
     def _refuse(self) -> None:
         raise UserError(f"{self.outdir} is in use by another training run: wait for it, or stop it")
@@ -47,6 +50,8 @@ class Journal:
         """Show a line and add it to log.txt."""
         if self.active:
             self.progress.write(message)
+            if self.lines is not None:
+                self.lines.postpone()
             append_line(self.outdir / "log.txt", message)
 
     def start(self, nimg: int, duration: int) -> None:
@@ -59,13 +64,22 @@ class Journal:
                 lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
                     f.writelines(line + "\n" for line in lines)
+        if self.active and self.progress.disable:
+            self.lines = Lines("img", duration, nimg)
         self.progress.reset(duration)
         self.progress.initial = self.progress.n = self.progress.last_print_n = nimg  # done before, not just now
         self.progress.refresh()
 
+    def report_to(self, tracker: Tracker) -> None:
+        """From now on, report to a tracker as well; on the first process."""
+        self.tracker = tracker
+        self._resources.callback(tracker.close)
+
     def advance(self, count: int) -> None:
-        """Move the progress bar by `count` images."""
+        """Move the progress bar by `count` images, or print a line where there is none and nothing else is printed."""
         self.progress.update(count)
+        if self.lines is not None:
+            self.lines.update(count)
 
     def report(self, fields: dict[str, float]) -> None:
         """Record numbers; `fields["nimg"]` says when."""
@@ -77,6 +91,13 @@ class Journal:
                 if name not in ("nimg", "time"):  # TensorBoard has its own axes
                     self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
             self.tensorboard.flush()
+        if self.tracker is not None:
+            self.tracker.numbers(fields)
+
+    def show(self, path: Path, nimg: int) -> None:
+        """Record a picture that was made at `nimg` images."""
+        if self.tracker is not None and path.is_file():
+            self.tracker.picture(path.stem.split("-")[0], path, nimg)
 
     def report_metrics(self, nimg: int, snapshot: str, results: dict[str, float]) -> None:
         """Show metrics of a snapshot, made at `nimg` images."""
@@ -84,6 +105,8 @@ class Journal:
             for name, value in results.items():
                 self.tensorboard.add_scalar(f"{name}/{snapshot}", value, global_step=nimg)
             self.tensorboard.flush()
+        if self.tracker is not None:
+            self.tracker.numbers({f"{name}/{snapshot}": value for name, value in results.items()} | {"nimg": nimg})
         self.log(f"{snapshot} at {nimg} images: " + ", ".join(f"{name} {value:.6g}" for name, value in results.items()))
 
     def __enter__(self) -> "Journal":

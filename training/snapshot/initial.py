@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import UserError
+from training.encoders import Encoder, same_latents
 from training.families import ARCHITECTURES, architecture_name
 from training.snapshot.files import load_network
 
@@ -13,7 +14,7 @@ DERIVED = ("sigmas", "empty_context")
 
 
 @torch.no_grad()
-def take_weights_(net: Any, path: str) -> list[str]:
+def take_weights_(net: Any, path: str, encoder: Encoder) -> list[str]:
     """Give a network the tensors of a snapshot that it has, too, in the same shape.
 
     So the number of classes or channels, the resolution or the width of parts may differ.
@@ -21,9 +22,10 @@ def take_weights_(net: Any, path: str) -> list[str]:
     Args:
         net: a network of the registry, freshly initialised.
         path: snapshot, or a URL of one.
+        encoder: of the data that it will be trained on.
 
     Returns:
-        What was taken and what was not, a line each.
+        What was taken and what was not, a line each, and whether the snapshot knows other latents.
 
     Raises:
         UserError: no such snapshot, one of another architecture, or one of which nothing fits.
@@ -49,4 +51,7 @@ def take_weights_(net: Any, path: str) -> list[str]:
     unused = [name for name in found if name not in ours and name.rpartition(".")[2] not in DERIVED]
     if unused:
         lines.append(f"  not used: {', '.join(unused)}")
+    if not same_latents(snapshot.encoder, encoder):
+        ours_are, theirs_are = encoder.describe(), snapshot.encoder.describe()
+        lines.append(f"Note: {path} was trained on other data than this run sees: {theirs_are}; here: {ours_are}")
     return lines
