@@ -29,7 +29,7 @@ NETWORKS = {
     "unconditional": lambda: NCSNpp(16, 3, conditional=False, **SMALL),
     "ddpm": lambda: DDPM(16, 3, **{**SMALL, "nf": 32}),
     "ncsn": lambda: NCSN(16, 3, nf=8, num_scales=10),
-    "ncsnv2": lambda: NCSNv2(16, 3, nf=8, num_scales=10),
+    "ncsnv2": lambda: NCSNv2(16, 3, nf=8, num_scales=10, sigma_min=0.5, sigma_max=9),
 }
 
 
