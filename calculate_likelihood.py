@@ -14,7 +14,13 @@ from training.config.likelihood import LikelihoodConfig
 
 
 @click.command(cls=CommandLine, after_interrupt="repeat the command to continue")
-@click.option("--net", help="Network snapshot: a file, a Hugging Face folder, or a URL", metavar="FILE", required=True)
+@click.option(
+    "--net",
+    help="Network snapshot: a file, the folder of a training run (its newest snapshot), a Hugging Face folder, or a "
+    "URL (http, file, hf)",
+    metavar="FILE",
+    required=True,
+)
 @click.option(
     "--arch", help="Training preset that names the architecture of published files that do not say it", metavar="PRESET"
 )

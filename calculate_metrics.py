@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dnnlib.cli import CommandGroup, device_option, imported_when_used, offline_option, parsed_by, with_options
+from dnnlib.cli import (
+    CommandGroup,
+    device_option,
+    imported_when_used,
+    offline_option,
+    parse_resolution,
+    parsed_by,
+    with_options,
+)
 from dnnlib.errors import UserError
 from dnnlib.files import check_not_input
+from training.config.data import TRANSFORMS
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
@@ -24,6 +33,7 @@ from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_
 if TYPE_CHECKING:
     import torch
 
+    from training.conversion.transforms import Fit
     from training.metrics import (
         calculate_metrics_from_stats,
         calculate_stats_for_files,
@@ -142,9 +152,22 @@ MEASURING_OPTIONS = [
     ),
     click.option(
         "--outdir",
-        help="Also append the results to metric-NAME.jsonl in this folder",
+        help="Also append the results, with all that made them, to metric-NAME.jsonl in this folder",
         metavar="DIR",
         type=click.Path(file_okay=False, path_type=Path),
+    ),
+    click.option("--json", "as_json", help="Also print what --outdir would get, as JSON lines", is_flag=True),
+]
+FIT_OPTIONS = [
+    click.option(
+        "--resolution",
+        help="Size that images are brought to as by dataset_tool.py convert, such as 256x256 (or 256): for folders of "
+        "images of all sizes  [default: they are of one size]",
+        metavar="WxH",
+        callback=parsed_by(parse_resolution),
+    ),
+    click.option(
+        "--transform", help="How --resolution makes images square  [default: resize]", type=click.Choice(TRANSFORMS)
     ),
 ]
 
@@ -163,9 +186,15 @@ def main() -> None:
 
 @main.command()
 @click.option("--images", help="Images: a folder, a ZIP file, or an .npz file of ADM", metavar="PATH", required=True)
-@click.option("--ref", help="Reference statistics: a file or URL", metavar="FILE", required=True)
+@click.option(
+    "--ref",
+    help="Reference: statistics (a file or URL), or a folder or ZIP file of images",
+    metavar="PATH",
+    required=True,
+)
 @METRICS_OPTION
 @with_options(MEASURING_OPTIONS)
+@with_options(FIT_OPTIONS)
 @BATCH_OPTION
 @WORKERS_OPTION
 @with_options(DETECTOR_OPTIONS)
@@ -175,31 +204,41 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
     """Metrics of images in files.
 
     \b
-    Example:
+    Examples:
       python calculate_metrics.py calc --images=out --ref=datasets/img512.safetensors --num=50000
+      # Two folders of photos of all sizes
+      python calculate_metrics.py calc --images=mine --ref=theirs --resolution=256 --transform=center-crop --num=1000
     """
     from torch_utils import distributed
     from training.metrics.images import FileBatches, content_hash, open_images
 
-    evaluation = begin(opts)
+    distributed.init()
     with distributed.fail_together():
-        if repeat > 1 and len(open_images(images)) <= num_images:
+        fit = chosen_fit(opts)
+        # Before anything is fetched.
+        if repeat > 1 and len(open_images(images, fit=fit)) <= num_images:
             raise UserError(f"--repeat={repeat} needs more than --num={num_images} images; {images} has no more")
-        datasets = [open_images(images, num_images, i) for i in range(seed, seed + repeat)]
+        datasets = [open_images(images, num_images, i, fit) for i in range(seed, seed + repeat)]
+    evaluation = begin(opts, fit, workers)
     show_summary(datasets[0])
     evaluation.check(num_images, datasets[0].resolution)
     runs = []
     for i, dataset in enumerate(datasets, seed):
         facts = {"images": images, "images_hash": content_hash(dataset), "images_found": dataset.summary()}
+        if fit is not None:
+            facts["transform"] = fit.describe()
         provenance = {**facts, "seed": i}
         runs.append(keep(evaluation(FileBatches(dataset, batch, workers), provenance), opts))
-    finish(runs)
+    finish(runs, opts)
 
 
 @main.command()
 @with_options(click_options(NetworksConfig))
 @click.option(
-    "--ref", help="Reference statistics: a file or URL  [default: the published ones of --preset]", metavar="FILE"
+    "--ref",
+    help="Reference: statistics (a file or URL), or a folder or ZIP file of images  [default: the published ones of "
+    "--preset]",
+    metavar="PATH",
 )
 @METRICS_OPTION
 @with_options(MEASURING_OPTIONS)
@@ -256,7 +295,7 @@ def gen(
             saving = None if record is None else lambda _generator, record=record: record
             images = generator.images(seeds, record=saving, subdirs=True, max_batch_size=batch, verbose=False)
         runs.append(keep(evaluation(images, facts), opts))
-    finish(runs)
+    finish(runs, opts)
     published = GENERATION_PRESETS.get(preset)
     if published is not None and published.metric in opts["metrics"]:
         distributed.print0(
@@ -275,6 +314,7 @@ def gen(
     required=True,
 )
 @METRICS_OPTION
+@with_options(FIT_OPTIONS)
 @BATCH_OPTION
 @WORKERS_OPTION
 @with_options(DETECTOR_OPTIONS)
@@ -298,14 +338,17 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
     with distributed.fail_together():
         check_not_input("--dest", dest, {"--data": data if Path(data).is_file() else None})
         check_destination(dest, with_features=any(METRICS[metric].array == "features" for metric in metrics))
+        fit = chosen_fit(opts)
+        images = open_images(data, fit=fit)  # before anything is fetched
         dest.parent.mkdir(parents=True, exist_ok=True)
         detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])
-        images = open_images(data)
     show_summary(images)
     stats = last_stats(calculate_stats_for_iterable(FileBatches(images, batch, workers), metrics, detectors=detectors))
     with distributed.fail_together():
         if distributed.get_rank() == 0:
             stats.facts = {"data": data, "data_found": images.summary()}
+            if fit is not None:
+                stats.facts["transform"] = fit.describe()
             save_stats(dest, stats)
     distributed.print0(f"{dest}: {', '.join(metrics)} of {stats.num_images} images")
     for note in filter(None, (small_sample_note(metric, ref=stats) for metric in metrics)):
@@ -330,8 +373,27 @@ def show_summary(images: StoredImages) -> None:
         distributed.print0(line)
 
 
-def begin(opts: Mapping[str, Any]) -> Evaluation:
-    """The evaluation that the options describe, with its reference and detectors loaded."""
+def chosen_fit(opts: Mapping[str, Any]) -> Fit | None:
+    """What --resolution and --transform do to images; None = nothing.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    from training.conversion.transforms import Fit
+
+    if opts["resolution"] is None and opts["transform"] is None:
+        return None
+    if opts["resolution"] is None:
+        raise UserError(f"--transform={opts['transform']} needs --resolution=WxH")
+    return Fit(opts["transform"], *opts["resolution"])
+
+
+def begin(opts: Mapping[str, Any], fit: Fit | None = None, workers: int = 2) -> Evaluation:
+    """The evaluation that the options describe, with its reference and detectors loaded.
+
+    Args:
+        fit, workers: for a reference that is a folder of images.
+    """
     from torch_utils import distributed
     from training.metrics.evaluation import Evaluation
 
@@ -342,30 +404,31 @@ def begin(opts: Mapping[str, Any]) -> Evaluation:
             opts["outdir"].mkdir(parents=True, exist_ok=True)
     groups = GROUPS if opts["error_bars"] else 1
     return Evaluation(
-        opts["metrics"], opts["ref"], device, opts["detector_weights"], opts["resize"], groups, opts["force"]
-    )
+        opts["metrics"], opts["ref"], device, opts["detector_weights"], opts["resize"], groups, opts["force"], fit,
+        workers,
+    )  # fmt: skip
 
 
 def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The records of a run, printed and saved in --outdir before the next run begins."""
+    """The records of a run, saved in --outdir before the next run begins."""
     from torch_utils import distributed
     from training.metrics.evaluation import save_records
 
     with distributed.fail_together():
-        for record in records:
-            print(json.dumps(record))
         if opts["outdir"] is not None:
             save_records(opts["outdir"], records)
     return records
 
 
-def finish(runs: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-    """Print the results as a table, and end the distributed session."""
+def finish(runs: Sequence[Sequence[Mapping[str, Any]]], opts: Mapping[str, Any]) -> None:
+    """Print the results as a table, with --json also their records, and end the distributed session."""
     from torch_utils import distributed
     from training.metrics.evaluation import format_results
 
     if distributed.get_rank() == 0:
         print(format_results(runs))
+        for record in (record for run in runs for record in run if opts["as_json"]):
+            print(json.dumps(record))
     distributed.shutdown()
 
 

@@ -192,6 +192,8 @@ def main(
         todo = [seed for seed in seeds if seed not in there]
         facts = generator.describe(seeds)
         record = ImageRecord(outdir, facts)
+        if grid is not None:
+            record.leave_out(grid)
         unknown = record.check(there)
         images = generator.images(
             todo, record=lambda _generator: record, subdirs=subdirs, max_batch_size=max_batch_size

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from dnnlib.cli import CommandGroup, offline_option
 from dnnlib.download import is_url, open_url
 from dnnlib.errors import one_line
+from dnnlib.progress import Progress
 from training.config.edm2 import files_for
 from training.config.metrics import PRECISIONS
 
@@ -71,11 +71,11 @@ def convert(source: str, dest: Path, dtype: str | None, layout: str | None, skip
     targets = plan_conversion(source, dest, suffix)
     if not targets:
         print("Nothing to convert.")
-    disable = None if len(targets) > 1 else True  # None: only on a terminal
-    for path, target in tqdm(targets.items(), unit="file", disable=disable, dynamic_ncols=True):
+    progress = Progress(targets.items(), unit="file", hidden=len(targets) == 1)
+    for path, target in progress:
         if not (skip and target.is_file()):
             convert_snapshot(path, target, PRECISIONS.get(dtype or ""), arch, family)
-            tqdm.write(str(target))
+            progress.write(str(target))
 
 
 @main.command()

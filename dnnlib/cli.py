@@ -260,15 +260,3 @@ def parse_int_list(text: str) -> list[int]:
             raise UserError(f"{text!r}: the range {part.strip()} is longer than {MAX_RANGE}")
         numbers.extend(range(start, end + 1))
     return numbers
-
-
-def format_time(seconds: float) -> str:
-    """A duration as '42s', '3m 07s', '2h 05m' or '4d 03h'."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m {s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h {s // 60 % 60:02d}m"
-    return f"{s // 86400}d {s // 3600 % 24:02d}h"

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 from urllib3 import BaseHTTPResponse, Retry
 from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError
 
 from dnnlib.errors import RunError, UserError, one_line, printable_url
+from dnnlib.progress import Progress
 
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 BACK_OFF, MAX_BACK_OFF = 1.0, 60.0  # seconds: the first retry is immediate, the n-th waits BACK_OFF * 2^(n-1)
@@ -163,14 +163,13 @@ def _receive(
     """Append the body of an answer to `partial`, as it is sent, until it is larger than `limit`; its size then."""
     with (
         open(partial, "ab") as f,
-        tqdm(
+        Progress(
             desc=partial.stem.split("_", 2)[2],
             total=total,
             initial=have,
             unit="B",
             unit_scale=True,
-            disable=None if verbose else True,
-            dynamic_ncols=True,
+            hidden=not verbose,
         ) as progress,
     ):
         floor, seconds = SLOW

@@ -1,7 +1,8 @@
 """What a diffusion prior on the latents of an NVAE is worth: the table of docs/nvae.md.
 
 Beside it stand the NVAE's own prior at several temperatures, a Gaussian of the latents' mean and covariance, and what
-decoding posteriors gives, which no prior can beat by much.
+decoding posteriors gives, which no prior can beat by much. Also a plot of quality against temperature:
+docs/images/nvae-quality.png.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import matplotlib
 import numpy as np
 import torch
 
@@ -19,6 +21,9 @@ from training.metrics import calculate_metrics_from_stats, calculate_stats_for_i
 from training.metrics.statistics import last_stats
 from training.networks.nvae import NVAE
 from training.snapshot import load_network
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
 STEPS = 18
@@ -73,24 +78,47 @@ def gaussian(latents: torch.Tensor, num: int) -> torch.Tensor:
 @click.option("--latents", help="What dataset_tool.py encode made of them", type=click.Path(path_type=Path))
 @click.option("--net", help="Snapshot of the diffusion prior", required=True)
 @click.option("--num", help="Images of each kind", default=2000)
-def main(data: Path, latents: Path, net: str, num: int) -> None:
+@click.option("--figure", help="Where to draw the plot", type=click.Path(path_type=Path))
+def main(data: Path, latents: Path, net: str, num: int, figure: Path | None) -> None:
     reals, prior = Reals(data), load_network(net)
     nvae: Any = load_network(prior.encoder.vae_name).net
     assert isinstance(nvae, NVAE), "the network of --net has been trained on the latents of an NVAE"
     stored, classes = everything(ImageFolderDataset(latents))
     final = prior.encoder.encode_latents(stored)
     chosen = torch.from_numpy(evenly_spaced(len(final), num))
+    found: dict[str, dict[str, float]] = {}
+
+    def show(name: str, figures: dict[str, float]) -> None:
+        found[name] = figures
+        print(json.dumps({"images": name, **figures}), flush=True)
+
     for temperature in TEMPERATURES:
         images, _ = samples(nvae, num, temperature=temperature)
-        show(f"prior of the NVAE, T = {temperature:g}", reals.compare(images))
+        show(own_prior(temperature), reals.compare(images))
     show("Gaussian of the latents", reals.compare(prior.encoder.decode(gaussian(final, num))))
     images, labels = samples(prior.net, num, encoder=prior.encoder, num_steps=STEPS)
     show("diffusion prior", reals.compare(images, labels))
     show("decoded posteriors", reals.compare(prior.encoder.decode(final[chosen]), classes[chosen]))
+    if figure is not None:
+        draw(figure, found)
 
 
-def show(name: str, figures: dict[str, float]) -> None:
-    print(json.dumps({"images": name, **figures}), flush=True)
+def own_prior(temperature: float) -> str:
+    return f"prior of the NVAE, T = {temperature:g}"
+
+
+def draw(path: Path, found: dict[str, dict[str, float]]) -> None:
+    """fd_pixels against the temperature of the NVAE's prior, and what the others reach."""
+    fig, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    own = [found[own_prior(temperature)]["fd_pixels"] for temperature in TEMPERATURES]
+    axes.plot(TEMPERATURES, own, "o-", label="prior of the NVAE")
+    others = [name for name in found if name not in map(own_prior, TEMPERATURES)]
+    for name, style in zip(others, (":", "-.", "--"), strict=True):
+        axes.axhline(found[name]["fd_pixels"], color="black", linestyle=style, label=name)
+    axes.set(xlabel="temperature", ylabel="fd_pixels (lower is better)", ylim=(0, None))
+    axes.legend()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def no_lines_on_slow_machines(monkeypatch):
+    """Progress lines come after half a minute, which a busy machine can make of any test."""
+    monkeypatch.setattr("dnnlib.progress.INTERVAL", math.inf)
+
+
+@pytest.fixture(autouse=True)
 def offline_only_where_said(monkeypatch):
     """--offline sets a variable of the process; put it back after each test."""
     monkeypatch.setenv("OPENEDM2_OFFLINE", "0")

@@ -33,8 +33,8 @@ def stats_of(images, metrics=("fd_pixels",), **kwargs) -> EasyDict:
 
 
 def tool(*args, ok: bool = True) -> Result:
-    """Run calculate_metrics.py in this process."""
-    result = run_cli(calculate_metrics, *args)
+    """Run calculate_metrics.py in this process; records are printed, too."""
+    result = run_cli(calculate_metrics, *args, *(["--json"] if args[0] != "ref" else []))
     assert not ok or result.exit_code == 0, result.output
     return result
 

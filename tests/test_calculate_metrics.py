@@ -9,6 +9,7 @@ from conftest import DIGITS, fails_with, make_dataset, npy, random_images, run_c
 from measuring import PIXELS, records_in, records_of, sha256, tool, values_of
 
 import calculate_metrics
+from dataset_tool import main as dataset_tool
 from generate_images import main as generate
 from training.metrics import load_stats, save_stats
 from training.metrics.detectors import PixelDetector
@@ -81,7 +82,7 @@ def test_repeated_calc(digits_ref):
     result = tool("calc", *options, "--num=900", "--repeat=3")
     values = [record["results"]["fd_pixels"] for record in records_of(result.output)]
     assert len(set(values)) == 3 and [record["seed"] for record in records_of(result.output)] == [0, 1, 2]
-    line = result.output.splitlines()[-1]
+    line = next(line for line in result.output.splitlines() if line.startswith("fd_pixels"))
     assert f"mean {np.mean(values):.6g}, minimum {min(values):.6g}" in line
     fails_with(tool("calc", *options, "--num=1797", "--repeat=2", ok=False), "--repeat=2 needs more than --num=1797")
 
@@ -280,7 +281,8 @@ def test_bad_references(digits_ref, dinov2_folder, tmp_path):
         "calculate_metrics.py ref --metrics=kd_dinov2",
     )
     fails_with(tool(*common, f"--ref={tmp_path / 'nowhere.pkl'}", ok=False), "nowhere.pkl: no such file")
-    fails_with(tool(*common, f"--ref={tmp_path}", ok=False), f"{tmp_path}: a folder, not a file")
+    (tmp_path / "empty").mkdir()
+    fails_with(tool(*common, f"--ref={tmp_path / 'empty'}", ok=False), f"{tmp_path / 'empty'}: no images found")
     np.savez(tmp_path / "cut.npz", arr_0=np.zeros([3, 8, 8, 3], np.uint8))
     data = bytearray((tmp_path / "cut.npz").read_bytes())
     data[data.index(b"PK\1\2")] ^= 0xFF
@@ -374,3 +376,48 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     result = tool("ref", f"--data={DIGITS}", f"--dest={dest}", "--metrics=fd_pixels", "--workers=0", ok=False)
     assert result.exit_code == 130 and "Interrupted: repeat the command to start over" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_comes_first_and_records_only_where_asked(digits_ref):
+    args = ["calc", f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0", "--num=50"]
+    plain = run_cli(calculate_metrics.main, *args).output
+    assert records_of(plain) == [] and values_of(plain)["fd_pixels"] > 0
+    lines = run_cli(calculate_metrics.main, *args, "--json").output.splitlines()
+    assert [line[0] for line in lines[-2:]] == ["N", "{"] and lines[-3].startswith("fd_pixels")
+
+
+def test_folders_of_photos_of_all_sizes(tmp_path):
+    """One against another, and as a reference: the same as when they are converted first."""
+    folders = {}
+    for name, seed in [("mine", 0), ("theirs", 1)]:
+        files = {}
+        for i in range(4):
+            channels = None if i == 3 else 3  # a gray one among the rest
+            files |= {f"{i}.png": next(iter(random_images(1, 16 + 3 * i, channels, seed=seed + i).values()))}
+        folders[name] = make_dataset(tmp_path / name, files)
+    common = ["--metrics=fd_pixels", "--workers=0"]
+    images, ref = f"--images={folders['mine']}", f"--ref={folders['theirs']}"
+    fails_with(
+        tool("calc", images, ref, *common, "--num=4", ok=False), "all images must be alike", "--resolution=32x32"
+    )
+    fit = ["--resolution=8", "--transform=center-crop"]
+    direct = tool("calc", images, ref, *common, *fit, "--num=4")
+    (record,) = records_of(direct.output)
+    assert record["transform"] == "center-crop to 8x8" and "ref_sha256" not in record and "ref_hash" in record
+    tool("ref", f"--data={folders['theirs']}", f"--dest={tmp_path / 'ref.npz'}", *common, *fit)
+    by_statistics = tool("calc", images, f"--ref={tmp_path / 'ref.npz'}", *common, *fit, "--num=4")
+    for name, folder in folders.items():
+        args = [f"--source={folder}", f"--dest={tmp_path / f'{name}.zip'}", *fit, "--workers=1"]
+        assert run_cli(dataset_tool, "convert", *args).exit_code == 0
+    converted = [f"--images={tmp_path / 'mine.zip'}", f"--ref={tmp_path / 'theirs.zip'}"]
+    values = [values_of(r.output) for r in (direct, by_statistics, tool("calc", *converted, *common, "--num=4"))]
+    assert values[0] == values[1] == values[2]
+    fails_with(tool("calc", images, ref, "--transform=center-crop", ok=False), "needs --resolution")
+
+
+def test_data_are_looked_at_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.metrics.weights.open_url", lambda *_args, **_kwargs: pytest.fail("has fetched"))
+    nowhere = tmp_path / "nowhere"
+    fails_with(tool("ref", f"--data={nowhere}", f"--dest={tmp_path / 'a' / 'b.npz'}", ok=False), "no such dataset")
+    fails_with(tool("calc", f"--images={nowhere}", f"--ref={tmp_path}", ok=False), "no such dataset")
+    assert list(tmp_path.iterdir()) == []

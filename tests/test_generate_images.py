@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -18,9 +19,12 @@ from conftest import (
     torchrun,
 )
 
+from dataset_tool import main as dataset_tool
 from generate_images import main as generate
 from training.config.edm2 import GENERATION_PRESETS, GenerationPreset
 from training.config.samplers import SOLVERS
+from training.conversion.opening import open_source
+from training.dataset.images import ImageFolderDataset
 from training.encoders import RawLatentEncoder, StandardRGBEncoder
 from training.snapshot import save_network
 
@@ -238,6 +242,21 @@ def test_grid_overwrites_nothing(snapshot_file, tmp_path):
     }.items():
         fails_with(run_cli(generate, *args, f"--grid={tmp_path / name}"), f"--grid={tmp_path / name}: {fragment}")
     assert snapshot_file.read_bytes() == before and not (tmp_path / "out").exists()
+
+
+def test_a_grid_among_the_images_is_none_of_them(snapshot_file, tmp_path):
+    out = tmp_path / "out"
+    args = [f"--net={snapshot_file}", f"--outdir={out}", "--seeds=0-2", "--steps=2"]
+    assert run_cli(generate, *args, f"--grid={out / 'all.png'}").exit_code == 0
+    assert run_cli(generate, *args, "--skip-existing").exit_code == 0  # keeps in mind what is none
+    dataset = ImageFolderDataset(out)
+    assert len(dataset) == 3 and "left out: 1 contact sheet (all.png)" in dataset.notes
+    result = run_cli(dataset_tool, "convert", f"--source={out}", f"--dest={tmp_path / 'a.zip'}", "--workers=1")
+    assert f"{tmp_path / 'a.zip'}: 3 images" in result.output, result.output
+    shutil.make_archive(str(tmp_path / "b"), "zip", out)
+    assert len(ImageFolderDataset(tmp_path / "b.zip")) == 3
+    assert [image.name for image in open_source(tmp_path / "b.zip").images()] == [f"00000{i}.png" for i in range(3)]
+    fails_with(run_cli(generate, *args, f"--grid={out / '000007.png'}"), "is the name of an image of --outdir")
 
 
 def test_grid_of_images_of_two_networks(snapshot_file, tmp_path):

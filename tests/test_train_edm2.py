@@ -14,6 +14,7 @@ from conftest import (
     assert_all_options,
     fails_with,
     make_dataset,
+    npy,
     png,
     random_images,
     run_cli,
@@ -74,6 +75,31 @@ def test_all_training_options(tmp_path):
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4
     net = load_network(tmp_path / "network-snapshot-0000000-0.010.safetensors").net
     assert "unet.enc.4x4_block1.attn_qkv.weight" in net.state_dict()
+
+
+def test_list_presets():
+    lines = run_cli(train, "--list-presets").output.splitlines()
+    rows = {line.split()[0]: line for line in lines[1:]}
+    assert rows.keys() == TRAINING_PRESETS.keys()
+    # 124.71 million numbers, each six times: weight, gradient, two moments, two averages.
+    assert all(text in rows["edm2-img512-xs"] for text in ("124.71 M", " 2.8 GiB ", "64x64x4", "2147.5M"))
+    assert "8x8x1" in rows["digits"] and " 3.9 MiB " in rows["digits"] and "2 CPU cores" in rows["digits"]
+
+
+def test_without_a_preset_only_data_of_the_default_are_trained_on(tmp_path):
+    def dry(data, *options):
+        return run_cli(train, f"--outdir={tmp_path / 'run'}", f"--data={data}", "--cond=0", "-n", *options)
+
+    latents = make_dataset(tmp_path / "latents", {"a.npy": npy(np.random.default_rng(0).random([8, 64, 64], "f"))})
+    result = dry(latents)
+    assert result.exit_code == 0 and 'preset:           "edm2-img512-s"' in result.output, result.output
+    fails_with(dry(DIGITS), "the default, edm2-img512-s, is for 64x64x4, not for images of 8x8x1", "does: digits")
+    pixels = make_dataset(tmp_path / "pixels", random_images(1, size=64))
+    fails_with(
+        dry(pixels), "give one that does: edm2-img64-xs, edm2-img64-s, edm2-img64-m, edm2-img64-l, edm2-img64-xl"
+    )
+    others = make_dataset(tmp_path / "others", random_images(1, size=16))
+    fails_with(dry(others), "no preset does (they are for 4x4x24, 64x64x3, 64x64x4, 8x8x1)", "--list-presets")
 
 
 def test_units(tmp_path):
@@ -146,7 +172,7 @@ def test_attention_that_is_nowhere_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs"]),
+        (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs", "and 9 others (--list-presets shows all)"]),
         (["--batch=100", "--batch-gpu=33"], ["--batch=100 is not divisible by processes x --batch-gpu = 1 x 33"]),
         (["--status=100"], ["--status=100 must be multiples of --batch=128"]),
         (["--snapshot=1000"], ["--snapshot=1000 must be multiples of --batch=128"]),

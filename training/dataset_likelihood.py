@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from dnnlib.files import append_line, atomic_write, check_not_input, file_sha256
+from dnnlib.progress import Progress
 from dnnlib.util import code_version
 from torch_utils import distributed
 from torch_utils.device import select_device, set_up_device
@@ -198,8 +198,7 @@ def _shared(chunks: Sequence[list[int]]) -> Iterator[list[int]]:
     """The chunks of this process, as many as every other has: the last one may be empty."""
     rank, processes = distributed.get_rank(), distributed.get_world_size()
     rounds = range(-(-len(chunks) // processes))
-    hidden = True if rank != 0 else None  # None: only on a terminal
-    for k in tqdm(rounds, unit="batch", disable=hidden, dynamic_ncols=True):
+    for k in Progress(rounds, unit="batch", hidden=rank != 0):
         position = k * processes + rank
         yield chunks[position] if position < len(chunks) else []
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write, clear_leftovers, file_sha256
+from dnnlib.progress import Progress
 from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed, pictures
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
@@ -99,10 +99,10 @@ class ImageBatches:
         return len(self.own)
 
     def __iter__(self) -> Iterator[EasyDict]:
-        disable = True if not self.verbose or distributed.get_rank() != 0 else None  # None: only on a terminal
+        hidden = not self.verbose or distributed.get_rank() != 0
         generator = self.make_generator(self.largest)
         with self._recorded(generator) as record:
-            for batch_idx, indices in tqdm(self.own, unit="batch", disable=disable, dynamic_ncols=True):
+            for batch_idx, indices in Progress(self.own, unit="batch", hidden=hidden):
                 r = EasyDict(images=None, labels=None, noise=None, batch_idx=batch_idx, num_batches=self.num_batches)
                 r.indices = indices
                 r.seeds = [self.seeds[i] for i in indices]

@@ -15,6 +15,14 @@ from training.networks.classifier import NoisyClassifier
 from training.snapshot import Snapshot, load_network
 
 
+def load_with_note(path_or_url: str | Path, device: torch.device | str, arch: str | None = None) -> Snapshot:
+    """As `load_network`, and prints how the file was understood, if there is anything to say."""
+    snapshot = load_network(path_or_url, device, preset=arch)
+    if snapshot.note:
+        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
+    return snapshot
+
+
 def load_image_network(
     path_or_url: str | Path, device: torch.device | str = "cpu", arch: str | None = None
 ) -> Snapshot:
@@ -23,9 +31,7 @@ def load_image_network(
     Raises:
         UserError: also if it makes none.
     """
-    snapshot = load_network(path_or_url, device, preset=arch)
-    if snapshot.note:
-        distributed.print0(f"Note: {path_or_url}: {snapshot.note}")
+    snapshot = load_with_note(path_or_url, device, arch)
     if not architecture_of(snapshot.net).makes_images:
         raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
     return snapshot
@@ -77,7 +83,7 @@ def _load_classifier(path_or_url: str, snapshot: Snapshot, device: torch.device)
         raise UserError(f"--classifier has no meaning for {architecture.family} networks: leave it out")
     if snapshot.net.spec.conditioning.kind != "none":
         raise UserError("--classifier is for networks that know no conditions, and --net has its own: leave it out")
-    classifier = load_network(path_or_url, device)
+    classifier = load_with_note(path_or_url, device)
     if not isinstance(classifier.net, NoisyClassifier):
         raise UserError(
             f"--classifier={path_or_url}: holds a {type(classifier.net).__name__}, which is no classifier of noisy "

@@ -23,6 +23,8 @@ from training.config.training import INTERVALS, Preset, TrainConfig
 if TYPE_CHECKING:
     from training.dataset.images import ImageFolderDataset
 
+MOMENTS = 2  # of Adam and Adamax, for each parameter
+
 
 def training_command(
     config_class: type[TrainConfig], presets: Mapping[str, Preset], default_preset: str, help_text: str
@@ -61,7 +63,7 @@ def training_command(
     )
     @click.option(
         "--list-presets",
-        help="Print all presets with their data, length and published results, and exit",
+        help="Print all presets with their sizes, memory, data, length and published results, and exit",
         is_flag=True,
         is_eager=True,
         expose_value=False,
@@ -77,7 +79,7 @@ def training_command(
         distributed.init(opts["timeout"])
         with distributed.fail_together():
             check_not_input("--outdir", outdir, {"--data": opts["data"]})
-            config, dataset = make_config(config_class, presets, {**opts, "preset": opts["preset"] or default_preset})
+            config, dataset = make_config(config_class, presets, opts, default_preset)
         for note in config.notes():
             distributed.print0(f"Note: {note}")
         if dataset.compressed:
@@ -95,26 +97,47 @@ def training_command(
 
 
 def preset_table(presets: Mapping[str, Preset]) -> str:
-    """All presets with the data that they are for, their length, and published results."""
-    rows = [("preset", "data", "classes", "images", "batch", "published result", "published with")]
+    """All presets with the size of their networks, the data that they are for, their length, and published results.
+
+    Memory is that of weights, gradients, optimiser and averages, 4 bytes for each number. That of activations, which
+    depends on --batch-gpu and --precision, comes to it.
+    """
+    import torch
+
+    from training.families import preset_network
+    from training.flops import count_parameters
+
+    rows = [
+        ("preset", "parameters", "memory without activations", "data", "classes", "images", "batch",
+         "images per second", "published result", "published with")
+    ]  # fmt: skip
     for name, preset in presets.items():
+        with torch.device("meta"):  # only counted
+            parameters = count_parameters(preset_network(preset))
+        averages = len(preset.config.ema.ema_std) + bool(getattr(preset.config.ema, "ema_rate", 0))
+        memory = 4 * parameters * (2 + MOMENTS + averages) / 2**20
+        memory = f"{memory:.1f} MiB" if memory < 100 else f"{memory / 2**10:.1f} GiB"
+        size = f"{parameters / 1e6:.2f} M"
         run, sampler = preset.config.run, preset.sampler
         length = f"{run.duration / 1e6:.1f}M" if run.duration >= 1e6 else f"{run.duration / 1e3:.0f}k"
-        data = f"{preset.resolution}x{preset.resolution}x{preset.channels}"
         solver = "" if sampler is None else " ".join(sampler.as_options())
-        rows.append((name, data, str(preset.classes or ""), length, str(run.batch), preset.published, solver))
+        rows.append(
+            (name, size, memory, preset.size, str(preset.classes or ""), length, str(run.batch), preset.speed,
+             preset.published, solver)
+        )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
 
 
 def make_config(
-    config_class: type[TrainConfig], presets: Mapping[str, Preset], opts: Mapping[str, Any]
+    config_class: type[TrainConfig], presets: Mapping[str, Preset], opts: Mapping[str, Any], default_preset: str = ""
 ) -> tuple[TrainConfig, ImageFolderDataset]:
     """Preset and given options -> a configuration that fits the data and the machine, and the data.
 
     Args:
         opts: values by the names of options; None = not given.
+        default_preset: what is trained where no preset is given, if the data are such as it is meant for.
 
     Raises:
         UserError: an option or the data does not fit; the message names it.
@@ -122,15 +145,17 @@ def make_config(
     from torch_utils.device import select_device
     from training.dataset.images import ImageFolderDataset
 
-    if opts["preset"] not in presets:
-        raise unknown_preset("--preset", opts["preset"], presets)
+    name = opts["preset"] or default_preset
+    if name not in presets:
+        raise unknown_preset("--preset", name, presets)
     names = {field.key for field in all_fields(config_class)}
     given = {key: value for key, value in opts.items() if value is not None and key in names}
+    given["preset"] = name
     if opts.get("fp16") is False:
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
-    preset = presets[opts["preset"]].config
+    preset = presets[name].config
     batch = given.get("batch", preset.run.batch)
     check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))
     config = config_class.from_flat({**rounded_intervals(preset, batch, given), **given}, preset)
@@ -144,6 +169,8 @@ def make_config(
     dataset = ImageFolderDataset(
         data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify, use_captions=data.captions
     )
+    if opts["preset"] is None:
+        check_default(dataset, presets, default_preset)
     if data.cache:
         check_memory(dataset, config.data.workers or 0)
     if data.cond and not data.captions and not dataset.has_labels:
@@ -151,6 +178,30 @@ def make_config(
     config = dataclasses.replace(config, dataset=dataset.info())
     dataset.verify()
     return config, dataset
+
+
+def check_default(dataset: ImageFolderDataset, presets: Mapping[str, Preset], default: str) -> None:
+    """Check that the preset that is trained where none is given is meant for the data.
+
+    Raises:
+        UserError: it is not; names those that are, or what the presets are meant for.
+    """
+    latents = dataset.dtype.kind == "f"
+    fitting = [n for n, p in presets.items() if p.fits(dataset.resolution, dataset.num_channels, latents)]
+    if default in fitting:
+        return
+    found = f"{'latents' if latents else 'images'} of {dataset.resolution}x{dataset.resolution}x{dataset.num_channels}"
+    advice = f"give one that does: {', '.join(fitting)}"
+    if not fitting:
+        sizes = sorted({preset.size for preset in presets.values()})
+        advice = (
+            f"no preset does (they are for {', '.join(sizes)}): convert the data to such a size, or give the --preset "
+            "that comes nearest in what it costs (--list-presets) and change what does not suit"
+        )
+    raise UserError(
+        f"--preset is not given, and the default, {default}, is for {presets[default].size}, not for {found} such as "
+        f"--data={dataset.path} has: {advice}"
+    )
 
 
 def rounded_intervals(preset: TrainConfig, batch: int, given: Mapping[str, Any]) -> dict[str, int]:

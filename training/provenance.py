@@ -18,8 +18,8 @@ from dnnlib.cli import parse_int_list
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
+from training.config.data import RECORD_NAME
 
-RECORD_NAME = "generation.json"
 TEXT_KEY = "openedm2"  # of PNG files
 # What may differ between images that are made in the same way.
 INCIDENTAL = ("seeds", "seed", "class", "class_name", "net", "gnet", "code_version", "earlier")
@@ -133,6 +133,7 @@ class ImageRecord:
         self.facts = {key: value for key, value in facts.items() if key != "seeds"}
         self.seeds: set[int] = set()
         self.others: list[tuple[dict[str, Any], set[int]]] = []
+        self.sheets: set[str] = set()  # contact sheets in the folder, which are none of its images
         for entry, seeds in self._read():
             if difference(self.facts, entry):
                 self.others.append((entry, seeds))
@@ -144,6 +145,7 @@ class ImageRecord:
             return []
         try:
             newest = json.loads(self.path.read_text())
+            self.sheets |= set(newest.pop("sheets", []))
             entries = [newest, *newest.pop("earlier", [])]
             return [(entry, set(parse_int_list(text)) if (text := entry.pop("seeds")) else set()) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
@@ -151,6 +153,18 @@ class ImageRecord:
                 f"{self.path}: not a record of generated images ({one_line(repr(err))[:100]}): delete it, or choose "
                 "another --outdir"
             ) from None
+
+    def leave_out(self, sheet: Path) -> None:
+        """Say of a contact sheet, if it is in the folder, that it is none of its images.
+
+        Raises:
+            UserError: it has the name of an image.
+        """
+        folder = self.path.parent.resolve()
+        if sheet.resolve().is_relative_to(folder):
+            if re.fullmatch("[0-9]{6,}", sheet.stem):
+                raise UserError(f"--grid={sheet}: is the name of an image of --outdir: choose another one")
+            self.sheets.add(sheet.resolve().relative_to(folder).as_posix())
 
     def check(self, files: Mapping[int, Path]) -> int:
         """How many of these images, by seed, do not say what made them; those that do are in the record from now on.
@@ -215,6 +229,8 @@ class ImageRecord:
         contents: dict[str, Any] = {**self.facts, "seeds": format_seeds(self.seeds)}
         if self.others:
             contents["earlier"] = [{**entry, "seeds": format_seeds(seeds)} for entry, seeds in self.others]
+        if self.sheets:
+            contents["sheets"] = sorted(self.sheets)
         text = json.dumps(contents, indent=2) + "\n"
         if not (self.path.is_file() and self.path.read_text() == text):
             with atomic_write(self.path, "w") as f:

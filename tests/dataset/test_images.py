@@ -1,11 +1,13 @@
 """Datasets: shapes, subsets, mirrored and cached images, and those that do not fit."""
 
 import pickle
+import shlex
 
 import numpy as np
 import pytest
-from conftest import DIGITS, GOLDEN, make_dataset, npy, png, random_images
+from conftest import DIGITS, GOLDEN, make_dataset, npy, png, random_images, run_cli
 
+from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from training.dataset.images import ImageFolderDataset
 
@@ -153,3 +155,22 @@ def test_verify_reads_headers_only(tmp_path):
     odd = {**latents, "odd.npy": npy(np.zeros([8, 5, 5], np.float32))}
     with pytest.raises(UserError, match="odd.npy is 5x5 with 8 channels"):
         ImageFolderDataset(make_dataset(tmp_path / "odd.zip", odd)).verify()
+
+
+def test_raw_photos_get_a_ready_command(tmp_path):
+    folder = tmp_path / "my photos"
+    make_dataset(
+        folder, {"a.png": png(np.zeros([90, 120, 3], np.uint8)), "b.png": png(np.zeros([70, 80, 3], np.uint8))}
+    )
+    with pytest.raises(UserError, match="a.png is 120x90 with 3 channels, not square; make a dataset") as err:
+        ImageFolderDataset(folder)
+    words = shlex.split(str(err.value).partition("by python dataset_tool.py ")[2])
+    result = run_cli(dataset_tool, *words, "--workers=1")
+    assert result.exit_code == 0, result.output
+    assert ImageFolderDataset(tmp_path / "my photos-64x64.zip").image_shape == (3, 64, 64)
+    # Some gray ones among the rest: only the channels differ.
+    make_dataset(
+        tmp_path / "b", {"a.png": png(np.zeros([9, 9, 3], np.uint8)), "b.png": png(np.zeros([9, 9], np.uint8))}
+    )
+    with pytest.raises(UserError, match="b.png is 9x9 with 1 channel.*--resolution=9x9"):
+        ImageFolderDataset(tmp_path / "b").verify()

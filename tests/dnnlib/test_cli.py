@@ -15,7 +15,6 @@ from conftest import ROOT, fails_with, run_cli
 from dnnlib.cli import (
     CommandGroup,
     CommandLine,
-    format_time,
     given_options,
     imported_when_used,
     offline_option,
@@ -257,11 +256,6 @@ def test_lists_of_integers():
 def test_no_lists_of_integers(text, reason):
     with pytest.raises(UserError, match=reason):
         parse_int_list(text)
-
-
-def test_times():
-    cases = {0: "0s", 59.4: "59s", 59.6: "1m 00s", 187: "3m 07s", 7500: "2h 05m", 86400 * 4 + 3 * 3600: "4d 03h"}
-    assert {seconds: format_time(seconds) for seconds in cases} == cases
 
 
 def test_messages_from_elsewhere():

@@ -144,3 +144,20 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
         journal.advance(50)
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
+
+
+def test_lines_between_the_reports_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("dnnlib.progress.monotonic", lambda: now[0])
+    monkeypatch.setattr("dnnlib.progress.INTERVAL", 30.0)
+    with Journal(tmp_path) as journal:
+        journal.start(1000, 2000)
+        for seconds in (20, 20, 20):
+            now[0] += seconds
+            journal.advance(100)
+        journal.log("a report")
+        now[0] += 20
+        journal.advance(100)
+    captured = capsys.readouterr()
+    assert captured.err == "1200/2000 img  elapsed 40s  left 2m 40s  5 img/s\n" and captured.out == "a report\n"
+    assert (tmp_path / "log.txt").read_text() == "a report\n"

@@ -1,6 +1,7 @@
-"""NCSN++, DDPM++ and DDPM: what golden values do not show."""
+"""Networks of score-SDE models: what golden values do not show."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from dnnlib.errors import UserError
 from training.networks import fir
 from training.networks.ncsnpp import DDPM, NCSNpp
+from training.networks.ncsnv2 import NCSN, NCSNv2
 from training.networks.score_layers import GroupNorm, activation, positional_embedding
 
 # Small networks that between them have every kind of layer.
@@ -26,10 +28,12 @@ NETWORKS = {
     "ddpm-blocks-nofir": lambda: NCSNpp(16, 3, resblock_type="ddpm", fir=False, **SMALL),
     "unconditional": lambda: NCSNpp(16, 3, conditional=False, **SMALL),
     "ddpm": lambda: DDPM(16, 3, **{**SMALL, "nf": 32}),
+    "ncsn": lambda: NCSN(16, 3, nf=8, num_scales=10),
+    "ncsnv2": lambda: NCSNv2(16, 3, nf=8, num_scales=10, sigma_min=0.5, sigma_max=9),
 }
 
 
-def build(name: str) -> NCSNpp:
+def build(name: str) -> Any:
     torch.manual_seed(0)
     return NETWORKS[name]().eval()
 
@@ -74,13 +78,25 @@ def test_gradients_with_checkpointed_blocks(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_bfloat16_is_near_float32(name):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.05), (torch.float16, 0.006)])
+def test_half_precision_is_near_float32(name, dtype, error):
     net = build(name)
     x, labels = inputs()
     with torch.inference_mode():
         expected = net(x, labels)
-        out = net(x.bfloat16(), labels).float()
-    assert float((out - expected).norm() / expected.norm()) < 0.05
+        out = net(x.to(dtype), labels).float()
+    assert float((out - expected).norm() / expected.norm()) < error
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_memory_formats_give_the_same(name):
+    net = build(name)
+    x, labels = inputs()
+    with torch.inference_mode():
+        expected = net(x, labels)
+        net.to(memory_format=torch.channels_last)
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(net(image, labels), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_fourier_frequencies_are_frozen():
@@ -106,7 +122,7 @@ def test_copies_are_independent():
 
 
 def test_state_dict_names_every_tensor_once():
-    for name in NETWORKS:
+    for name in NETWORKS.keys() - {"ncsn", "ncsnv2"}:
         net = build(name)
         assert all(key == "sigmas" or key.startswith("all_modules.") for key in net.state_dict())
         assert sum(p.numel() for p in net.parameters()) == sum(
@@ -130,7 +146,10 @@ def test_built_on_the_meta_device():
     torch.testing.assert_close(net.eval()(x, labels), own(x, labels))
 
 
-@pytest.mark.parametrize("name", ["ve", "pyramids", "ddpmpp"])
+SLOW_TO_COMPILE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ncsn", "ncsnv2")]
+
+
+@pytest.mark.parametrize("name", ["ve", "pyramids", "ddpmpp", *SLOW_TO_COMPILE])
 def test_compiles_in_one_piece(name):
     net = build(name)
     x, labels = inputs()

@@ -1,13 +1,17 @@
 """Folders for the Hugging Face hub."""
 
+import json
+
+import numpy as np
 import safetensors.torch
 import torch
-from conftest import GOLDEN, fails_with, run_cli, tiny_network
+from conftest import GOLDEN, fails_with, images_in, run_cli, tiny_network
 
 from generate_images import main as generate
 from snapshot_tool import main as snapshot_tool
 from training.encoders import StandardRGBEncoder
 from training.snapshot import load_network, save_network
+from training.snapshot.layout import newest_of_run
 
 
 def test_export(run, tmp_path):
@@ -61,6 +65,27 @@ def test_licence_of_published_networks(tmp_path):
     fails_with(
         run_cli(snapshot_tool, "export", tmp_path / "edm2-img64-mine.pkl", tmp_path / "m"), "under which licence?"
     )
+
+
+def test_the_folder_of_a_run_is_its_newest_snapshot(run, tmp_path):
+    newest = run / "network-snapshot-0000003-0.100.safetensors"
+    result = run_cli(generate, f"--net={run}", f"--outdir={tmp_path / 'out'}", "--seeds=0", "--steps=2")
+    assert result.exit_code == 0 and f"Note: {run}: its newest snapshot is {newest.name}\n" in result.output
+    run_cli(generate, f"--net={newest}", f"--outdir={tmp_path / 'same'}", "--seeds=0", "--steps=2")
+    images = [images_in(tmp_path / name)["000000.png"] for name in ("out", "same")]
+    np.testing.assert_array_equal(*images)
+    assert json.loads(run_cli(snapshot_tool, "inspect", run, "--json").output)["file"] == str(newest)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "training_options.json").write_text("{}")
+    result = run_cli(generate, f"--net={begun}", f"--outdir={tmp_path / 'none'}")
+    fails_with(result, f"{begun}: a training run without a snapshot yet")
+    # Where there are copies for the published tools, the native file counts.
+    for name in ("network-snapshot-0000010-0.100.pkl", "network-snapshot-0000009-0.100.safetensors"):
+        (begun / name).touch()
+    assert newest_of_run(str(begun)) == begun / "network-snapshot-0000010-0.100.pkl"
+    (begun / "network-snapshot-0000010-0.100.safetensors").touch()
+    assert newest_of_run(str(begun)) == begun / "network-snapshot-0000010-0.100.safetensors"
 
 
 def test_folders_that_are_no_snapshots(run, tmp_path):

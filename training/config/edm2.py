@@ -158,7 +158,7 @@ def _digits() -> Preset:
         optimizer=EDM2Optimizer(lr=0.04, decay=300, rampup_Mimg=20 * 128 / 1e6),
         run=RunConfig(duration=144 * Ki, batch=128, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
-    return Preset(config, resolution=8, channels=1, classes=10)
+    return Preset(config, resolution=8, channels=1, classes=10, speed="2800 on 2 CPU cores")
 
 
 def _digits_prior() -> Preset:

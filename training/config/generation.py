@@ -108,7 +108,10 @@ class NetworksConfig(Config):
 
     preset: str | None = option(None, "Published networks and guidance; options that are given win", metavar="NAME")
     net: str | None = option(
-        None, "Network snapshot: a file, a Hugging Face folder, or a URL (http, file, hf)", metavar="FILE"
+        None,
+        "Network snapshot: a file, the folder of a training run (its newest snapshot), a Hugging Face folder, or a URL "
+        "(http, file, hf)",
+        metavar="FILE",
     )
     gnet: str | None = option(None, "Guiding network snapshot", metavar="FILE")
     classifier: str | None = option(

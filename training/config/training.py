@@ -22,6 +22,7 @@ MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 MIN_STD = 0.001  # file names of EMA profiles have three decimals
 MAX_STD = 12**-0.5  # of the flat average (`phema`)
 MAX_LIST = 1000
+LATENT_CHANNELS = 4  # of all presets for latents
 T = TypeVar("T", bound="TrainConfig")
 
 
@@ -328,6 +329,7 @@ class Preset:
         context: number and width of the tokens that captions become; zeros = no captions.
         published: results of the published network, such as 'FID 2.20'; '' = none.
         sampler: of the published results; None = the default one.
+        speed: images per second, where it was measured, and on what.
     """
 
     config: TrainConfig
@@ -337,3 +339,18 @@ class Preset:
     published: str = ""
     sampler: SamplerConfig | None = None
     context: tuple[int, int] = (0, 0)
+    speed: str = ""
+
+    @property
+    def size(self) -> str:
+        """Height, width and channels of what the network sees."""
+        return f"{self.resolution}x{self.resolution}x{self.channels}"
+
+    def fits(self, resolution: int, channels: int, latents: bool) -> bool:
+        """Whether data of this size are such as the preset is meant for, of which four channels are latents.
+
+        Args:
+            channels: stored ones; those of latents may be mean and standard deviation.
+        """
+        wanted = (self.channels, 2 * self.channels) if latents else (self.channels,)
+        return resolution == self.resolution and channels in wanted and latents == (self.channels == LATENT_CHANNELS)

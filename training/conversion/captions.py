@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dnnlib.errors import UserError, one_line
+from dnnlib.progress import Progress
 from training.conversion.writer import DatasetWriter
 from training.dataset.captions import EMPTY, contexts_name, encode_contexts
 from training.dataset.images import ImageFolderDataset
@@ -123,7 +122,7 @@ def add_captions(
     try:
         names = [dataset.name(i) for i in range(len(dataset))]
         done: dict[tuple[str, ...], Any] = {}  # contexts of captions that many images share
-        for i, name in enumerate(tqdm(names, unit="img", disable=None, dynamic_ncols=True)):
+        for i, name in enumerate(Progress(names, unit="img")):
             if name not in writer.names:
                 writer.write(name, dataset.stored_bytes(i))
             if contexts_name(name) not in writer.names:

@@ -13,10 +13,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
+from dnnlib.progress import Progress
 from torch_utils.pictures import check_picture, drawable
 from training.dataset.images import COMPRESSED, ImageFolderDataset
 from training.dataset.listing import many
@@ -115,7 +115,7 @@ def _scan(dataset: ImageFolderDataset) -> _Scan:
     duplicates: list[list[str]] = []
     shapes: Counter[str] = Counter()
     moments = np.zeros([2, dataset.num_channels])
-    for idx in tqdm(range(len(dataset)), unit="img", disable=None, dynamic_ncols=True):
+    for idx in Progress(range(len(dataset)), unit="img"):
         try:
             image, _label = dataset[idx]
         except UserError as err:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import PIL
-from tqdm import tqdm
 
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import check_not_input
+from dnnlib.progress import Progress
 from training.conversion.depth import ValueRange
 from training.conversion.label_table import LabelTable
 from training.conversion.labels import WrittenLabels
@@ -146,7 +146,7 @@ class _Conversion:
         work = map_in_order(_Task(self.settings), chunks, workers)
         with (
             contextlib.closing(work),
-            tqdm(total=min(totals, default=None), unit="img", disable=None, dynamic_ncols=True) as progress,
+            Progress(total=min(totals, default=None), unit="img") as progress,
         ):
             for result in itertools.chain.from_iterable(work):
                 progress.update()

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dnnlib.errors import UserError, one_line
+from dnnlib.progress import Progress
 from torch_utils.object_arrays import load_values
 from training.conversion.latents import LATENT_PATTERN
 from training.conversion.writer import DatasetWriter, image_name
@@ -44,7 +44,7 @@ def import_features(source: Path, dest: Path, scale: float | None = None, resume
     try:
         labels: list[list[Any]] = []
         texts: dict[str, list[str]] = {}
-        for index, (number, captions) in enumerate(tqdm(files.items(), unit="img", disable=None, dynamic_ncols=True)):
+        for index, (number, captions) in enumerate(Progress(files.items(), unit="img")):
             name = image_name(index, LATENT_PATTERN)
             moments, label = _item(source / f"{number}.npy")
             labels += [] if label is None else [[name, label]]

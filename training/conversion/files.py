@@ -13,7 +13,7 @@ from training.conversion.sources import CLASS_FOLDERS, Choice, Label, Source, So
 from training.conversion.tar import TarContents, read_member, tar_members
 from training.dataset.folders import folders_as_classes, parts_of_folders, shared_folder
 from training.dataset.labels import parse_labels_json
-from training.dataset.listing import Listing, counted, is_image, list_files, printable, suffix_of
+from training.dataset.listing import Listing, contact_sheets, counted, is_image, list_files, printable, suffix_of
 from training.dataset.storage import MAX_FILE_BYTES
 
 
@@ -37,7 +37,9 @@ def image_zip(path: Path, choice: Choice) -> Source:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         named = sorted(((info.filename.replace("\\", "/"), info) for info in infos), key=lambda pair: pair[0])
         text = _unpacked(archive, archive.getinfo("dataset.json")) if "dataset.json" in archive.namelist() else None
-        listing = list_files(name for name, _info in named)
+        entries = dict(named)
+        sheets = contact_sheets(entries, lambda name: _unpacked(archive, entries[name]))
+        listing = list_files((name for name, _info in named), sheets=sheets)
         for position in listing.odd:
             archive.open(named[position][1]).close()  # compares the two copies of a name
     found = _understand(path, listing, text, choice.split)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from dnnlib.progress import Progress
 from torch_utils import distributed
 from training.conversion.writer import DatasetWriter, encode_png, image_name
 from training.dataset.images import ImageFolderDataset
@@ -192,8 +192,7 @@ def _write_results(
                     work.moments.add(np.load(io.BytesIO(data)))
     done = distributed.from_first(done)
     starts = range(done, count, batch * world_size)
-    disable = None if rank == 0 else True
-    with tqdm(total=count, initial=done, unit="img", disable=disable, dynamic_ncols=True) as progress:
+    with Progress(total=count, initial=done, unit="img", hidden=rank != 0) as progress:
         for start in starts:
             begin = min(start + rank * batch, count)
             indices = range(begin, min(begin + batch, count))

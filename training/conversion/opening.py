@@ -17,7 +17,7 @@ from training.conversion.sources import Choice, Source, files_of_split, images_n
 from training.conversion.tar import TarContents, list_tar
 from training.conversion.tfrecord import is_tfrecord, tfrecord_files
 from training.conversion.webdataset import has_samples, tar_shards
-from training.dataset.listing import HIDDEN, list_files
+from training.dataset.listing import HIDDEN, contact_sheets, list_files
 from training.dataset.storage import files_below
 
 DEFAULT = Choice()
@@ -102,7 +102,7 @@ def _open_folder(path: Path, choice: Choice) -> Source:
         _check_own_part(path, choice.split)
         return lmdb_database(path)
     names = sorted(files_below(path))
-    files = list_files(names)
+    files = list_files(names, sheets=contact_sheets(names, lambda name: (path / name).read_bytes()))
     visible = [name for name in names if HIDDEN.search(name) is None]
     shards = [name for name in visible if name.lower().endswith((".tar", ".tar.gz", ".tgz"))]
     tables = [name for name in visible if name.lower().endswith(".parquet")]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
@@ -131,6 +132,28 @@ def enlarged_from(name: str | None, image: np.ndarray, width: int | None, height
     boxes = {"celeba": CELEBA_BOX[2] - CELEBA_BOX[0], "center-crop-celeba": CELEBA_CROP}
     kept = boxes[name] if name in boxes else min(rows, columns)
     return kept if width > kept else 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A transform by name, as `make_transform` makes it, that loader processes can take over.
+
+    Raises:
+        UserError: when it is made, if the transform and the size do not go together.
+    """
+
+    name: str | None
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        make_transform(self.name, self.width, self.height)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray | None:
+        return make_transform(self.name, self.width, self.height)(image)
+
+    def describe(self) -> str:
+        return f"{self.name or 'resized'} to {self.width}x{self.height}"
 
 
 def make_transform(name: str | None, width: int | None, height: int | None) -> Transform:

@@ -53,6 +53,18 @@ def decode(name: str, data: bytes | memoryview, opaque: bool = False) -> np.ndar
     return image
 
 
+def fitted(image: np.ndarray, fit: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray:
+    """An image as RGB, uint8 [C, H, W], that a function of [H, W, 3] has brought to its size.
+
+    Raises:
+        ValueError: it is too small for that.
+    """
+    pixels = fit(np.repeat(image, 3, axis=0).transpose(1, 2, 0) if len(image) == 1 else image.transpose(1, 2, 0))
+    if pixels is None:
+        raise ValueError("it is too small: give a lower --resolution")
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
 def read_header(name: str, start: bytes | memoryview, opaque: bool = False) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of what `decode` would return, from the first `HEADER_BYTES` of a file.
 

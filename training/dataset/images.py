@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
+from training.dataset.advice import how_to_convert
 from training.dataset.captions import Captions
-from training.dataset.decoding import HEADER_BYTES, WITH_ALPHA, are_moderate, decode, plain_npy_header, read_header
+from training.dataset.decoding import (
+    HEADER_BYTES,
+    WITH_ALPHA,
+    are_moderate,
+    decode,
+    fitted,
+    plain_npy_header,
+    read_header,
+)
 from training.dataset.folders import parts_of_folders
 from training.dataset.labels import (
     Labels,
@@ -24,9 +34,9 @@ from training.dataset.labels import (
     labels_from_json,
     parse_labels_json,
 )
-from training.dataset.listing import NAMES_FILE, Listing, counted, is_array, list_files, many, printable
+from training.dataset.listing import NAMES_FILE, Listing, counted, is_array, many, printable
 from training.dataset.order import evenly_spaced, subset
-from training.dataset.storage import open_storage
+from training.dataset.storage import files_of_dataset, open_storage
 
 FINGERPRINT_SAMPLES = 1024
 COMPRESSED = "slow to read; store it without compression (zip -0)"  # of a dataset, in notes
@@ -52,6 +62,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         opaque: put images with an alpha channel on white, as conversions do; False = alpha is a channel.
         checksums: compare the CRC-32 of each ZIP entry when it is first read.
         use_captions: give contexts of captions (`training.dataset.captions`) in place of labels.
+        fit: makes images of one size of them, as RGB: uint8 [H, W, 3] -> the same, or None where one is too small.
 
     Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim] or, of captions, [tokens,
     width].
@@ -73,12 +84,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         opaque: bool = False,
         checksums: bool = True,
         use_captions: bool = False,
+        fit: Callable[[np.ndarray], np.ndarray | None] | None = None,
     ):
         self.path = Path(path)
         self.use_labels = use_labels and not use_captions
-        self._opaque, self._checksums = opaque, checksums
+        self._opaque, self._checksums, self._fit = opaque, checksums, fit
         self._storage = open_storage(self.path)
-        listing = list_files(self._storage.names, arrays=True)
+        listing = files_of_dataset(self._storage)
         for position in listing.odd:  # dataset.json under a damaged name would be missed
             self._check_name(position)
         if not listing.images:
@@ -107,7 +119,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         elif self.num_channels in WITH_ALPHA:
             self._notes.append("alpha is a channel like the others: dataset_tool.py convert puts images on white")
         if self._shape[1] != self._shape[2]:
-            raise UserError(f"{self.path}: {self._name(0)} is {_size(self._shape)}, not square")
+            advice = "" if is_array(self._name(0)) else how_to_convert(self.path, self._shape)
+            raise UserError(f"{self.path}: {self._name(0)} is {_size(self._shape)}, not square{advice}")
         if resolution is not None and resolution != self.resolution:
             raise UserError(f"{self.path}: the images are {_size(self._shape)}, not {resolution}x{resolution}")
 
@@ -286,6 +299,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         Raises:
             UserError: one differs from the first; names both.
         """
+        if self._fit is not None:  # headers say nothing of what it makes; each image is looked at when it is read
+            return
         for base in range(len(self._files)):
             start = self._read(base, HEADER_BYTES)
             try:
@@ -345,8 +360,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             raise UserError(
                 f"{self.path}: {name} holds {dtype}, but {first} {self._dtype}: do not mix pixels and latents"
             )
+        advice = "" if is_array(name) else how_to_convert(self.path, shape, self._shape)
         raise UserError(
             f"{self.path}: {name} is {_size(shape)}, but {first} is {_size(self._shape)}: all images must be alike"
+            f"{advice}"
         )
 
     def _read(self, base: int, size: int | None = None) -> bytes | memoryview:
@@ -372,6 +389,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             image = self._as_stored(data)
             if image is None or not (checked or are_moderate(image)):
                 image = decode(self._name(base), data, self._opaque)
+            if self._fit is not None and image.dtype == np.uint8:
+                image = fitted(image, self._fit)
         except PIL.UnidentifiedImageError:
             raise UserError(f"{self.path}: cannot read {self._name(base)}: damaged, or not an image") from None
         except Exception as err:  # a damaged file can fail in any way

@@ -3,19 +3,22 @@
 import contextlib
 import functools
 import importlib
+import json
 import os
 import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import PIL.Image
 
+from training.config.data import RECORD_NAME
+
 ARRAY_SUFFIX = ".npy"
 CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
 NAMES_FILE = "names.json"  # what the images of a dataset were called before
-OUR_FILES = ("dataset.json", "report.json", "generation.json", NAMES_FILE)  # beside images
+OUR_FILES = ("dataset.json", "report.json", RECORD_NAME, NAMES_FILE)  # beside images
 # Folders in which systems keep thumbnails, deleted files and earlier versions; all of them may hold images.
 SYSTEM_FOLDERS = ("__MACOSX", "Network Trash Folder", "Temporary Items")  # macOS
 SYSTEM_FOLDERS += ("@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot")  # NAS
@@ -85,6 +88,7 @@ class Listing:
     kinds: Counter[str] = field(default_factory=Counter)  # of these, by file type
     hidden: Counter[str] = field(default_factory=Counter)  # images in hidden files and folders, by that file or folder
     unreadable: list[str] = field(default_factory=list)  # names of pictures of other types
+    sheets: list[str] = field(default_factory=list)  # names of contact sheets of the images
     others: Counter[str] = field(default_factory=Counter)  # all other files, by type
     odd: list[int] = field(default_factory=list)  # positions of those of rare types, whose names may be damaged
     tables: list[str] = field(default_factory=list)  # names of those among them that may hold labels
@@ -109,23 +113,46 @@ class Listing:
                 f"left out: {many(len(self.unreadable), 'picture')} of unreadable kinds ({counted(kinds)}): "
                 f"{heif}convert to PNG or JPEG"
             )
+        if self.sheets:
+            lines.append(
+                f"left out: {many(len(self.sheets), 'contact sheet')} ({', '.join(map(printable, self.sheets))})"
+            )
         if self.others:
             lines.append(f"left out: {many(self.others.total(), 'other file')} ({counted(self.others)})")
         return lines
 
 
-def list_files(names: Iterable[str], arrays: bool = False) -> Listing:
+def contact_sheets(names: Iterable[str], read: Callable[[str], bytes | memoryview]) -> set[str]:
+    """The files that are contact sheets of images beside them, as the record of generated images says.
+
+    Args:
+        read: name -> contents.
+    """
+    found: set[str] = set()
+    for name in names:
+        if posixpath.basename(name) == RECORD_NAME:
+            # A damaged record, which can fail in any way, is no reason to refuse images.
+            with contextlib.suppress(Exception):
+                sheets = json.loads(bytes(read(name))).get("sheets", [])
+                found |= {posixpath.join(posixpath.dirname(name), sheet) for sheet in sheets}
+    return found
+
+
+def list_files(names: Iterable[str], arrays: bool = False, sheets: Collection[str] = ()) -> Listing:
     """Sort files by what is done with them.
 
     Args:
         names: of all files, relative to the place that they are in.
         arrays: `.npy` files count as images.
+        sheets: names of those that are contact sheets.
     """
     listing, readable = Listing(), image_suffixes() | ({ARRAY_SUFFIX} if arrays else set())
     positions_by_type: dict[str, list[int]] = defaultdict(list)
     for position, name in enumerate(names):
         suffix, hidden = suffix_of(name), HIDDEN.search(name)
-        if hidden is not None:
+        if name in sheets:
+            listing.sheets.append(name)
+        elif hidden is not None:
             if suffix in readable:
                 listing.hidden[hidden[1]] += 1
         elif suffix in readable:

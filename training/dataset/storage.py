@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dnnlib.errors import UserError, one_line
+from training.dataset.listing import Listing, contact_sheets, list_files
 
 # Of the local header of a ZIP entry: its fixed size, and where its flags and the lengths of name and extra field are.
 LOCAL_HEADER_BYTES, LOCAL_FLAGS, LOCAL_LENGTHS = 30, 6, 26
@@ -76,6 +77,12 @@ def open_storage(path: Path) -> Storage:
     if path.is_file():
         return _Zip(path)
     raise UserError(f"{path}: no such dataset: give a ZIP file or a folder of images")
+
+
+def files_of_dataset(storage: Storage) -> Listing:
+    """The files by what is done with them; arrays are images, too."""
+    sheets = contact_sheets(storage.names, lambda name: storage.read(storage.names.index(name)))
+    return list_files(storage.names, arrays=True, sheets=sheets)
 
 
 def files_below(folder: Path) -> Iterator[str]:

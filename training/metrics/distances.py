@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from dnnlib.progress import Progress
 
 Array = np.ndarray | torch.Tensor
 ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB
@@ -83,15 +83,8 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
     mu, sigma = _double(mu), _double(sigma)
     root = _root(sigma)  # that of the reference, as it is the same for all groups
     distances = []
-    progress = tqdm(
-        zip(counts, sums, products, strict=True),
-        desc="Error bar",
-        total=len(groups),
-        delay=PROGRESS_DELAY,
-        leave=False,
-        disable=None,
-        dynamic_ncols=True,
-    )
+    parts = zip(counts, sums, products, strict=True)
+    progress = Progress(parts, desc="Error bar", unit="group", total=len(groups), delay=PROGRESS_DELAY)
     for count, x, xx in progress:
         n = total - count
         mean = (sum_of_all - x) / n

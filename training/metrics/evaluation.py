@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dnnlib.download import open_url
+from dnnlib.download import is_url, open_url
 from dnnlib.errors import UserError
 from dnnlib.files import append_line, file_sha256
 from dnnlib.util import EasyDict, code_version
@@ -17,7 +18,8 @@ from torch_utils import distributed
 from training.config.metrics import METRICS
 from training.metrics.detectors import load_detectors
 from training.metrics.files import load_stats
-from training.metrics.statistics import calculate_stats_for_files, calculate_stats_for_iterable, last_stats
+from training.metrics.images import FileBatches, Fit, content_hash, open_images
+from training.metrics.statistics import calculate_stats_for_iterable, last_stats
 from training.metrics.values import (
     check_numbers,
     check_reference,
@@ -33,11 +35,14 @@ class Evaluation:
 
     Args:
         metrics: names of METRICS.
-        ref: statistics, as a file or URL (see `load_stats`), or an .npz file of images as ADM publishes them.
+        ref: statistics, as a file or URL (see `load_stats`), or images: a folder, a ZIP file, or an .npz file of images
+            as ADM publishes them.
         device: where the detectors compute.
         weights, resize: of the detectors, see `load_detectors`.
         groups: number of groups of images for error bars (see `frechet_error`); 1 = no error bars.
         force: compare even if another detector or resolution makes the figures incomparable.
+        fit: of the images of the reference, see `open_images`.
+        workers: processes that load these.
 
     Raises:
         UserError: the reference lacks what a metric needs, or a file is missing or damaged.
@@ -53,20 +58,28 @@ class Evaluation:
         resize: str = "torch",
         groups: int = 1,
         force: bool = False,
+        fit: Fit | None = None,
+        workers: int = 2,
     ):
         self.metrics, self.ref, self.groups, self.force = metrics, ref, groups, force
         with distributed.fail_together():
-            path = Path(open_url(ref, return_filename=True))
+            is_dataset = os.path.isdir(ref) or (ref.lower().endswith(".zip") and not is_url(ref))
+            path = Path(ref) if is_dataset else Path(open_url(ref, return_filename=True))
             arrays = _arrays_of_npz(path)
-            holds_images = "arr_0.npy" in arrays
+            holds_images = is_dataset or "arr_0.npy" in arrays
             # Like ADM's own tool, prefer statistics in such a file to its images: they may be of more images.
             self.stats = EasyDict() if holds_images and "mu.npy" not in arrays else load_stats(ref)
-            self.ref_sha256 = file_sha256(path)
+            images = open_images(path, fit=fit) if is_dataset else None
+            self.ref_identity: dict[str, Any] = (
+                {"ref_sha256": file_sha256(path)}
+                if images is None
+                else {"ref_hash": content_hash(images), "ref_found": images.summary()}
+            )
             lacking = [metric for metric in metrics if not self._is_stored(metric, holds_images)]
             self.detectors = load_detectors(metrics, device, weights, resize)
         self.stored = {metric for metric in metrics if metric not in lacking and METRICS[metric].compares}
         if lacking:
-            self._measure_reference(path, lacking)
+            self._measure_reference(FileBatches(images or open_images(path), num_workers=workers), lacking)
 
     def _is_stored(self, metric: str, holds_images: bool) -> bool:
         """Whether the file of the reference holds what a metric needs; if not, it must hold images."""
@@ -78,10 +91,10 @@ class Evaluation:
             return False
         return True
 
-    def _measure_reference(self, path: Path, lacking: Sequence[str]) -> None:
-        """Add what metrics need and the file does not store, from the images in it."""
+    def _measure_reference(self, images: FileBatches, lacking: Sequence[str]) -> None:
+        """Add what metrics need and the file does not store, from its images."""
         detectors = {METRICS[metric].entry: self.detectors[METRICS[metric].entry] for metric in lacking}
-        computed = last_stats(calculate_stats_for_files(path, metrics=lacking, detectors=detectors))
+        computed = last_stats(calculate_stats_for_iterable(images, lacking, detectors=detectors))
         if self.stored:
             del computed["num_images"]  # stored statistics may be of more images than the file holds
         for entry in detectors:
@@ -133,7 +146,7 @@ class Evaluation:
         if METRICS[metric].compares:
             record |= {
                 "ref": self.ref,
-                "ref_sha256": self.ref_sha256,
+                **self.ref_identity,
                 "ref_statistics": "stored" if metric in self.stored else "computed from its images",
                 "ref_detector": self.stats[entry].get("detector"),
             }

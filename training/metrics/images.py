@@ -1,6 +1,6 @@
 """The images that are measured: folders, ZIP files, and .npz files of ADM."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +55,15 @@ class ArrayImages(torch.utils.data.Dataset):
 StoredImages = ImageFolderDataset | ArrayImages
 
 
-def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) -> StoredImages:
+Fit = Callable[[np.ndarray], np.ndarray | None]
+
+
+def open_images(path: str | Path, num_images: int | None = None, seed: int = 0, fit: Fit | None = None) -> StoredImages:
     """The uint8 images of a folder, a ZIP file, or an .npz file of ADM; transparent ones on white, as converted.
 
     Args:
         num_images: how many; of more, `seed` draws a subset. None = all.
+        fit: makes images of one size of those in folders and ZIP files, see `ImageFolderDataset`; None = they are.
 
     Raises:
         UserError: the path is missing or damaged, holds latents or fewer images, or they differ in size.
@@ -68,7 +72,7 @@ def open_images(path: str | Path, num_images: int | None = None, seed: int = 0) 
     if path.suffix == ".npz":
         images = ArrayImages(path, num_images, seed)
     else:
-        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed, opaque=True)
+        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed, opaque=True, fit=fit)
         if images.dtype != np.uint8:
             raise UserError(f"{path}: holds latents, not images: decode them first (dataset_tool.py decode)")
         images.verify()

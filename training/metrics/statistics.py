@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from dnnlib.progress import Progress
 from dnnlib.util import EasyDict
 from torch_utils import distributed
 from training.config.metrics import DEFAULT_METRICS, METRICS, check_metrics
@@ -137,9 +137,9 @@ class StatsIterable:
         accumulator = Accumulator(self.metrics, self.detectors, self.groups)
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         total = getattr(self.image_iter, "num_images", None)
-        disable = None if self.verbose and rank == 0 else True  # None: only on a terminal
         held: EasyDict | None = None  # one batch is held back, because the last one gets the statistics
-        with tqdm(total=total, unit="img", disable=disable, dynamic_ncols=True) as progress:
+        done, hidden = 0, not self.verbose or rank != 0
+        with Progress(total=total, unit="img", hidden=hidden) as progress:
             for batch in self.image_iter:
                 r = batch if isinstance(batch, EasyDict) else EasyDict(images=torch.as_tensor(batch))
                 if held is not None:
@@ -148,7 +148,9 @@ class StatsIterable:
                 r.stats = None
                 indices = r.get("indices")
                 accumulator.add(r.images, None if indices is None else torch.as_tensor(indices))
-                progress.update(min(len(r.images) * world_size, total - progress.n if total else len(r.images)))
+                count = min(len(r.images) * world_size, total - done if total else len(r.images))
+                done += count
+                progress.update(count)
         held = held if held is not None else EasyDict(images=None)
         held.stats = accumulator.statistics()
         if self.dest_path is not None and rank == 0:

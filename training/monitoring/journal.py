@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dnnlib.cli import format_time
 from dnnlib.errors import UserError
 from dnnlib.files import append_line, atomic_write, leftovers, locked
+from dnnlib.progress import Lines, format_time
 from torch_utils import distributed
 from training.monitoring.tracker import Tracker
 
@@ -40,6 +40,7 @@ class Journal:
         progress = tqdm(unit="img", unit_scale=True, disable=hidden, dynamic_ncols=True)
         self.progress = self._resources.enter_context(progress)
         self.tensorboard = None
+        self.lines: Lines | None = None  # where there is no terminal, once training has begun
         self.tracker: Tracker | None = None
 
     def _refuse(self) -> None:
@@ -49,6 +50,8 @@ class Journal:
         """Show a line and add it to log.txt."""
         if self.active:
             self.progress.write(message)
+            if self.lines is not None:
+                self.lines.postpone()
             append_line(self.outdir / "log.txt", message)
 
     def start(self, nimg: int, duration: int) -> None:
@@ -61,6 +64,8 @@ class Journal:
                 lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
                     f.writelines(line + "\n" for line in lines)
+        if self.active and self.progress.disable:
+            self.lines = Lines("img", duration, nimg)
         self.progress.reset(duration)
         self.progress.initial = self.progress.n = self.progress.last_print_n = nimg  # done before, not just now
         self.progress.refresh()
@@ -71,8 +76,10 @@ class Journal:
         self._resources.callback(tracker.close)
 
     def advance(self, count: int) -> None:
-        """Move the progress bar by `count` images."""
+        """Move the progress bar by `count` images, or print a line where there is none and nothing else is printed."""
         self.progress.update(count)
+        if self.lines is not None:
+            self.lines.update(count)
 
     def report(self, fields: dict[str, float]) -> None:
         """Record numbers; `fields["nimg"]` says when."""

@@ -1,7 +1,7 @@
 """Snapshots of all layouts, opened, loaded and written in the same way."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from training.snapshot.layout import (
     Writer,
     build_for,
     finite_tensor,
+    newest_of_run,
 )
 from training.snapshot.native import open_native, write_native
 from training.snapshot.published_edm2 import PUBLISHED_ARCHITECTURES, PublishedFile, write_published
@@ -149,8 +150,8 @@ def open_snapshot(path_or_url: str | Path, which: str = "ema", preset: str | Non
     """An open snapshot, whose weights are not read yet: `metadata`, `names`, `shape(name)` and `get_tensor(name)`.
 
     Args:
-        path_or_url: a file, a folder with config.json and model.safetensors, or a URL (http, https, file, hf) of a
-            file; hf://owner/repo is a folder.
+        path_or_url: a file, a folder with config.json and model.safetensors, the folder of a training run, which stands
+            for its newest snapshot, or a URL (http, https, file, hf) of a file; hf://owner/repo is a folder.
         which: the network to take from files that hold several.
         preset: training preset that names the architecture, for layouts that do not say it.
 
@@ -162,6 +163,11 @@ def open_snapshot(path_or_url: str | Path, which: str = "ema", preset: str | Non
 
 def _open(request: Request) -> SnapshotFile:
     """As `open_snapshot`, of the copy that is kept."""
+    newest = newest_of_run(request.address)
+    if newest is not None:
+        file = _open(replace(request, address=str(newest)))
+        file.note = "; ".join(filter(None, [f"its newest snapshot is {newest.name}", file.note]))
+        return file
     suffixes = [reader.suffix for reader in READERS]
     if request.suffix not in suffixes:
         if not is_url(request.address):

@@ -31,6 +31,8 @@ def open_folder(request: Request) -> NativeFile:
     """
     folder = request.address
     missing = [name for name in FOLDER_FILES if not is_url(folder) and not Path(folder, name).is_file()]
+    if missing and Path(folder, "training_options.json").is_file():
+        raise UserError(f"{folder}: a training run without a snapshot yet: wait for its first, or lower --snapshot")
     if missing:
         raise UserError(
             f"{folder}: a folder without {missing[0]} is no snapshot (it needs {' and '.join(FOLDER_FILES)})"

@@ -67,6 +67,21 @@ class Request:
             raise UserError(f"{path}: holds no network {self.which!r}, only {', '.join(map(repr, held))}")
 
 
+RUN_SNAPSHOT = re.compile(r"network-snapshot-([0-9]+)(.*)\.(safetensors|pkl)")
+
+
+def newest_of_run(folder: str) -> Path | None:
+    """The newest snapshot in the folder of a training run: of several EMA profiles, the widest.
+
+    None = this is no folder of a run, or it has no snapshot yet.
+    """
+    if not Path(folder).is_dir() or Path(folder, "config.json").is_file():
+        return None
+    found = [(match, path) for path in Path(folder).iterdir() if (match := RUN_SNAPSHOT.fullmatch(path.name))]
+    # Where there is a copy for the published tools, ours is preferred.
+    return max(found, key=lambda pair: (int(pair[0][1]), pair[0][2], pair[0][3]), default=(None, None))[1]
+
+
 class SnapshotFile(ABC):
     """An open snapshot, whose tensors are read when they are asked for."""
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import UserError
+from dnnlib.progress import Progress
 from training.config.training import MAX_STD, MIN_STD
 from training.phema import solve_posthoc_coefficients
 from training.preconditioning import PRECISIONS
@@ -130,7 +130,7 @@ def reconstruct_phema(
         if path.is_file() and not skip and open_snapshot(path).description.reconstructed_from is None:
             raise UserError(f"{path} exists and is no reconstruction: choose another --outprefix or --outdir")
     todo = [std for std in outstds if not (skip and paths[std].is_file())]
-    for start in tqdm(range(0, len(todo), batch), unit="pass", disable=None, dynamic_ncols=True):
+    for start in Progress(range(0, len(todo), batch), unit="pass"):
         stds = todo[start : start + batch]
         coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
         names = [avg.path.name for avg in inputs]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, cast
 
 import torch
-from tqdm import tqdm
 
 from dnnlib.errors import one_line
+from dnnlib.progress import Progress
 from torch_utils.device import set_up_device
 from training.config.toy import ToyConfig
 from training.lr import learning_rate_schedule
@@ -150,10 +150,10 @@ def run_training(
         UserError: an unknown class.
     """
     saved_at = {config.iterations} | {FIRST_SNAPSHOT << i for i in range(config.iterations.bit_length())}
-    with tqdm(total=config.iterations, unit="it", dynamic_ncols=True) as progress:
+    with Progress(total=config.iterations, unit="it") as progress:
         for iteration, loss, ema in train_toy(config, device):
             if iteration % FRAME_INTERVAL == 0 or iteration == config.iterations:
-                progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                progress.bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 if view is not None and view.wanted:
                     view.draw(iteration, loss.item(), ema)
             progress.update()
