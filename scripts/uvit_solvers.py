@@ -51,7 +51,7 @@ BY_TOLERANCE: dict[str, Callable[[float], SamplerConfig]] = {
 
 def mixture(x: torch.Tensor, sigma: torch.Tensor, _cond: torch.Tensor | None = None) -> torch.Tensor:
     """The exact denoiser of numbers that are -0.7 or 0.7, with standard deviation 0.1."""
-    variance = 0.01 + sigma.double() ** 2
+    variance = 0.01 + sigma.double().reshape(-1, 1, 1, 1) ** 2
     ratio = torch.tanh(0.7 * x.double() / variance)
     return (0.7 * ratio + 0.01 / variance * (x.double() - 0.7 * ratio)).float()
 
@@ -69,7 +69,7 @@ def solve(
         x = sampler(D, noise, cond, dtype=torch.float64)
         if grid.sigmas[-1] == 0:
             return sampler.nfe, x
-        return sampler.nfe + 1, D(x, grid.sigmas[-1], cond)  # as the others' last step
+        return sampler.nfe + 1, D(x.float(), grid.sigmas[-1], cond)  # as the others' last step
 
 
 def curves(D: Denoiser, noise: torch.Tensor, cond: torch.Tensor | None) -> dict[str, list[tuple[int, float]]]:

@@ -149,7 +149,8 @@ def make_config(
     if name not in presets:
         raise unknown_preset("--preset", name, presets)
     names = {field.key for field in all_fields(config_class)}
-    given = {key: value for key, value in opts.items() if value is not None and key in names} | {"preset": name}
+    given = {key: value for key, value in opts.items() if value is not None and key in names}
+    given["preset"] = name
     if opts.get("fp16") is False:
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import fails_with, run_cli
+from conftest import DIGITS, fails_with, run_cli
 
 from calculate_likelihood import main as likelihood
 from dnnlib.errors import UserError
@@ -217,5 +217,5 @@ def test_damaged_files(checkpoint, tmp_path):
 
 def test_commands_say_it_in_one_line(checkpoint, tmp_path):
     path = tampered(checkpoint, tmp_path / "hostile.pt", args=with_args(num_nf=2))
-    options = [f"--net={path}", f"--data={tmp_path}", f"--out={tmp_path / 'x.jsonl'}"]
+    options = [f"--net={path}", f"--data={DIGITS}", f"--out={tmp_path / 'x.jsonl'}"]
     fails_with(run_cli(likelihood, *options), "hostile.pt: it lacks")

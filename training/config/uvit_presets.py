@@ -109,7 +109,9 @@ def _captions(network: dict[str, Any], published: str) -> Preset:
     )
 
 
-def _digits(duration: int, resolution: int = 8, channels: int = 1, context: tuple[int, int] = (0, 0)) -> Preset:
+def _digits(
+    duration: int, resolution: int = 8, channels: int = 1, context: tuple[int, int] = (0, 0), lr: float = 4e-3
+) -> Preset:
     """Handwritten digits, 0.27 M parameters and 16 tokens of patches: grayscale of 8x8 (datasets/digits.zip) or latents
     of 4x4; by class, or with captions.
     """
@@ -119,7 +121,7 @@ def _digits(duration: int, resolution: int = 8, channels: int = 1, context: tupl
         data=UViTData(captions=text),
         network=UViTNetwork(patch_size=resolution // 4, embed_dim=64, depth=4, num_heads=4, prediction="edm"),
         objective=UViTObjective(cond_dropout=0.1, noise_levels="lognormal"),
-        optimizer=UViTOptimizer(lr=4e-3, beta1=0.9, warmup=100 * batch, decay_to=duration),
+        optimizer=UViTOptimizer(lr=lr, beta1=0.9, warmup=100 * batch, decay_to=duration),
         ema=EMAConfig(ema_rate=0.99),
         run=RunConfig(duration=duration, batch=batch, status=4 * Ki, snapshot=16 * Ki, checkpoint=48 * Ki),
     )
@@ -141,5 +143,5 @@ UVIT_PRESETS: dict[str, Preset] = {
     "mscoco_uvit_small_deep": _captions(SMALL | {"depth": 16}, "FID 5.48 with guidance 2"),
     "digits-uvit": _digits(144 * Ki),
     "digits-uvit-latent": _digits(64 * Ki, resolution=4, channels=4),
-    "digits-uvit-text": _digits(64 * Ki, context=WORDS),
+    "digits-uvit-text": _digits(144 * Ki, context=WORDS, lr=2e-3),
 }
