@@ -1,7 +1,7 @@
 """Short trainings of NVAE from many seeds, at learning rates up to ten times the published one: what NaN they meet.
 
-Prints a line for each rate: runs, steps skipped because their gradients were not finite, runs that ended early, and the
-loss at the end (docs/nvae.md).
+Prints a line for each run, and one for each rate: runs, steps skipped because their gradients were not finite, runs
+that ended early, and the loss at the end (docs/nvae.md).
 """
 
 import contextlib
@@ -46,9 +46,11 @@ def main(data: str, seeds: int, steps: int) -> None:
             skipped.append(sum(line["nonfinite_gradients"] for line in lines))
             dead += not alive
             losses.append(lines[-1]["loss"])
+            of_run = {"lr": rate, "seed": seed, "skipped": skipped[-1], "alive": alive, "loss": losses[-1]}
+            print(json.dumps(of_run), flush=True)
         figures = {"lr": rate, "runs": seeds, "steps": steps, "skipped": sum(skipped)}
         figures |= {"runs_with_skipped": sum(count > 0 for count in skipped), "dead": dead}
-        print(json.dumps({**figures, "loss": [round(min(losses), 1), round(max(losses), 1)]}), flush=True)
+        print(json.dumps({**figures, "losses": [round(min(losses), 1), round(max(losses), 1)]}), flush=True)
 
 
 if __name__ == "__main__":
