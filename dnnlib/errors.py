@@ -25,8 +25,11 @@ def tell_torchrun(message: str) -> None:
     """Have torchrun, where it started this process, end its own report with the message that explains the failure."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        with contextlib.suppress(OSError), open(path, "w") as f:
-            json.dump({"message": message, "timestamp": int(time.time())}, f)
+        with contextlib.suppress(OSError):
+            # Whole or not at all: torchrun would fail at half a file, as a full disk leaves it.
+            with open(f"{path}.tmp", "w") as f:
+                json.dump({"message": message, "timestamp": int(time.time())}, f)
+            os.replace(f"{path}.tmp", path)
 
 
 def one_line(text: object) -> str:

@@ -99,7 +99,7 @@ def test_without_a_preset_only_data_of_the_default_are_trained_on(tmp_path):
         dry(pixels), "give one that does: edm2-img64-xs, edm2-img64-s, edm2-img64-m, edm2-img64-l, edm2-img64-xl"
     )
     others = make_dataset(tmp_path / "others", random_images(1, size=16))
-    fails_with(dry(others), "no preset does (they are for 4x4x24, 64x64x3, 64x64x4, 8x8x1)", "--list-presets")
+    fails_with(dry(others), "no preset does (they are for ", "64x64x3, 64x64x4, 8x8x1)", "--list-presets")
 
 
 def test_units(tmp_path):
@@ -172,7 +172,7 @@ def test_attention_that_is_nowhere_is_noted(tmp_path):
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs", "and 9 others (--list-presets shows all)"]),
+        (["--preset=edm2-img512-xss"], ["unknown preset 'edm2-img512-xss'", "edm2-img512-xs", f"and {len(TRAINING_PRESETS) - 5} others (--list-presets shows all)"]),
         (["--batch=100", "--batch-gpu=33"], ["--batch=100 is not divisible by processes x --batch-gpu = 1 x 33"]),
         (["--status=100"], ["--status=100 must be multiples of --batch=128"]),
         (["--snapshot=1000"], ["--snapshot=1000 must be multiples of --batch=128"]),

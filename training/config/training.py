@@ -22,7 +22,7 @@ MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 MIN_STD = 0.001  # file names of EMA profiles have three decimals
 MAX_STD = 12**-0.5  # of the flat average (`phema`)
 MAX_LIST = 1000
-LATENT_CHANNELS = 4  # of all presets for latents
+PIXEL_CHANNELS = (1, 3)  # of presets for images; all others are for latents
 T = TypeVar("T", bound="TrainConfig")
 
 
@@ -347,10 +347,10 @@ class Preset:
         return f"{self.resolution}x{self.resolution}x{self.channels}"
 
     def fits(self, resolution: int, channels: int, latents: bool) -> bool:
-        """Whether data of this size are such as the preset is meant for, of which four channels are latents.
+        """Whether data of this size are such as the preset is meant for.
 
         Args:
             channels: stored ones; those of latents may be mean and standard deviation.
         """
         wanted = (self.channels, 2 * self.channels) if latents else (self.channels,)
-        return resolution == self.resolution and channels in wanted and latents == (self.channels == LATENT_CHANNELS)
+        return resolution == self.resolution and channels in wanted and latents == (self.channels not in PIXEL_CHANNELS)
