@@ -349,7 +349,7 @@ def test_impossible_destinations_are_refused_before_measuring(tmp_path, monkeypa
     ],
 )
 def test_bad_options(options, fragment, digits_ref):
-    common = [f"--images={DIGITS}", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
+    common = [f"--images={DIGITS}", "--num=100", f"--ref={digits_ref}", "--metrics=fd_pixels", "--workers=0"]
     fails_with(tool("calc", *common, *options, ok=False), fragment)
 
 

@@ -142,7 +142,7 @@ def test_pictures_measured_against_their_conversion(files, tmp_path):
         result = run_cli(calculate_metrics, "ref", f"--data={one}", f"--dest={ref}", *metrics)
         assert result.exit_code == 0, result.output
         options = [f"--images={other}", f"--ref={ref}", f"--num={len(converted)}"]
-        result = run_cli(calculate_metrics, "calc", *options, *metrics)
+        result = run_cli(calculate_metrics, "calc", *options, *metrics, "--json")
         assert result.exit_code == 0, result.output
         record = json.loads(re.search("{.*}", result.stdout)[0])
         assert record["results"]["fd_pixels"] == pytest.approx(0, abs=1e-9)
