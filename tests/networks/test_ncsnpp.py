@@ -146,10 +146,10 @@ def test_built_on_the_meta_device():
     torch.testing.assert_close(net.eval()(x, labels), own(x, labels))
 
 
-SLOW_TO_COMPILE = [pytest.param(name, marks=pytest.mark.slow) for name in ("ncsn", "ncsnv2")]
+COMPILED_AT_LEISURE = [pytest.param(name, marks=pytest.mark.slow) for name in ("pyramids", "ddpmpp", "ncsn", "ncsnv2")]
 
 
-@pytest.mark.parametrize("name", ["ve", "pyramids", "ddpmpp", *SLOW_TO_COMPILE])
+@pytest.mark.parametrize("name", ["ve", *COMPILED_AT_LEISURE])
 def test_compiles_in_one_piece(name):
     net = build(name)
     x, labels = inputs()
