@@ -257,10 +257,12 @@ def run_vae(
         distributed.print0(f"Note: --source={source} is compressed: {COMPRESSED}")
     count = function(dataset, dest, encoder, target, PRECISIONS[precision], **opts)
     distributed.print0(f"{dest}: {many(count, 'item')}")
-    labels = [dataset.get_stored_label(i) for i in range(len(dataset))] if dataset.has_labels else []
-    classes = [len({label for label in part if isinstance(label, int)}) for part in (labels[:count], labels)]
-    for note in only_the_first(count, len(dataset), *classes):
-        distributed.print0(f"Note: {note}")
+    taken = len(dataset) if opts["max_images"] is None else min(opts["max_images"], len(dataset))
+    if taken < len(dataset):
+        labels = [dataset.get_stored_label(i) for i in range(len(dataset))] if dataset.has_labels else []
+        classes = [len({label for label in part if isinstance(label, int)}) for part in (labels[:taken], labels)]
+        for note in only_the_first(taken, len(dataset), *classes):
+            distributed.print0(f"Note: {note}")
     distributed.shutdown()
 
 

@@ -66,6 +66,12 @@ def test_latents_are_those_that_the_decoder_draws(nvae, latents, tmp_path):
     np.testing.assert_allclose(again[7][0], dataset[7][0], rtol=1e-4, atol=1e-5)
 
 
+def test_images_that_are_left_out_are_counted_not_draws(nvae, tmp_path):
+    args = [f"--source={DIGITS}", f"--dest={tmp_path / 'l.zip'}", f"--encoder={nvae}", "--device=cpu"]
+    output = ok(dataset_tool, "encode", *args, "--draws=2", "--max-images=5", "--batch=16")
+    assert "l.zip: 10 items" in output and "Note: only the first 5 of 1797 images, which have 5 of 10" in output
+
+
 def test_record(nvae, latents):
     with zipfile.ZipFile(latents) as archive:
         record = json.loads(archive.read("dataset.json"))["encoder"]

@@ -65,6 +65,13 @@ def test_a_service_that_fails_is_left_alone(service, tmp_path):
     assert result.output.count("failed (the service is away); the training goes on without it") == 1
 
 
+def test_a_picture_that_fails_ends_nothing(service, monkeypatch, tmp_path):
+    monkeypatch.setattr(service, "Image", lambda _path: 1 / 0)
+    result = trained(tmp_path, service.__name__)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("failed (division by zero); the training goes on without it") == 1
+
+
 def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     result = trained(tmp_path, "wandb")

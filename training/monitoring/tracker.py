@@ -52,18 +52,16 @@ class Tracker:
 
     def numbers(self, fields: dict[str, float]) -> None:
         """Record numbers; `fields["nimg"]` says when. Those that are not finite, and the time, are left out."""
-        self._send({name: value for name, value in fields.items() if math.isfinite(value) and name != "time"})
+        values = {name: value for name, value in fields.items() if math.isfinite(value) and name != "time"}
+        self._attempt(lambda: self.module.log(values))
 
     def picture(self, name: str, path: Path, nimg: int) -> None:
         """Record a picture file."""
-        self._send({name: self.module.Image(str(path)), "nimg": nimg})
+        self._attempt(lambda: self.module.log({name: self.module.Image(str(path)), "nimg": nimg}))
 
     def close(self) -> None:
         """End the record, for now."""
         self._attempt(self.module.finish)
-
-    def _send(self, values: dict[str, Any]) -> None:
-        self._attempt(lambda: self.module.log(values))
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         if self.works:
