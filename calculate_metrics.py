@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from training.release import get_detector, metric_specs, parse_metric_list, save_stats
 
 # For Python callers, as in the published script.
-OF_METRICS = ["calculate_metrics_from_stats", "calculate_stats_for_files", "calculate_stats_for_iterable", "load_stats"]
 OF_RELEASE = ["get_detector", "metric_specs", "parse_metric_list", "save_stats"]
 __all__ = [
     "calculate_metrics_from_stats",
@@ -60,7 +59,7 @@ __all__ = [
 
 GROUPS = 15  # of images, for error bars
 __getattr__ = imported_when_used(
-    dict.fromkeys(OF_METRICS, "training.metrics") | dict.fromkeys(OF_RELEASE, "training.release")
+    dict.fromkeys(__all__, "training.metrics") | dict.fromkeys(OF_RELEASE, "training.release")
 )
 
 

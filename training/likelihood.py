@@ -251,16 +251,18 @@ class FlowLikelihood:
         Of several draws for each image, it is that of the first.
         """
         config, span = self.config, self.net.spec.pixel_range
-        bits, evaluations, latents = [], [], []
+        bits, evaluations = [], []
+        latents: torch.Tensor | None = None
         with self.context(self.net):
             for _ in range(config.repeats):
                 x = dequantized(images, span, config.levels, config.dequantization, rnd)
                 result = log_likelihood(self.net, x, self.schedule, cond=cond, rnd=rnd, options=config)
                 bits.append(to_bits_per_dim(result.log_p, images[0].numel(), span, config.levels))
                 evaluations.append(result.evaluations.double())
-                latents.append(result.z / self.schedule.prior_std)
+                latents = result.z / self.schedule.prior_std if latents is None else latents
         figures = {"bits_per_dim": torch.stack(bits).mean(dim=0), "nfe": torch.stack(evaluations).mean(dim=0)}
-        return figures, latents[0]
+        assert latents is not None
+        return figures, latents
 
     def describe(self) -> dict[str, Any]:
         """What computes them, as plain JSON values."""

@@ -13,7 +13,7 @@ import torch
 
 from dnnlib import EasyDict
 from training.config.edm2 import GENERATION_PRESETS, TRAINING_PRESETS, EDM2Training
-from training.config.metrics import METRICS
+from training.config.metrics import METRICS, parse_metrics
 from training.config.training import Preset
 from training.launch import make_config
 from training.metrics.base import Detector
@@ -131,5 +131,5 @@ def save_stats(stats: Any, path: str | os.PathLike, verbose: bool = True) -> Non
 
 
 def parse_metric_list(s: str | Iterable[str]) -> list[str]:
-    """Names of metrics from a list or its text."""
-    return [name.strip() for name in s.split(",")] if isinstance(s, str) else list(s)
+    """Names of metrics from a list or its text; raises as `parse_metrics`."""
+    return parse_metrics(s if isinstance(s, str) else ",".join(s))

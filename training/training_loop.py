@@ -17,15 +17,16 @@ from torch_utils import checkpoint, distributed
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
 from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
-from training.config.training import TrainConfig
+from training.config.training import OPTIONS_NAME, TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
+from training.flops import count_parameters
 from training.monitoring.health import Divergence, weight_beyond_float16
 from training.monitoring.journal import Journal, status_line
-from training.monitoring.outdir import OPTIONS_NAME, STATE_PATTERN, check_outdir, snapshot_name, state_name
+from training.monitoring.outdir import STATE_PATTERN, check_outdir, snapshot_name, state_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.monitoring.tracker import Tracker
@@ -167,7 +168,7 @@ class TrainingRun:
         assert config.dataset is not None
         journal.log(
             f"Training on {dataset.size_text()}, {many(config.dataset.label_dim, 'class')}: "
-            f"{sum(p.numel() for p in self.net.parameters())} parameters, "
+            f"{count_parameters(self.net)} parameters, "
             f"{self.net.precision}, {world_size} x {self.device.type}, "
             f"{many(share.rounds, 'round')} of {many(share.batch_gpu, 'image')} per step"
         )

@@ -22,6 +22,7 @@ MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 MIN_STD = 0.001  # file names of EMA profiles have three decimals
 MAX_STD = 12**-0.5  # of the flat average (`phema`)
 MAX_LIST = 1000
+OPTIONS_NAME = "training_options.json"  # in the directory of a run
 PIXEL_CHANNELS = (1, 3)  # of presets for images; all others are for latents
 T = TypeVar("T", bound="TrainConfig")
 

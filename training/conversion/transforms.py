@@ -1,7 +1,6 @@
 """Encoded images -> pixels of the size that training wants."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +8,8 @@ import PIL.Image
 
 from dnnlib.errors import UserError
 from training.conversion.depth import ValueRange, to_8_bits
-from training.dataset.decoding import on_white, open_picture
+from training.dataset.decoding import Transform, on_white, open_picture
 
-Transform = Callable[[np.ndarray], np.ndarray | None]
 LANCZOS, BICUBIC, BOX = PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.BICUBIC, PIL.Image.Resampling.BOX
 BILINEAR = PIL.Image.Resampling.BILINEAR
 CELEBA_BOX = (15, 40, 163, 188)  # left, upper, right, lower edge of the part of a CelebA image that is kept

@@ -21,6 +21,8 @@ try:
 except ImportError:
     pyspng = None
 
+# Pixels [H, W, C] -> pixels of another size, or None where there are too few.
+Transform = Callable[[np.ndarray], np.ndarray | None]
 MAX_PIXELS = 100_000_000  # of images that are decoded here; beyond, Pillow has limits of its own
 HEADER_BYTES = 256  # enough for the headers of PNG and .npy
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -53,7 +55,7 @@ def decode(name: str, data: bytes | memoryview, opaque: bool = False) -> np.ndar
     return image
 
 
-def fitted(image: np.ndarray, fit: Callable[[np.ndarray], np.ndarray | None]) -> np.ndarray:
+def fitted(image: np.ndarray, fit: Transform) -> np.ndarray:
     """An image as RGB, uint8 [C, H, W], that a function of [H, W, 3] has brought to its size.
 
     Raises:

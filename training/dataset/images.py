@@ -5,7 +5,6 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from training.dataset.captions import Captions
 from training.dataset.decoding import (
     HEADER_BYTES,
     WITH_ALPHA,
+    Transform,
     are_moderate,
     decode,
     fitted,
@@ -84,7 +84,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         opaque: bool = False,
         checksums: bool = True,
         use_captions: bool = False,
-        fit: Callable[[np.ndarray], np.ndarray | None] | None = None,
+        fit: Transform | None = None,
     ):
         self.path = Path(path)
         self.use_labels = use_labels and not use_captions

@@ -150,7 +150,7 @@ def encoder_to_encode(
         if scale is not None or pixel_range is not None:
             given = "--scale" if scale is not None else "--pixel-range"
             raise UserError(f"{given} has no meaning for latents of an NVAE: leave it out")
-        encoder = encoder_of_vae(vae_name)
+        encoder = NVAEEncoder(absolute(vae_name))
         return encoder, f"Encoder: {encoder.describe()}"
     kwargs: dict[str, Any] = {} if pixel_range is None else dict(pixel_range=pixel_range)
     encoder = encoder_of_autoencoder(vae_name or PUBLISHED_VAE, **kwargs)

@@ -16,9 +16,10 @@ from dnnlib.files import append_line, file_sha256
 from dnnlib.util import EasyDict, code_version
 from torch_utils import distributed
 from training.config.metrics import METRICS
+from training.dataset.decoding import Transform
 from training.metrics.detectors import load_detectors
 from training.metrics.files import load_stats
-from training.metrics.images import FileBatches, Fit, content_hash, open_images
+from training.metrics.images import FileBatches, content_hash, open_images
 from training.metrics.statistics import calculate_stats_for_iterable, last_stats
 from training.metrics.values import (
     check_numbers,
@@ -58,7 +59,7 @@ class Evaluation:
         resize: str = "torch",
         groups: int = 1,
         force: bool = False,
-        fit: Fit | None = None,
+        fit: Transform | None = None,
         workers: int = 2,
     ):
         self.metrics, self.ref, self.groups, self.force = metrics, ref, groups, force

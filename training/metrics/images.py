@@ -1,6 +1,6 @@
 """The images that are measured: folders, ZIP files, and .npz files of ADM."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from dnnlib.errors import UserError, one_line
 from dnnlib.files import file_sha256
 from dnnlib.util import EasyDict
 from torch_utils import distributed
+from training.dataset.decoding import Transform
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
 from training.dataset.order import begin_loader_process, collate, start_loading, subset
@@ -55,10 +56,9 @@ class ArrayImages(torch.utils.data.Dataset):
 StoredImages = ImageFolderDataset | ArrayImages
 
 
-Fit = Callable[[np.ndarray], np.ndarray | None]
-
-
-def open_images(path: str | Path, num_images: int | None = None, seed: int = 0, fit: Fit | None = None) -> StoredImages:
+def open_images(
+    path: str | Path, num_images: int | None = None, seed: int = 0, fit: Transform | None = None
+) -> StoredImages:
     """The uint8 images of a folder, a ZIP file, or an .npz file of ADM; transparent ones on white, as converted.
 
     Args:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from dnnlib.errors import UserError
 from torch_utils import checkpoint, distributed
-from training.config.training import TrainConfig
+from training.config.training import OPTIONS_NAME, TrainConfig
 
-OPTIONS_NAME = "training_options.json"
 STATE_PATTERN = r"training-state-(\d+)\.pt"
 SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 

@@ -10,6 +10,7 @@ import torch
 from dnnlib.download import is_url
 from dnnlib.errors import UserError, one_line
 from dnnlib.files import atomic_write
+from training.config.training import OPTIONS_NAME
 from training.encoders import Encoder
 from training.families import architecture_of
 from training.flops import count_parameters
@@ -31,7 +32,7 @@ def open_folder(request: Request) -> NativeFile:
     """
     folder = request.address
     missing = [name for name in FOLDER_FILES if not is_url(folder) and not Path(folder, name).is_file()]
-    if missing and Path(folder, "training_options.json").is_file():
+    if missing and Path(folder, OPTIONS_NAME).is_file():
         raise UserError(f"{folder}: a training run without a snapshot yet: wait for its first, or lower --snapshot")
     if missing:
         raise UserError(
