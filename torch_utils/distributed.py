@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import itertools
 import os
 import signal
 from collections import deque
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dnnlib.errors import RunError, UserError
 from torch_utils.roll_call import RollCall
@@ -56,22 +58,28 @@ def init(timeout_minutes: float | None = None) -> None:
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are no rank and number of processes: use torchrun")
     timeout = datetime.timedelta(minutes=timeout_minutes or TIMEOUT_MINUTES)
     # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group = f"group {next(_groups)}"
     with _naming_lost_processes():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(group, store)
+        dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=timeout)
     if get_world_size() > 1:
-        _begin_roll_call()
+        _begin_roll_call(group)
 
 
+# torchrun's store outlives a group: one that is formed by the same processes later must not meet the addresses in it.
+_groups = itertools.count()
 _roll_call: RollCall | None = None
 
 
-def _begin_roll_call() -> None:
-    """Have each process watched by another."""
+def _begin_roll_call(group: str) -> None:
+    """Have each process of a group watched by another."""
     global _roll_call
     # A connection of its own: others are busy while NCCL's processes find each other.
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _roll_call = RollCall(dist.PrefixStore(f"roll call {attempt}", store), get_rank(), get_world_size())
+    _roll_call = RollCall(dist.PrefixStore(f"roll call {attempt} {group}", store), get_rank(), get_world_size())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import torch.distributed as dist
-from conftest import DIGITS, ROOT, TINY
+from conftest import DIGITS, ROOT, TINY, torchrun
 
 from torch_utils.roll_call import RollCall
 
@@ -137,3 +137,23 @@ def test_a_job_ends_with_the_process_that_is_killed(rank, tmp_path):
     nimg = max(int(path.stem[-7:]) for path in tmp_path.glob("training-state-*.pt"))
     done = subprocess.run([*command, f"--duration={nimg + 1}Ki"], cwd=ROOT, **pipes, timeout=200)
     assert "Resuming at" in done.stdout and done.returncode == 0, done.stderr
+
+
+def test_the_same_processes_form_groups_one_after_the_other(tmp_path):
+    """A slow process must not meet the addresses of a group that is gone: it waited for them forever."""
+    script = tmp_path / "groups.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from torch_utils import distributed
+for group in range(4):
+    if int(os.environ["RANK"]) == group % 2:
+        time.sleep(0.5)
+    distributed.init(timeout_minutes=0.5)
+    distributed.barrier()
+    distributed.shutdown()
+print("done")
+""")
+    result = torchrun(2, script, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done") == 2
