@@ -20,6 +20,7 @@ from torch_utils.device import set_up_device
 from training.conditioning import DataSpec
 from training.config.uvit_presets import UVIT_PRESETS
 from training.families import trained_by
+from training.networks import uvit_cpu
 from training.networks.uvit import UViT
 from training.networks.uvit_denoiser import uvit_schedule
 from training.preconditioning import PRECISIONS
@@ -62,12 +63,15 @@ def plain_forward() -> Callable[[], np.ndarray]:
 
 def our_forward(precision: str) -> Callable[[], np.ndarray]:
     set_up_device(torch.device("cpu"), huge_pages=False)
-    net = network().eval()
+    denoiser = trained_by(CONFIG).build(CONFIG.network, DATA)
+    denoiser.net.load_state_dict(network().state_dict())
+    denoiser.precision = precision
+    packed: Any = uvit_cpu.for_sampling(denoiser, BATCH)
     x, label = batch().to(PRECISIONS[precision]), torch.linspace(0, 999, BATCH)
 
     @torch.inference_mode()
     def run() -> np.ndarray:
-        return net(x, label).float().numpy()
+        return packed.net(x, label).float().numpy()
 
     return run
 

@@ -35,10 +35,9 @@ from training.likelihood_vae import VAELikelihood
 from training.losses import ClassifierLoss, EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
 from training.losses_vae import PixelObjective
 from training.lr import learning_rate_schedule, warmup_cosine, warmup_linear
-from training.networks import nvae_layers
+from training.networks import edm2_cpu, nvae_layers, uvit_cpu
 from training.networks.classifier import NoisyClassifier
 from training.networks.edm2 import Precond
-from training.networks.edm2_cpu import for_sampling
 from training.networks.edm2_layers import effective_weights
 from training.networks.nvae import NVAE
 from training.networks.score_sde import ScoreSDE, schedule_for
@@ -311,7 +310,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ema=_power_function_ema,
         core=lambda net: net.unet,
         step=partial(effective_weights, normalize_first=True),
-        accelerate=for_sampling,
+        accelerate=edm2_cpu.for_sampling,
         likelihood=_edm2_likelihood,
         take_data=_take_edm2_data,
     ),
@@ -343,6 +342,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         optimizer=_uvit_optimizer,
         ema=partial(_profiles_and_ema, ramp_up=False),
         core=lambda net: net.net,
+        accelerate=uvit_cpu.for_sampling,
         likelihood=_flow_likelihood,
     ),
     "nvae.NVAE": Architecture(
