@@ -10,13 +10,11 @@ from typing import Any
 
 import click
 import matplotlib
-import numpy as np
-import torch
-from quickstart import CLASSES, DATA, ROOT, SAMPLES, STEPS, Samples, newest, picture, train
+from quickstart import DATA, ROOT, SAMPLES, STEPS, Samples, newest, picture, train
 
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
-from training.dataset.images import ImageFolderDataset
+from training.metrics.small_images import RealImages
 from training.snapshot import load_network
 
 matplotlib.use("Agg")
@@ -26,21 +24,15 @@ WEIGHTS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 SHOWN = (1.0, 2.0, 3.0)
 
 
-def measure(samples: Samples, between_reals: float) -> dict[str, float]:
+def measure(samples: Samples) -> dict[str, float]:
     """Share of samples of the class asked for, with its standard error; nearness to real digits; spread."""
-    count, agreement = len(samples.images), samples.agreement
+    agreement = samples.figures["agreement"]
     return {
         "class_agreement": agreement,
-        "class_agreement_error": math.sqrt(agreement * (1 - agreement) / count),
-        "nn_distance_ratio": samples.nearest_distance.mean().item() / between_reals,
-        "diversity": within_class_distance(samples.images, samples.classes),
+        "class_agreement_error": math.sqrt(agreement * (1 - agreement) / len(samples.images)),
+        "nn_distance_ratio": samples.figures["distance_ratio"],
+        "diversity": samples.figures["diversity"],
     }
-
-
-def within_class_distance(images: torch.Tensor, classes: torch.Tensor) -> float:
-    """Mean distance between images of the same class, averaged over the classes."""
-    parts = [images[classes == c].flatten(1).float() for c in range(CLASSES)]
-    return sum(torch.pdist(part).mean().item() for part in parts) / CLASSES
 
 
 def draw(path: Path, rows: list[dict[str, Any]], real: dict[str, float], shown: dict[float, Samples]) -> None:
@@ -83,24 +75,15 @@ def main(outdir: Path) -> None:
         load_network(ROOT / newest(out / name, "network-snapshot-*-0.100.safetensors")).net
         for name in ("main", "guide")
     )
-    dataset = ImageFolderDataset(ROOT / DATA)
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    reals = torch.from_numpy(np.stack(images))
-    classes = torch.from_numpy(np.stack(labels)).argmax(dim=1)
-    flat = reals.flatten(1).float()
-    distances, nearest = torch.cdist(flat, flat).fill_diagonal_(torch.inf).min(dim=1)
+    reals = RealImages(ROOT / DATA)
     rows, shown = [], {}
     for weight in WEIGHTS:
-        samples = Samples(net, flat, classes, gnet=gnet, guidance=weight)
-        rows.append({"weight": weight} | measure(samples, distances.mean().item()))
+        samples = Samples(net, reals, gnet=gnet, guidance=weight)
+        rows.append({"weight": weight} | measure(samples))
         print({key: round(value, 4) for key, value in rows[-1].items()}, flush=True)
         if weight in SHOWN:
             shown[weight] = samples
-    real = {
-        "class_agreement": (classes[nearest] == classes).float().mean().item(),
-        "nn_distance_ratio": 1.0,
-        "diversity": within_class_distance(reals, classes),
-    }
+    real = {"class_agreement": reals.agreement, "nn_distance_ratio": 1.0, "diversity": reals.diversity}
     facts = {
         "command": "python scripts/autoguidance_digits.py",
         "code_version": code_version(),

@@ -11,14 +11,11 @@ from typing import Any
 
 import click
 import matplotlib
-import numpy as np
 import torch
 
-from training.dataset.images import ImageFolderDataset
 from training.dataset.order import evenly_spaced
 from training.generation import generate_images
-from training.metrics import calculate_metrics_from_stats, calculate_stats_for_iterable
-from training.metrics.statistics import last_stats
+from training.metrics.small_images import RealImages, everything
 from training.networks.nvae import NVAE
 from training.snapshot import load_network
 
@@ -27,35 +24,6 @@ import matplotlib.pyplot as plt
 
 TEMPERATURES = (1.0, 0.9, 0.8, 0.7)
 STEPS = 18
-
-
-def everything(dataset: ImageFolderDataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images and the classes of all."""
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).argmax(dim=1)
-
-
-class Reals:
-    """Real images, and what samples are like beside them."""
-
-    def __init__(self, path: Path):
-        self.images, self.classes = everything(ImageFolderDataset(path))
-        self.stats = last_stats(calculate_stats_for_iterable(self.images.split(500), ["fd_pixels"], verbose=False))
-        self.flat = self.images.flatten(1).float()
-        self.between = torch.cdist(self.flat, self.flat).fill_diagonal_(torch.inf).min(dim=1).values.mean()
-
-    def compare(self, images: torch.Tensor, classes: torch.Tensor | None = None) -> dict[str, float]:
-        """fd_pixels, the distance to the nearest real image beside that between real ones, and, where images have
-        classes, the share of those whose nearest real image is of theirs."""
-        stats = last_stats(calculate_stats_for_iterable(images.split(500), ["fd_pixels"], verbose=False))
-        distance, nearest = torch.cdist(images.flatten(1).float(), self.flat).min(dim=1)
-        found = {
-            **calculate_metrics_from_stats(stats, self.stats, ["fd_pixels"]),
-            "distance_ratio": (distance.mean() / self.between).item(),
-        }
-        if classes is not None:
-            found["agreement"] = (self.classes[nearest] == classes).float().mean().item()
-        return {name: round(float(value), 3) for name, value in found.items()}
 
 
 def samples(net: Any, num: int, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,17 +48,17 @@ def gaussian(latents: torch.Tensor, num: int) -> torch.Tensor:
 @click.option("--num", help="Images of each kind", default=2000)
 @click.option("--figure", help="Where to draw the plot", type=click.Path(path_type=Path))
 def main(data: Path, latents: Path, net: str, num: int, figure: Path | None) -> None:
-    reals, prior = Reals(data), load_network(net)
+    reals, prior = RealImages(data), load_network(net)
     nvae: Any = load_network(prior.encoder.vae_name).net
     assert isinstance(nvae, NVAE), "the network of --net has been trained on the latents of an NVAE"
-    stored, classes = everything(ImageFolderDataset(latents))
+    stored, classes = everything(latents)
     final = prior.encoder.encode_latents(stored)
     chosen = torch.from_numpy(evenly_spaced(len(final), num))
     found: dict[str, dict[str, float]] = {}
 
     def show(name: str, figures: dict[str, float]) -> None:
         found[name] = figures
-        print(json.dumps({"images": name, **figures}), flush=True)
+        print(json.dumps({"images": name} | {key: round(value, 3) for key, value in figures.items()}), flush=True)
 
     for temperature in TEMPERATURES:
         images, _ = samples(nvae, num, temperature=temperature)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from torch_utils.pictures import image_grid
-from training.dataset.images import ImageFolderDataset
 from training.generation import generate_images
+from training.metrics.small_images import RealImages
 from training.snapshot import load_network
 
 matplotlib.use("Agg")
@@ -63,15 +63,13 @@ def shown(path: Path) -> str:
 class Samples:
     """Samples of one model, with what their nearest real images say about them."""
 
-    def __init__(self, net: Any, reals: torch.Tensor, real_classes: torch.Tensor, **guidance: Any):
+    def __init__(self, net: Any, reals: RealImages, **guidance: Any):
         batches = list(
             generate_images(net, seeds=range(SAMPLES), max_batch_size=250, verbose=False, num_steps=STEPS, **guidance)
         )
         self.images = torch.cat([r.images for r in batches])
         self.classes = torch.cat([r.labels.argmax(dim=1) for r in batches])
-        distances = torch.cdist(self.images.flatten(1).float(), reals)
-        self.nearest_distance, nearest = distances.min(dim=1)
-        self.agreement = (real_classes[nearest] == self.classes).float().mean().item()
+        self.figures = reals.compare(self.images, self.classes)
 
     def by_class(self, columns: int) -> np.ndarray:
         """The first `columns` samples of each class as a picture, one row per class."""
@@ -94,7 +92,7 @@ def draw_report(
     loss.grid(alpha=0.3)
     picture(pictures[0], reals, "Real digits")
     for place, (name, samples) in zip(pictures[1:], models.items(), strict=True):
-        picture(place, samples.by_class(10), f"{name}: {samples.agreement:.1%}")
+        picture(place, samples.by_class(10), f"{name}: {samples.figures['agreement']:.1%}")
     fig.suptitle(
         f"EDM2 on 1,797 handwritten digits of 8x8 pixels, after {results['train_seconds']:.0f} s of training. "
         f"The samples share their seeds.\n"
@@ -141,33 +139,29 @@ def main(outdir: Path) -> None:
 
     # Measure against the real digits.
     print(f"\nMeasuring {SAMPLES} samples per model...", flush=True)
-    dataset = ImageFolderDataset(ROOT / DATA)
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    reals = torch.from_numpy(np.stack(images)).flatten(1).float()
-    real_classes = torch.from_numpy(np.stack(labels)).argmax(dim=1)
-    between_reals, nearest_real = torch.cdist(reals, reals).fill_diagonal_(torch.inf).min(dim=1)
+    reals = RealImages(ROOT / DATA)
     net, gnet = load_network(ROOT / net_file).net, load_network(ROOT / gnet_file).net
     models = {
-        "Samples, no guidance": Samples(net, reals, real_classes),
-        f"Samples, autoguidance (w = {GUIDANCE})": Samples(net, reals, real_classes, gnet=gnet, guidance=GUIDANCE),
+        "Samples, no guidance": Samples(net, reals),
+        f"Samples, autoguidance (w = {GUIDANCE})": Samples(net, reals, gnet=gnet, guidance=GUIDANCE),
     }
     for std in EMA_STDS:
         averaged = load_network(ROOT / newest(ROOT / ema_dir, f"phema-*-{std}.safetensors")).net
-        models[f"Post-hoc EMA {std}"] = Samples(averaged, reals, real_classes)
+        models[f"Post-hoc EMA {std}"] = Samples(averaged, reals)
     plain, guided, short_ema, long_ema = models.values()
     stats = statistics(out / "main")
     results = {
-        "class_agreement": plain.agreement,
-        "class_agreement_guided": guided.agreement,
-        "class_agreement_real": (real_classes[nearest_real] == real_classes).float().mean().item(),
-        "nn_distance_ratio": (plain.nearest_distance.mean() / between_reals.mean()).item(),
-        "nn_distance_ratio_guided": (guided.nearest_distance.mean() / between_reals.mean()).item(),
-        f"class_agreement_ema_{EMA_STDS[0]}": short_ema.agreement,
-        f"class_agreement_ema_{EMA_STDS[1]}": long_ema.agreement,
+        "class_agreement": plain.figures["agreement"],
+        "class_agreement_guided": guided.figures["agreement"],
+        "class_agreement_real": reals.agreement,
+        "nn_distance_ratio": plain.figures["distance_ratio"],
+        "nn_distance_ratio_guided": guided.figures["distance_ratio"],
+        f"class_agreement_ema_{EMA_STDS[0]}": short_ema.figures["agreement"],
+        f"class_agreement_ema_{EMA_STDS[1]}": long_ema.figures["agreement"],
         "samples": SAMPLES,
         "train_seconds": stats[-1]["seconds"],
     }
-    real_grid = class_rows(np.stack(images), real_classes, columns=10)
+    real_grid = class_rows(reals.images.numpy(), reals.classes, columns=10)
     draw_report(out / "report.png", results, stats, real_grid, models)
     results["total_seconds"] = time.time() - start
     text = json.dumps({name: round(value, 4) for name, value in results.items()}, indent=2)
