@@ -21,6 +21,7 @@ def test_copies_are_near_and_of_their_class(reals):
     assert 0.98 < reals.agreement < 1
 
 
+@pytest.mark.filterwarnings("ignore:fd_pixels of")
 def test_noise_is_noise(reals):
     noise = torch.randint(0, 256, (50, *reals.images.shape[1:]), generator=torch.Generator().manual_seed(0))
     found = reals.compare(noise.to(torch.uint8))
@@ -28,6 +29,7 @@ def test_noise_is_noise(reals):
     assert "agreement" not in found and "diversity" not in found
 
 
+@pytest.mark.filterwarnings("ignore:fd_pixels of")
 def test_one_class_only(reals):
     found = reals.compare(reals.images[reals.classes == 3])
     assert (found["smallest_class"], found["largest_class"]) == (0, 1)
