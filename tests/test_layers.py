@@ -22,6 +22,7 @@ ORDER = [
         "training.provenance",
         "training.phema",
         "training.lr",
+        "training.rounds",
         "training.flops",
     },
     {

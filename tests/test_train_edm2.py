@@ -56,6 +56,7 @@ def test_all_training_options(tmp_path):
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1", "--verify=0",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
         "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn", "--timeout=5",
+        "--checkpoint-minutes=9", "--keep-checkpoints=3", "--milestones=2048", "--slice=4096", "--max-time=1",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
@@ -70,6 +71,7 @@ def test_all_training_options(tmp_path):
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
         cache=True, verify=False, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
         checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn", timeout=5,
+        checkpoint_minutes=9.0, keep_checkpoints=3, milestones=2048, slice=4096, max_time=1.0,
     )  # fmt: skip
     assert {key: config.flat()[key] for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4

@@ -23,8 +23,6 @@ from training.config.training import INTERVALS, Preset, TrainConfig
 if TYPE_CHECKING:
     from training.dataset.images import ImageFolderDataset
 
-MOMENTS = 2  # of Adam and Adamax, for each parameter
-
 
 def training_command(
     config_class: type[TrainConfig], presets: Mapping[str, Preset], default_preset: str, help_text: str
@@ -106,6 +104,7 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
 
     from training.families import preset_network
     from training.flops import count_parameters
+    from training.monitoring.states import stored_copies
 
     rows = [
         ("preset", "parameters", "memory without activations", "data", "classes", "images", "batch",
@@ -114,8 +113,7 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
     for name, preset in presets.items():
         with torch.device("meta"):  # only counted
             parameters = count_parameters(preset_network(preset))
-        averages = len(preset.config.ema.ema_std) + bool(getattr(preset.config.ema, "ema_rate", 0))
-        memory = 4 * parameters * (2 + MOMENTS + averages) / 2**20
+        memory = 4 * parameters * (1 + stored_copies(preset.config)) / 2**20  # with gradients
         memory = f"{memory:.1f} MiB" if memory < 100 else f"{memory / 2**10:.1f} GiB"
         size = f"{parameters / 1e6:.2f} M"
         run, sampler = preset.config.run, preset.sampler
@@ -261,6 +259,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     from torch_utils.device import select_device
     from training.encoders import encoder_for
     from training.flops import count_parameters
+    from training.monitoring.states import disk_needs
     from training.training_loop import build_network
 
     encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, distributed.print0)
@@ -276,4 +275,5 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     distributed.print0(f"Encoder:          {encoder.describe()}")
     distributed.print0(f"Classes:          {data.label_dim}")
     distributed.print0(f"Network:          {count_parameters(net)} parameters")
+    distributed.print0(f"Disk:             {disk_needs(config, count_parameters(net), 0, outdir)}")
     distributed.print0(f"Processes:        {distributed.get_world_size()} on {select_device(config.run.device).type}")

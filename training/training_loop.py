@@ -26,10 +26,12 @@ from training.families import trained_by
 from training.flops import count_parameters
 from training.monitoring.health import Divergence, weight_beyond_float16
 from training.monitoring.journal import Journal, status_line
-from training.monitoring.outdir import STATE_PATTERN, check_outdir, snapshot_name, state_name
+from training.monitoring.outdir import STATE_PATTERN, check_outdir, snapshot_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
+from training.monitoring.states import StateWriter, disk_needs
 from training.monitoring.tracker import Tracker
+from training.rounds import Share, image_seeds
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
 from training.snapshot.initial import take_weights_
@@ -44,37 +46,6 @@ def build_network(config: TrainConfig, dataset: ImageFolderDataset, encoder: Enc
     if dataset.captions is not None:
         net.empty_context.copy_(torch.from_numpy(dataset.captions.empty))
     return net
-
-
-def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
-    """Random seed of each image of a run, int64 [n]: all noise that an image meets depends on it alone."""
-    return (seed * 0x9E3779B1 % 2**32 + run_indices) % 2**32
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of each optimiser step that this process computes: rounds of `batch_gpu` of its images.
-
-    Args:
-        part: its images among those of the step.
-    """
-
-    rounds: int
-    batch_gpu: int
-    part: tuple[int, int]
-
-    @staticmethod
-    def of(config: TrainConfig) -> "Share":
-        rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        batch_process = config.run.batch // world_size
-        batch_gpu = min(config.run.batch_gpu or batch_process, batch_process)
-        rounds = batch_process // batch_gpu
-        assert config.run.batch == batch_gpu * rounds * world_size
-        return Share(rounds, batch_gpu, (rank * batch_process, (rank + 1) * batch_process))
-
-    def starts(self, nimg: int) -> range:
-        """Index in the run of the first image of each round of the step that begins at `nimg`."""
-        return range(nimg + self.part[0], nimg + self.part[1], self.batch_gpu)
 
 
 def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path, resume: bool = True) -> None:
@@ -98,7 +69,8 @@ def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path
             config.save(outdir / OPTIONS_NAME)
         run = TrainingRun(config, dataset, outdir, journal)
         if run.restore():
-            run.train(suspend)
+            with run.states:
+                run.train(suspend)
 
 
 class TrainingRun:
@@ -137,6 +109,7 @@ class TrainingRun:
         self.objective = architecture.objective(net, config)
         self.optimizer = architecture.optimizer(net, config)
         self.stats = Collector(device)
+        self.states = StateWriter(outdir, config.run.keep_checkpoints, config.run.milestones, journal.log)
         self.nimg, self.seconds = 0, 0.0
         self.preview_seconds = 0.0  # that the last preview took
 
@@ -172,6 +145,8 @@ class TrainingRun:
             f"{self.net.precision}, {world_size} x {self.device.type}, "
             f"{many(share.rounds, 'round')} of {many(share.batch_gpu, 'image')} per step"
         )
+        if distributed.get_rank() == 0:
+            journal.log(f"Disk: {disk_needs(config, count_parameters(self.net), self.nimg, outdir)}")
         return True
 
     def take_initial_weights(self, path: str) -> None:
@@ -208,8 +183,8 @@ class TrainingRun:
                 )
                 journal.show(self.outdir / "reals.png", self.nimg)
         journal.start(self.nimg, run.duration)
-        start_nimg = self.nimg
-        self.start_time = time.time() - self.seconds
+        start_nimg, start = self.nimg, time.time()
+        self.start_time = start - self.seconds
         self.tick = Tick(self.nimg, time.time(), int(self.optimizer.nonfinite))
         self.diverged = Divergence(self.outdir)
         self.net.train()
@@ -225,7 +200,7 @@ class TrainingRun:
                 self.report_status()
             if due(run.snapshot):
                 self.save_snapshots()
-            saved = due(run.checkpoint)
+            saved = due(run.checkpoint) or (self.nimg > start_nimg and self.is_state_old())
             if saved:
                 self.save_state()
             # What takes long comes after the state, and is left where a signal asks to stop.
@@ -233,17 +208,32 @@ class TrainingRun:
                 self.draw_preview(previews, suspend)
             if evaluation is not None and due(run.snapshot) and not distributed.any_rank(suspend.received):
                 self.measure_snapshots(evaluation)
-            suspended = distributed.any_rank(suspend.received)
+            limit = self.limit_reached(self.nimg - start_nimg, time.time() - start)
+            suspended = distributed.any_rank(suspend.received or bool(limit))
             if suspended and not saved and self.nimg > start_nimg:
                 self.save_state()
             if done or suspended:
                 break
+            self.states.raise_failure()
             self.step(batches)
+        self.states.wait()
         journal.log(
             f"Done: {self.nimg} images in {self.outdir}"
             if done
-            else f"Suspended at {self.nimg} images; repeat the command to continue"
+            else f"Suspended at {self.nimg} images{limit and f' by {limit}'}; repeat the command to continue"
         )
+
+    def limit_reached(self, nimg: int, seconds: float) -> str:
+        """The option that ends this start after so many images and seconds of it; '' = none does."""
+        run = self.config.run
+        if run.slice and nimg >= run.slice:
+            return f"--slice={run.slice}"
+        return f"--max-time={run.max_time:g}" if run.max_time and seconds >= 3600 * run.max_time else ""
+
+    def is_state_old(self) -> bool:
+        """Whether --checkpoint-minutes have passed since the last training state, or the start."""
+        minutes = self.config.run.checkpoint_minutes
+        return minutes > 0 and distributed.any_rank(self.states.age() >= 60 * minutes)
 
     @property
     def preview_interval(self) -> int:
@@ -402,7 +392,7 @@ class TrainingRun:
         """Write all that a resumed run needs; to be called by all processes."""
         state = self.state_dict()
         if distributed.get_rank() == 0:
-            checkpoint.save_state(self.outdir / state_name(self.nimg), state)
+            self.states.save(self.nimg, state)
 
     def state_dict(self) -> dict[str, Any]:
         objective = self.objective.state_dict()

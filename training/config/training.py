@@ -196,6 +196,33 @@ class RunConfig(Config):
         default_text="128Mi; digits: 48Ki",
         may_change=True,
     )
+    checkpoint_minutes: float = option(
+        0.0,
+        "Also save a training state where the last one is so many minutes old, 0 = not",
+        low=0,
+        default_text="0",
+        may_change=True,
+    )
+    keep_checkpoints: int = option(2, "Number of training states that are kept, the newest", low=1, may_change=True)
+    milestones: int = option(
+        0,
+        "Interval of training states that are kept for good, 0 = none",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        may_change=True,
+    )
+    slice: int = option(
+        0,
+        "Stop after so many images of this start, as if asked to; 0 = do not",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
+        may_change=True,
+    )
+    max_time: float = option(
+        0.0, "Likewise after so many hours, 0 = do not", low=0, metavar="HOURS", default_text="0", may_change=True
+    )
     metrics: tuple[str, ...] = option(
         (),
         "Metrics of every snapshot, such as fid,fd_dinov2 (see calculate_metrics.py)",
@@ -229,6 +256,11 @@ class RunConfig(Config):
             raise UserError(
                 f"{', '.join(uneven)} must be multiples of --batch={self.batch} (or 0 = only at the end); "
                 f"what is not given comes from the preset"
+            )
+        if self.milestones % (self.checkpoint or self.milestones + 1):
+            raise UserError(
+                f"--milestones={self.milestones} must be a multiple of --checkpoint={self.checkpoint}, as only "
+                "states that are saved can be kept"
             )
         for name in ("snapshot", "preview", "checkpoint"):
             if 0 < intervals[name] < MIN_INTERVAL:
