@@ -60,9 +60,11 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py and monitoring/test_tracker.py.
+    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py, monitoring/test_tracker.py and test_validation.py.
     assert_all_options(
-        train, [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x", "--tracker=none"]
+        train,
+        [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x", "--tracker=none"]
+        + ["--val-data=x", "--val-images=1"],
     )
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(

@@ -31,6 +31,7 @@ from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.monitoring.states import StateWriter, disk_needs
 from training.monitoring.tracker import Tracker
+from training.monitoring.validation import Validation
 from training.rounds import Share, image_seeds
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot import save_network
@@ -166,21 +167,18 @@ class TrainingRun:
             evaluation = SnapshotEvaluation(
                 run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
             )
+        validation = None
         with distributed.fail_together():
+            if run.val_data:
+                validation = Validation(config, self.encoder, self.net, self.device)
+                journal.log(validation.describe())
             if run.tracker != "none" and distributed.get_rank() == 0:
                 journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
         previews = None
         with distributed.fail_together():
             if distributed.get_rank() == 0 and self.preview_interval != 0:
-                previews = Previews(
-                    self.dataset,
-                    self.encoder,
-                    self.device,
-                    self.outdir,
-                    journal.log,
-                    run.preview_images,
-                    run.preview_steps,
-                )
+                shown = (run.preview_images, run.preview_steps)
+                previews = Previews(self.dataset, self.encoder, self.device, self.outdir, journal.log, *shown)
                 journal.show(self.outdir / "reals.png", self.nimg)
         journal.start(self.nimg, run.duration)
         start_nimg, start = self.nimg, time.time()
@@ -200,6 +198,8 @@ class TrainingRun:
                 self.report_status()
             if due(run.snapshot):
                 self.save_snapshots()
+                if validation is not None:
+                    self.validate(validation)
             saved = due(run.checkpoint) or (self.nimg > start_nimg and self.is_state_old())
             if saved:
                 self.save_state()
@@ -387,6 +387,14 @@ class TrainingRun:
             results = evaluation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
             self.journal.report_metrics(self.nimg, f"EMA{suffix}", results)
         self.tick.time = time.time()
+
+    def validate(self, validation: Validation) -> None:
+        """Say the loss of the snapshots that were just saved on other images; to be called by all processes."""
+        begin = time.time()
+        for ema_net, suffix in self.ema.get():
+            results = validation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
+            self.journal.report_metrics(self.nimg, f"EMA{suffix}", results)
+        self.tick.time += time.time() - begin
 
     def save_state(self) -> None:
         """Write all that a resumed run needs; to be called by all processes."""

@@ -231,6 +231,13 @@ class RunConfig(Config):
     )
     metrics_ref: str = option("", "Reference statistics for --metrics: a file or URL", metavar="FILE", may_change=True)
     metrics_num: int = option(50000, "Images to generate for --metrics", low=2, may_change=True)
+    val_data: str = option(
+        "",
+        "Images that are not trained on: with every snapshot, the loss on them (metric-val_loss.jsonl)",
+        metavar="ZIP|DIR",
+        may_change=True,
+    )
+    val_images: int = option(1000, "Number of them that are used, evenly spaced", low=1, may_change=True)
     tracker: str = option(
         "none",
         "Report to this service, too, whose package has to be installed",

@@ -1,0 +1,49 @@
+"""The picture of training runs."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import fails_with, run_cli
+
+from scripts.plot_run import Run, main
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """What two runs have reported, one of them with a line that a power failure spoiled."""
+    for name, lr in {"a": 0.1, "b": 0.2}.items():
+        folder = tmp_path / name / "run"
+        folder.mkdir(parents=True)
+        stats = [{"nimg": n, "loss": 1 / n, "lr": lr, "images_per_second": 5.0, "time": 1.0} for n in (512, 1024)]
+        (folder / "stats.jsonl").write_text("\n".join(map(json.dumps, stats)) + '\n{"nimg": 15\0\n')
+        (folder / "training_options.json").write_text(json.dumps({"lr": lr, "batch": 4, "data": name}))
+        metrics = {"val_loss": 2.0, "val_error_20": 0.3, "val_error_7.5": 0.2}
+        for std in ("0.050", "0.100"):
+            record = {"nimg": 1024, "net": f"network-snapshot-0000001-{std}.safetensors", "results": metrics}
+            with open(folder / "metric-val_loss.jsonl", "a") as f:
+                f.write(json.dumps(record) + "\n")
+    return [tmp_path / name / "run" for name in "ab"]
+
+
+def test_what_is_drawn(runs):
+    run = Run(runs[0], "a")
+    assert set(run.curves) == {"training loss", "learning rate", "images per second", "loss on held-out images"}
+    assert run.curves["training loss"] == {"": [(512, 1 / 512), (1024, 1 / 1024)]}
+    assert run.curves["loss on held-out images"] == {"0.050": [(1024, 2.0)], "0.100": [(1024, 2.0)]}
+    assert run.errors == [(7.5, 0.2), (20.0, 0.3)]
+
+
+def test_picture(runs, tmp_path):
+    result = run_cli(main, *runs, f"--out={tmp_path / 'compared.png'}")
+    assert result.exit_code == 0 and "lr: 0.1, 0.2" in result.output and "batch" not in result.output
+    with PIL.Image.open(tmp_path / "compared.png") as picture:
+        assert "plot_run.py" in picture.info["Description"]
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] > 1000 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    assert run_cli(main, runs[0], f"--out={tmp_path / 'one.png'}").exit_code == 0
+
+
+def test_no_run(tmp_path):
+    fails_with(run_cli(main, tmp_path, f"--out={tmp_path / 'x.png'}"), "no run has reported anything there")
