@@ -67,6 +67,18 @@ __getattr__ = imported_when_used(dict.fromkeys(__all__, "training.release"))
     type=click.Choice(["safetensors", "pkl"]),
     callback=lambda _ctx, _param, value: value and f".{value}",
 )
+@click.option(
+    "--plot",
+    help="Draw which weight each training time has in the results, wanted and reconstructed",
+    metavar="FILE.png",
+    type=click.Path(dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--verify",
+    help="Also remake each average that is stored for the time of the results from the other snapshots, and print the "
+    "true error beside the expected one",
+    is_flag=True,
+)
 def main(
     indir: Path,
     inprefix: str | None,
@@ -78,6 +90,8 @@ def main(
     skip: bool,
     batch: int,
     suffix: str | None,
+    plot: Path | None,
+    verify: bool,
 ) -> None:
     """Combine the snapshots of a run into EMA profiles of other widths (post-hoc EMA).
 
@@ -85,13 +99,23 @@ def main(
     Example:
       python reconstruct_phema.py --indir=out/digits --outstd=0.010,0.020,...,0.200
     """
-    from training.snapshot.reconstruction import list_averages, reconstruct_phema
+    from training.snapshot.profiles import describe_errors, draw_responses, true_errors
+    from training.snapshot.reconstruction import inputs_until, list_averages, reconstruct_phema
 
     inputs = list_averages(indir, inprefix, instd)
     outdir = outdir or indir
     beside = outdir.resolve() == indir.resolve()
     if beside and any(avg.path.name.startswith(f"{outprefix}-") for avg in inputs):
         raise UserError(f"--outprefix={outprefix}: results in --indir need another prefix than the snapshots there")
+    used, out_nimg = inputs_until(inputs, outkimg)
+    for line in describe_errors(used, out_nimg, outstd):
+        print(line)
+    if plot is not None:
+        draw_responses(plot, used, out_nimg, outstd)
+        print(f"Picture: {plot}")
+    if verify:
+        for std, expected, true in true_errors(used, out_nimg):
+            print(f"Width {std:.3f} from the others: expected error {expected:.1%}, true {true:.1%}")
     there = set(outdir.glob("*")) if skip else set()
     for path in reconstruct_phema(inputs, outdir, outprefix, outstd, outkimg, skip, batch, suffix):
         print(f"{path} (skipped: it is there)" if path in there else path)

@@ -1,8 +1,11 @@
 """Power-function EMA: properties of the maths and the trackers."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from training import phema
 from training.config.training import MAX_STD, parse_std_list
@@ -52,6 +55,19 @@ def test_reconstruction_of_synthetic_profiles():
 def test_stored_profile_is_reproduced():
     coefs = phema.solve_posthoc_coefficients([100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1], 200, [0.05, 0.1])
     np.testing.assert_allclose(coefs, [[0, 0], [0, 0], [1, 0], [0, 1]], atol=1e-9)
+
+
+def test_posthoc_error_is_that_of_the_responses():
+    """By sums over many times, in place of the closed form."""
+    ofs, std = np.repeat([200.0, 500, 700, 1000], 2), np.tile([0.05, 0.1], 4)
+    outs, steps = np.array([0.02, 0.05, 0.08, 0.2]), 20_001
+    coefs = phema.solve_posthoc_coefficients(ofs, std, 1000, outs)
+    made = phema.power_function_response(ofs * 20, std, steps) @ coefs
+    wanted = phema.power_function_response(np.full(4, 20_000.0), outs, steps)
+    expected = np.sqrt(((made - wanted) ** 2).sum(axis=0) / (wanted**2).sum(axis=0))
+    found = phema.posthoc_error(ofs, std, 1000, outs, coefs)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6)
+    assert found[0] > 0.1 > found[2] > found[1]
 
 
 def test_response_is_a_distribution_over_the_past():
@@ -130,3 +146,14 @@ def test_parse_std_list(text, expected):
 def test_parse_std_list_refuses(text):
     with pytest.raises(ValueError, match="'"):
         parse_std_list(text)
+
+
+def test_the_example_of_the_docs_runs():
+    text = (ROOT / "docs" / "phema.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    found: dict = {}
+    exec(example, found)
+    assert len(found["saved"]) == 20
+    # The task is to copy two of the inputs, and it has been learned.
+    torch.testing.assert_close(found["combined"]["weight"], torch.eye(2, 4), rtol=0, atol=1e-3)

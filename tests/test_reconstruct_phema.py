@@ -1,9 +1,11 @@
 """reconstruct_phema.py: every option, and bad input."""
 
 import os
+import re
 import shutil
 import sys
 
+import PIL.Image
 import pytest
 import torch
 from conftest import (
@@ -18,7 +20,9 @@ from dnnlib.errors import UserError
 from reconstruct_phema import main as reconstruct
 from snapshot_tool import main as snapshot_tool
 from training.encoders import StandardRGBEncoder
+from training.phema import solve_posthoc_coefficients, std_to_exp
 from training.snapshot import load_network, save_network
+from training.snapshot.profiles import true_errors
 from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -28,6 +32,7 @@ def test_all_reconstruction_options(run, tmp_path):
     args = [
         f"--indir={run}", "--inprefix=network-snapshot", "--instd=0.05,0.1", f"--outdir={tmp_path}", "--outprefix=posthoc",
         "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2", "--format=safetensors",
+        f"--plot={tmp_path.parent / 'responses.png'}", "--verify",
     ]  # fmt: skip
     (tmp_path / ".posthoc-0000002-0.150.safetensors.0123456789abcdef.tmp").write_bytes(b"of a killed process")
     result = run_cli(reconstruct, *args)
@@ -42,10 +47,55 @@ def test_all_reconstruction_options(run, tmp_path):
     # Skipped when there.
     times = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     (tmp_path / "posthoc-0000002-0.200.safetensors").unlink()
-    lines = run_cli(reconstruct, *args).output.splitlines()
+    lines = run_cli(reconstruct, *args).stdout.splitlines()
+    lines = [line for line in lines if line.startswith(str(tmp_path))]
     assert [line.endswith("(skipped: it is there)") for line in lines] == [True, True, True, False]
     changed = [p.name for p, time in times.items() if p.stat().st_mtime_ns != time]
     assert changed == ["posthoc-0000002-0.200.safetensors"]
+    with PIL.Image.open(tmp_path.parent / "responses.png") as picture:
+        assert picture.size[0] > 1000 and "reconstruct_phema.py" in picture.info["Description"]
+
+
+def test_expected_and_true_errors(run, tmp_path):
+    """Said before anything is made; a tracked width is exact, and one that is narrow beyond the snapshots is not."""
+    args = [f"--indir={run}", f"--outdir={tmp_path}", "--verify"]
+    result = run_cli(reconstruct, *args, "--outstd=0.010,0.050,0.100")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("Expected errors")]
+    errors = {std: float(error) for std, error in re.findall(r"(0\.\d{3}) ([\d.]+)%", line)}
+    assert errors["0.050"] == errors["0.100"] == 0 and errors["0.010"] > 30
+    assert "Note: the snapshots cannot represent 0.010 well" in result.stdout
+    assert "Note" not in run_cli(reconstruct, *args, "--outstd=0.050,0.060").stdout
+    found = re.findall(r"Width (0\.\d{3}) from the others: expected error ([\d.]+)%, true ([\d.]+)%", result.stdout)
+    assert [std for std, _, _ in found] == ["0.050", "0.100"]
+    assert all(0 < float(true) < float(expected) for _, expected, true in found)
+
+
+def test_true_error_of_weights_on_a_line(tmp_path):
+    """Averages of weights that grow as t have a closed form, and so has what others make of them."""
+    net = tiny_network()
+    exact = {std: (exp + 1) / (exp + 2) for std in (0.05, 0.1) for exp in [float(std_to_exp(std))]}
+    for kimg in (1, 2, 3, 4):
+        for std, mean in exact.items():
+            for p in net.parameters():
+                p.data.fill_(kimg * mean)
+            path = tmp_path / f"network-snapshot-{kimg:07d}-{std:.3f}.safetensors"
+            save_network(path, net, StandardRGBEncoder(), {"nimg": kimg * 1000, "ema_std": std}, torch.float32)
+    inputs = list_averages(tmp_path)
+    for std, _, true in true_errors(inputs, 4000):
+        others = [avg for avg in inputs if (avg.nimg, avg.std) != (4000, std)]
+        times, widths = [avg.nimg for avg in others], [avg.std for avg in others]
+        coefs = solve_posthoc_coefficients(times, widths, 4000, std)[:, 0]
+        made = sum(c * avg.nimg / 1000 * exact[round(avg.std, 2)] for c, avg in zip(coefs, others, strict=True))
+        assert true == pytest.approx(abs(made / (4 * exact[round(std, 2)]) - 1), rel=1e-3)
+
+
+def test_one_snapshot_cannot_be_verified(tmp_path, snapshot_file):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    shutil.copy(snapshot_file, folder / "tiny-0000001-0.050.safetensors")
+    fails_with(
+        run_cli(reconstruct, f"--indir={folder}", "--outstd=0.07", "--verify"), "--verify needs another snapshot"
+    )
 
 
 @pytest.mark.parametrize("kimg", [2, 3])

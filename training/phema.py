@@ -82,6 +82,28 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
     return X / X.sum(axis=0)
 
 
+def posthoc_error(in_ofs, in_std, out_ofs, out_std, coefs):
+    """How far sums of stored averages are from the averages wanted: |sum_i x_i p_i - p| / |p| of the responses.
+
+    The norms are those of the inner product that `solve_posthoc_coefficients` makes small (Eq. 151). 0 is exact; with
+    weights that are independent at different times, it would be the error over the average itself.
+
+    Args:
+        in_ofs, in_std, out_ofs, out_std: as there.
+        coefs: what it returned, x [n, m].
+
+    Returns:
+        float64 [m].
+    """
+    in_ofs, in_std = (x.flatten() for x in np.broadcast_arrays(np.float64(in_ofs), np.float64(in_std)))
+    out_ofs, out_std = (x.flatten() for x in np.broadcast_arrays(np.float64(out_ofs), np.float64(out_std)))
+    A = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs[None], in_std[None])
+    B = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs[None], out_std[None])
+    wanted = power_function_correlation(out_ofs, out_std, out_ofs, out_std)
+    squares = (coefs * (A @ coefs)).sum(axis=0) - 2 * (coefs * B).sum(axis=0) + wanted
+    return np.sqrt(np.maximum(squares, 0) / wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Trackers
 

@@ -43,6 +43,10 @@ class StoredAverage:
     std: float
     file: SnapshotFile
 
+    def parameters(self) -> set[str]:
+        """Names of what is averaged; the rest are buffers."""
+        return {name for name, _ in build_for(self.file)[0].named_parameters()}
+
 
 def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] | None = None) -> list[StoredAverage]:
     """The snapshots `{prefix}-{kimg:07d}-{std:.3f}` of a directory, native files and pickles, oldest first.
@@ -107,12 +111,7 @@ def reconstruct_phema(
     Raises:
         UserError: `outkimg` is no input's time, or the inputs are not of one network.
     """
-    times = sorted({avg.nimg for avg in inputs})
-    if outkimg is not None and outkimg not in [nimg // 1000 for nimg in times]:
-        there = ", ".join(str(nimg // 1000) for nimg in times)
-        raise UserError(f"--outkimg={outkimg}: there is no snapshot of that time (there are {there})")
-    out_nimg = times[-1] if outkimg is None else max(nimg for nimg in times if nimg // 1000 == outkimg)
-    inputs = [avg for avg in inputs if avg.nimg <= out_nimg]
+    inputs, out_nimg = inputs_until(inputs, outkimg)
     newest = next(avg for avg in inputs if avg.nimg == out_nimg)
     shapes = _shapes(newest)
     for avg in inputs:
@@ -137,9 +136,23 @@ def reconstruct_phema(
         described = replace(newest.file.description.with_data(net), nimg=out_nimg, reconstructed_from=names)
         descriptions = {paths[std]: replace(described, ema_std=float(std)) for std in stds}
         dtype = weights_dtype(newest.file, net)
-        with _weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters, dtype) as get_pieces:
+        with weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters, dtype) as get_pieces:
             _write(descriptions, net, get_pieces, dtype)
     return list(paths.values())
+
+
+def inputs_until(inputs: Sequence[StoredAverage], outkimg: int | None) -> tuple[list[StoredAverage], int]:
+    """The averages up to a time in thousands of images (None = all of them), and that time in images.
+
+    Raises:
+        UserError: none is of that time.
+    """
+    times = sorted({avg.nimg for avg in inputs})
+    if outkimg is not None and outkimg not in [nimg // 1000 for nimg in times]:
+        there = ", ".join(str(nimg // 1000) for nimg in times)
+        raise UserError(f"--outkimg={outkimg}: there is no snapshot of that time (there are {there})")
+    out_nimg = times[-1] if outkimg is None else max(nimg for nimg in times if nimg // 1000 == outkimg)
+    return [avg for avg in inputs if avg.nimg <= out_nimg], out_nimg
 
 
 def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
@@ -262,7 +275,7 @@ class _Workspace:
 
 
 @contextmanager
-def _weighted_sums(
+def weighted_sums(
     inputs: Sequence[StoredAverage],
     newest: StoredAverage,
     coefs: torch.Tensor,
