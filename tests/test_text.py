@@ -370,7 +370,7 @@ def test_likelihoods_given_captions(tmp_path, text_network):
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         return [row["bits_per_dim"] for row in rows if "index" in row]
 
-    source = ImageFolderDataset(make_dataset(tmp_path / "plain", random_images(6)))
+    source = ImageFolderDataset(make_dataset(tmp_path / "plain", random_images(6, channels=None)))
     for name, texts in [("one", ("a", "b")), ("same", ("a", "c")), ("other", ("c", "b"))]:
         add_captions(source, tmp_path / f"{name}.zip", [texts] * 6, WordEncoder(2, 4))
     one, same, other = (bits(tmp_path / f"{name}.zip", name) for name in ("one", "same", "other"))

@@ -64,8 +64,11 @@ class DatasetLikelihood:
     def figures(self, indices: Sequence[int]) -> list[dict[str, float]]:
         """Figures of images by name, with the index of each; their latents are saved where they are to be kept."""
         images, labels = zip(*(self.dataset[i] for i in indices), strict=True)
+        captions = self.dataset.captions
+        if captions is not None:
+            labels = [captions.contexts(i)[0] for i in indices]
         rnd = StackedRandomGenerator(self.device, [self.seed + i for i in indices])
-        conditions = self.dataset.label_dim > 0 or self.dataset.captions is not None
+        conditions = self.dataset.label_dim > 0 or captions is not None
         cond = torch.from_numpy(np.stack(labels)).to(self.device) if conditions else None
         pixels = torch.from_numpy(np.stack(images)).to(self.device)
         if self.latents is None:
