@@ -426,6 +426,7 @@ def check(data: str, grid: Path | None, as_json: bool, family: str, machine: str
     """
     from training.advice import advice_on
     from training.conversion.check import check_dataset
+    from training.dataset.advice import BY
 
     facts, problems = check_dataset(data, grid)
     advice = advice_on(data, facts, family, machine, timing) if not problems else None
@@ -435,7 +436,8 @@ def check(data: str, grid: Path | None, as_json: bool, family: str, machine: str
         for key, value in facts.items():
             print(f"{key + ':':28s}{value if isinstance(value, str) else json.dumps(value)}")
         for problem in problems:
-            print(f"PROBLEM: {problem}")
+            text, _, command = problem.partition(f"; {BY}")
+            print(f"PROBLEM: {text}" + (f"\nNext: {command}" if command else ""))
         for line in advice.lines() if advice is not None else []:
             print(line)
     if problems:

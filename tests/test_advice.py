@@ -138,14 +138,14 @@ def test_from_images_to_a_figure_by_printed_commands(tmp_path, monkeypatch):
     make_dataset(tmp_path / "photos", files)
     result = run_cli(dataset_tool, "check", "photos")
     assert result.exit_code == 1
-    convert = shlex.split(re.search(r"by (python dataset_tool\.py convert .*)", result.output)[1])
+    (convert,) = commands(result.output)
     result = run(convert, "--workers=1")
     assert result.exit_code == 0, result.output
     ((*check_command,),) = commands(result.output)
     assert check_command == ["python", "dataset_tool.py", "check", "photos-32x32.zip"]
     result = run(check_command)
     assert re.search(
-        r"^Time: about .* here, and previews: [\d.]+ images per second in \d+ timed steps", result.output, re.M
+        r"^Time: about .* here, without previews: [\d.]+ images per second in \d+ timed steps", result.output, re.M
     )
     (train,) = commands(result.output)
     short = ["--duration=128", "--channels=4", "--preview=0"]

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from dnnlib.cli import parse_nimg
 from dnnlib.errors import OUT_OF_MEMORY, UserError
 from dnnlib.progress import format_time
 from training.advice.families import FAMILIES, Choice, Data, nearest_preset
 from training.advice.timing import images_per_second
 from training.config.families import MACHINES
-from training.config.fields import all_fields, show
-from training.config.training import Preset, TrainConfig
+from training.config.fields import Field, all_fields, show
+from training.config.training import Ki, Mi, Preset, TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
 from training.encoders import encoder_for
@@ -51,8 +52,8 @@ class Proposal:
 
     def options(self) -> list[str]:
         """Of the command, in order."""
-        flags = {field.key: field.flag for field in all_fields(type(self.config))}
-        chosen = [f"{flags[choice.key]}={show(choice.value)}" for choice in self.choices]
+        fields = {field.key: field for field in all_fields(type(self.config))}
+        chosen = [f"{fields[c.key].flag}={_shown(fields[c.key], c.value)}" for c in self.choices]
         return [f"--outdir={self.outdir}", f"--data={self.data}", *chosen]
 
     def command(self) -> str:
@@ -176,10 +177,21 @@ def estimate(proposal: Proposal) -> tuple[float | None, str]:
         return None, f"not timed: {OUT_OF_MEMORY}"
     seconds = proposal.config.run.duration / speed / proposal.processes
     shared = f", shared by {proposal.processes} GPUs" if proposal.processes > 1 else ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    busy = f"; other programs keep the machine busy (load {load:.1f}, {many(cores, 'core')})" if load > cores + 1 else ""
     return seconds, (
-        f"about {format_time(seconds)} here, and previews: {speed:.4g} images per second in {steps} timed steps of "
-        f"{many(size, 'image')}{shared}"
+        f"about {format_time(seconds)} here, without previews: {speed:.4g} images per second in {steps} timed steps of "
+        f"{many(size, 'image')}{shared}{busy}"
     )
+
+
+def _shown(field: Field, value: Any) -> str:
+    """The value of an option as it is typed, numbers of images in Mi or Ki where they are round."""
+    if field.option.parse is parse_nimg and value:
+        for unit, suffix in [(Mi, "Mi"), (Ki, "Ki")]:
+            if value % unit == 0:
+                return f"{value // unit}{suffix}"
+    return show(value)
 
 
 def _has_captions(data: str) -> bool:
