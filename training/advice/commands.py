@@ -178,7 +178,8 @@ def estimate(proposal: Proposal) -> tuple[float | None, str]:
     seconds = proposal.config.run.duration / speed / proposal.processes
     shared = f", shared by {proposal.processes} GPUs" if proposal.processes > 1 else ""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    busy = f"; other programs keep the machine busy (load {load:.1f}, {many(cores, 'core')})" if load > cores + 1 else ""
+    others = f"; other programs keep the machine busy (load {load:.1f}, {many(cores, 'core')})"
+    busy = others if load > cores + 1 else ""
     return seconds, (
         f"about {format_time(seconds)} here, without previews: {speed:.4g} images per second in {steps} timed steps of "
         f"{many(size, 'image')}{shared}{busy}"
