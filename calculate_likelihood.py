@@ -67,9 +67,10 @@ def main(
     """Bits per dimension of images under a network.
 
     Denoisers (EDM2, score-SDE models, U-ViT): by the probability flow, with the labels of the images where the network
-    knows classes. NVAE: the negative evidence lower bound, the importance-weighted bound, reconstruction and KL of each
-    group. The figures of an image depend on itself and the seed alone, whatever the batch and processes. Repeating a
-    command continues where it stopped.
+    knows classes, and with the first caption of each (dataset_tool.py captions) where it follows texts. NVAE: the
+    negative evidence lower bound, the importance-weighted bound, reconstruction and KL of each group. The figures of an
+    image depend on itself and the seed alone, whatever the batch and processes. Repeating a command continues where it
+    stopped.
 
     \b
     Examples:

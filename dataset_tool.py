@@ -1,7 +1,7 @@
 """Make, encode, decode and check datasets."""
 
 import json
-import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +9,10 @@ import click
 
 from dnnlib.cli import CommandGroup, device_option, offline_option, parse_resolution, parsed_by, with_options
 from dnnlib.errors import UserError
+from training.config.conversion import parse_range, parse_scale
 from training.config.data import TRANSFORMS
+from training.config.families import MACHINES, TRAINED_FAMILIES
 from training.config.metrics import PRECISIONS, SPLITS
-
-
-def parse_range(text: str) -> tuple[float, float] | str:
-    if text == "auto":
-        return text
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{text!r} is not of the form LO,HI, such as 0,4095, nor auto") from None
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"{text!r}: the first number must be below the second, both finite")
-    return low, high
-
-
-def parse_scale(text: str) -> float | str:
-    if text in ("config", "published", "measured"):
-        return text
-    try:
-        scale = float(text)
-    except ValueError:
-        raise UserError(f"{text!r} is neither a number nor config, published or measured") from None
-    if not 0 < scale < math.inf:
-        raise UserError(f"{text!r}: a scale is positive and finite")
-    return scale
 
 
 @click.group(cls=CommandGroup)
@@ -163,7 +141,6 @@ def convert(
     from training.conversion.opening import open_sources
     from training.conversion.sources import Choice
     from training.conversion.workers import default_workers
-    from training.dataset.labels import describe_classes
     from training.dataset.listing import many
 
     parts = split if validation is None else "all"
@@ -181,21 +158,14 @@ def convert(
     width, height = resolution or (None, None)
     settings = ImageSettings(transform, width, height, int(channels), value_range)
     report = convert_images(opened, dest, settings, table, max_images, workers, on_error, resume, keep_names)
-    classes = describe_classes(report.class_counts, report.classes) if report.class_counts else "no classes"
-    print(f"{dest}: {many(report.written, 'image')}, {classes}")
-    for note in report.notes:
-        print(f"  {note}")
-    if report.enlarged:
-        print(
-            f"  Note: {report.enlarged} of {many(report.written, 'image')} were enlarged, the smallest from "
-            f"{report.smallest} pixels: a lower --resolution would keep them sharp"
-        )
-    if report.too_small:
-        print(f"  left out: {report.too_small} that are too small")
-    for name, reason in report.skipped[:10]:
-        print(f"  left out: {name}: {reason}")
-    if len(report.skipped) > 10:
-        print(f"  and {len(report.skipped) - 10} more; report.json in {dest} lists them")
+    for line in report.lines(dest):
+        print(line)
+    look_at(dest)
+
+
+def look_at(dest: Path) -> None:
+    """Print what to do with a dataset that has been made."""
+    print(f"Next: python dataset_tool.py check {shlex.quote(str(dest))}")
 
 
 def encoder_option(default: str) -> Any:
@@ -263,6 +233,8 @@ def run_vae(
         classes = [len({label for label in part if isinstance(label, int)}) for part in (labels[:taken], labels)]
         for note in only_the_first(taken, len(dataset), *classes):
             distributed.print0(f"Note: {note}")
+    if distributed.get_rank() == 0:
+        look_at(dest)
     distributed.shutdown()
 
 
@@ -428,18 +400,46 @@ def features(source: Path, dest: Path, scale: float | None, resume: bool) -> Non
     "--grid", help="Save a contact sheet with labels", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--json", "as_json", help="Print JSON", is_flag=True)
-def check(data: str, grid: Path | None, as_json: bool) -> None:
-    """Inspect a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it."""
+@click.option(
+    "--family",
+    help="Models that the training command is for",
+    type=click.Choice(TRAINED_FAMILIES),
+    default=TRAINED_FAMILIES[0],
+    show_default=True,
+)
+@click.option(
+    "--machine", help="Machine that the training command is for  [default: this one]", type=click.Choice([*MACHINES])
+)
+@click.option(
+    "--timing/--no-timing", help="Time a few training steps, to say how long it takes", default=True, show_default=True
+)
+def check(data: str, grid: Path | None, as_json: bool, family: str, machine: str | None, timing: bool) -> None:
+    """Inspect a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it.
+
+    Ends with a command that trains on it, and the reason for each of its options.
+
+    \b
+    Examples:
+      python dataset_tool.py check datasets/digits.zip --grid=out/sheet.png
+      # A command for a U-ViT on a GPU elsewhere
+      python dataset_tool.py check datasets/digits.zip --family=uvit --machine=gpu
+    """
+    from training.advice import advice_on
     from training.conversion.check import check_dataset
+    from training.dataset.advice import BY
 
     facts, problems = check_dataset(data, grid)
+    advice = advice_on(data, facts, family, machine, timing) if not problems else None
     if as_json:
-        print(json.dumps({**facts, "problems": problems}))
+        print(json.dumps({**facts, "problems": problems, "training": None if advice is None else advice.to_json()}))
     else:
         for key, value in facts.items():
             print(f"{key + ':':28s}{value if isinstance(value, str) else json.dumps(value)}")
         for problem in problems:
-            print(f"PROBLEM: {problem}")
+            text, _, command = problem.partition(f"; {BY}")
+            print(f"PROBLEM: {text}" + (f"\nNext: {command}" if command else ""))
+        for line in advice.lines() if advice is not None else []:
+            print(line)
     if problems:
         raise SystemExit(1)
 

@@ -52,7 +52,7 @@ ORDER = [
     {"training.monitoring"},
     {"training.training_loop"},
     {"training.launch"},
-    {"training.release"},
+    {"training.advice", "training.release"},
 ]
 GROUP_OF = {room: group for group, rooms in enumerate(ORDER) for room in rooms}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}

@@ -9,6 +9,7 @@ import torch
 from conftest import DIGITS, fails_with, make_dataset, npy, random_images, run_cli, tiny_network, tiny_uvit
 from measuring import records_of, tool
 
+from calculate_likelihood import main as calculate_likelihood
 from dataset_tool import main as dataset_tool
 from dnnlib.errors import UserError
 from generate_images import main as generate
@@ -355,6 +356,28 @@ def test_measuring_on_a_set_of_captions(tmp_path, text_network):
     assert record["labels"] == "prompt seed modulo 6" and len(record["prompts"]) == 6
     texts = [read_png_text(tmp_path / "images" / "000000" / f"{i:06d}.png")["prompt"] for i in range(8)]
     assert texts == [*record["prompts"], *record["prompts"][:2]]
+
+
+def test_likelihoods_given_captions(tmp_path, text_network):
+    """Those of each image given its first caption; images without any, or of another encoder, are refused."""
+
+    def bits(data, name):
+        out = tmp_path / f"{name}.jsonl"
+        options = [f"--net={text_network}", f"--data={data}", f"--out={out}", "--num=2", "--rtol=0.1", "--atol=0.1"]
+        result = run_cli(calculate_likelihood, *options, "--device=cpu")
+        if result.exit_code:
+            return result
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        return [row["bits_per_dim"] for row in rows if "index" in row]
+
+    source = ImageFolderDataset(make_dataset(tmp_path / "plain", random_images(6, channels=None)))
+    for name, texts in [("one", ("a", "b")), ("same", ("a", "c")), ("other", ("c", "b"))]:
+        add_captions(source, tmp_path / f"{name}.zip", [texts] * 6, WordEncoder(2, 4))
+    one, same, other = (bits(tmp_path / f"{name}.zip", name) for name in ("one", "same", "other"))
+    assert one == same and one != other and len(one) == 2
+    fails_with(bits(tmp_path / "plain", "plain"), "has no captions: add them by dataset_tool.py captions")
+    add_captions(source, tmp_path / "wide.zip", [("a",)] * 6, WordEncoder(2, 8))
+    fails_with(bits(tmp_path / "wide.zip", "wide"), "its captions are 2 tokens of width 8, and --net", "of width 4")
 
 
 def test_the_empty_text_of_a_set_of_captions(tmp_path):

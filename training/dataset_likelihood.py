@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, one_line
 from dnnlib.files import append_line, atomic_write, check_not_input, file_sha256
 from dnnlib.progress import Progress
 from dnnlib.util import code_version
@@ -25,6 +25,7 @@ from training.guides import load_image_network
 from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
 from training.samplers import StackedRandomGenerator
+from training.snapshot import Snapshot
 
 LATENTS_RECORD = "latents.json"  # says what the latents of a folder are of
 
@@ -63,8 +64,12 @@ class DatasetLikelihood:
     def figures(self, indices: Sequence[int]) -> list[dict[str, float]]:
         """Figures of images by name, with the index of each; their latents are saved where they are to be kept."""
         images, labels = zip(*(self.dataset[i] for i in indices), strict=True)
+        captions = self.dataset.captions
+        if captions is not None:
+            labels = [captions.contexts(i)[0] for i in indices]
         rnd = StackedRandomGenerator(self.device, [self.seed + i for i in indices])
-        cond = torch.from_numpy(np.stack(labels)).to(self.device) if self.dataset.label_dim else None
+        conditions = self.dataset.label_dim > 0 or captions is not None
+        cond = torch.from_numpy(np.stack(labels)).to(self.device) if conditions else None
         pixels = torch.from_numpy(np.stack(images)).to(self.device)
         if self.latents is None:
             found = self.likelihood.figures(pixels, rnd, cond)
@@ -104,22 +109,13 @@ def prepare(
     device = select_device(config.device)
     set_up_device(device)
     snapshot = load_image_network(net, device, arch)
-    architecture, spec = architecture_of(snapshot.net), snapshot.net.spec
+    architecture = architecture_of(snapshot.net)
     if architecture.likelihood is None:
         raise UserError(f"--net={net}: likelihoods of {architecture.family} networks are not computed here")
     if not isinstance(snapshot.encoder, StandardRGBEncoder):
         raise UserError(f"--net={net}: works on latents, and its encoder gives no density of pixels")
     snapshot.net.precision = config.precision
-    dataset = ImageFolderDataset(data, use_labels=spec.conditioning.kind != "none")
-    if dataset.dtype != np.uint8:
-        raise UserError(f"--data={data}: holds latents; likelihoods are those of 8-bit images")
-    ours = (dataset.num_channels, dataset.resolution, dataset.label_dim)
-    wanted = (spec.channels, spec.resolution, spec.conditioning.size)
-    if ours != wanted:
-        raise UserError(
-            f"--data={data}: images of (channels, resolution, classes) = {ours}, but --net={net} knows {wanted}: "
-            f"convert them as its training data were"
-        )
+    dataset = _images_for(snapshot, net, data)
     likelihood = architecture.likelihood(snapshot.net, config)
     others = {"vae", "flow"} - {likelihood.section}
     for field in (field for name in others for field in all_fields(type(getattr(config, name)))):
@@ -144,6 +140,42 @@ def prepare(
         "code_version": code_version(),
     }
     return DatasetLikelihood(likelihood, dataset, indices, seed, device, facts, latents)
+
+
+def _images_for(snapshot: Snapshot, net: str, data: str) -> ImageFolderDataset:
+    """The images of --data, with the conditions that the network of --net takes: nothing, labels, or the contexts of
+    the first caption of each.
+
+    Raises:
+        UserError: they are not such as it was trained on.
+    """
+    spec = snapshot.net.spec
+    kind = spec.conditioning.kind
+    follows_texts = kind == "tokens"
+    dataset = ImageFolderDataset(data, use_labels=kind != "none", use_captions=follows_texts)
+    if dataset.dtype != np.uint8:
+        raise UserError(f"--data={data}: holds latents; likelihoods are those of 8-bit images")
+    ours = (dataset.num_channels, dataset.resolution, dataset.label_dim)
+    wanted = (spec.channels, spec.resolution, 0 if follows_texts else spec.conditioning.size)
+    if ours != wanted:
+        raise UserError(
+            f"--data={data}: images of (channels, resolution, classes) = {ours}, but --net={net} knows {wanted}: "
+            f"convert them as its training data were"
+        )
+    captions = dataset.captions
+    if captions is not None and captions.shape != spec.conditioning.shape:
+        raise UserError(
+            f"--data={data}: its captions are {captions.shape[0]} tokens of width {captions.shape[1]}, and --net={net} "
+            f"takes {spec.conditioning.tokens} of width {spec.conditioning.size}: encode them as those of its training "
+            f"data were (dataset_tool.py captions)"
+        )
+    record = snapshot.metadata.get("text_encoder")
+    if captions is not None and record is not None and captions.encoder != record:
+        raise UserError(
+            f"--data={data}: its captions are by another text encoder ({one_line(captions.encoder)}) than those of "
+            f"--net={net} ({one_line(record)}): encode them with that one (dataset_tool.py captions)"
+        )
+    return dataset
 
 
 def evaluate(task: DatasetLikelihood, out: Path, batch: int) -> dict[str, Any] | None:

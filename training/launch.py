@@ -108,7 +108,7 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
 
     rows = [
         ("preset", "parameters", "memory without activations", "data", "classes", "images", "batch",
-         "images per second", "published result", "published with")
+         "takes", "images per second", "published result", "published with")
     ]  # fmt: skip
     for name, preset in presets.items():
         with torch.device("meta"):  # only counted
@@ -120,8 +120,8 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
         length = f"{run.duration / 1e6:.1f}M" if run.duration >= 1e6 else f"{run.duration / 1e3:.0f}k"
         solver = "" if sampler is None else " ".join(sampler.as_options())
         rows.append(
-            (name, size, memory, preset.size, str(preset.classes or ""), length, str(run.batch), preset.speed,
-             preset.published, solver)
+            (name, size, memory, preset.size, str(preset.classes or ""), length, str(run.batch), preset.cost,
+             preset.speed, preset.published, solver)
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

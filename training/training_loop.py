@@ -26,7 +26,7 @@ from training.families import trained_by
 from training.flops import count_parameters
 from training.monitoring.health import Divergence, weight_beyond_float16
 from training.monitoring.journal import Journal, status_line
-from training.monitoring.outdir import STATE_PATTERN, check_outdir, snapshot_name
+from training.monitoring.outdir import STATE_PATTERN, check_outdir, next_steps, snapshot_name
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.monitoring.states import StateWriter, disk_needs
@@ -217,11 +217,12 @@ class TrainingRun:
             self.states.raise_failure()
             self.step(batches)
         self.states.wait()
-        journal.log(
-            f"Done: {self.nimg} images in {self.outdir}"
-            if done
-            else f"Suspended at {self.nimg} images{limit and f' by {limit}'}; repeat the command to continue"
-        )
+        if not done:
+            journal.log(f"Suspended at {self.nimg} images{limit and f' by {limit}'}; repeat the command to continue")
+            return
+        journal.log(f"Done: {self.nimg} images in {self.outdir}. A longer --duration continues it.")
+        for line in next_steps(self.outdir, self.dataset) if self.architecture.makes_images else []:
+            journal.log(line)
 
     def limit_reached(self, nimg: int, seconds: float) -> str:
         """The option that ends this start after so many images and seconds of it; '' = none does."""

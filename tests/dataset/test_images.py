@@ -5,6 +5,7 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from conftest import DIGITS, GOLDEN, make_dataset, npy, png, random_images, run_cli
 
 from dataset_tool import main as dataset_tool
@@ -157,7 +158,9 @@ def test_verify_reads_headers_only(tmp_path):
         ImageFolderDataset(make_dataset(tmp_path / "odd.zip", odd)).verify()
 
 
-def test_raw_photos_get_a_ready_command(tmp_path):
+@pytest.mark.parametrize(("gpu", "size"), [(False, 32), (True, 64)])
+def test_raw_photos_get_a_ready_command(tmp_path, monkeypatch, gpu, size):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     folder = tmp_path / "my photos"
     make_dataset(
         folder, {"a.png": png(np.zeros([90, 120, 3], np.uint8)), "b.png": png(np.zeros([70, 80, 3], np.uint8))}
@@ -167,7 +170,7 @@ def test_raw_photos_get_a_ready_command(tmp_path):
     words = shlex.split(str(err.value).partition("by python dataset_tool.py ")[2])
     result = run_cli(dataset_tool, *words, "--workers=1")
     assert result.exit_code == 0, result.output
-    assert ImageFolderDataset(tmp_path / "my photos-64x64.zip").image_shape == (3, 64, 64)
+    assert ImageFolderDataset(tmp_path / f"my photos-{size}x{size}.zip").image_shape == (3, size, size)
     # Some gray ones among the rest: only the channels differ.
     make_dataset(
         tmp_path / "b", {"a.png": png(np.zeros([9, 9, 3], np.uint8)), "b.png": png(np.zeros([9, 9], np.uint8))}

@@ -8,7 +8,7 @@ from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY
 from training.config.fields import FROM_PRESET, Config, option
 from training.config.metrics import METRIC_FILES
 from training.config.names import unknown_preset
-from training.config.training import Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
+from training.config.training import PIXEL_CHANNELS, Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +177,82 @@ def _digits_prior() -> Preset:
     return Preset(config, resolution=4, channels=24, classes=10)
 
 
+def _own(
+    resolution: int, channels: int, cost: str, *, width: int, levels: tuple[int, ...], blocks: int, duration: int,
+    batch: int, batch_gpu: int, interval: int, attention: tuple[int, ...] = (16, 8), dropout: float = 0.0,
+    speed: str = "",
+) -> Preset:  # fmt: skip
+    """A configuration for images of one's own: pixels, or latents where there are four channels, of any classes.
+
+    Noise levels are those of the published models, and so is the learning rate: it falls with the square root of the
+    width. The rate rises over the first hundredth of the training, and falls from a fifth of it on.
+
+    Args:
+        cost: of the whole training.
+        interval: images between snapshots, and between training states.
+    """
+    pixels = channels in PIXEL_CHANNELS
+    config = EDM2Training(
+        network=EDM2Network(
+            model_channels=width, channel_mult=levels, num_blocks=blocks, attn_resolutions=attention, dropout=dropout
+        ),
+        objective=EDM2Objective(P_mean=-0.8 if pixels else -0.4, P_std=1.6 if pixels else 1.0),
+        optimizer=EDM2Optimizer(
+            lr=round(0.012 * (128 / width) ** 0.5, 4), decay=duration // batch // 5, rampup_Mimg=duration / 100 / 1e6
+        ),
+        run=RunConfig(
+            duration=duration,
+            batch=batch,
+            batch_gpu=batch_gpu,
+            status=interval // 16,
+            snapshot=interval,
+            checkpoint=interval,
+        ),
+    )
+    return Preset(config, resolution=resolution, channels=channels, classes=0, speed=speed, cost=cost)
+
+
+def _on_cpu(resolution: int, channels: int, speed: str) -> Preset:
+    """An evening on two CPU cores: 1.2 million parameters, half a million images, 8192 steps.
+
+    The speed is that of one thread, by its CPU time: two to four hours if two cores are 1.7 times as fast. Not run to
+    its end; docs/own-images.md shows what a smaller network gives after a sixteenth of it.
+    """
+    small = resolution < 64
+    return _own(
+        resolution, channels, "an evening on 2 CPU cores", width=32 if small else 16,
+        levels=(1, 2, 2) if small else (1, 2, 4, 4), blocks=1, attention=(8,), duration=512 * Ki, batch=64,
+        batch_gpu=32, interval=64 * Ki, speed=speed,
+    )  # fmt: skip
+
+
+def _on_gpu(resolution: int, channels: int) -> Preset:
+    """A day on one GPU: 37 million parameters at 32x32, 31 million at 64x64. Not run.
+
+    Planned for 5e13 multiplications and additions per second in float16, of which an image takes six times the
+    multiply-adds that `count_flops.py` counts. With dropout, since own images are fewer than ImageNet's.
+    """
+    small = resolution < 64
+    return _own(
+        resolution, channels, "a day on one GPU; not run", width=128 if small else 64,
+        levels=(1, 2, 2) if small else (1, 2, 3, 4), blocks=3, duration=(64 if small else 48) * Mi, batch=512,
+        batch_gpu=128 if small else 64, interval=2 * Mi, dropout=0.1,
+    )  # fmt: skip
+
+
+def _on_gpus(resolution: int, channels: int) -> Preset:
+    """A day on eight GPUs: 132 million parameters at 32x32, and at 64x64 the 124 million of EDM2-XS. Not run.
+
+    Planned as `_on_gpu`, eight times as fast. EDM2-XS itself saw 1.1 (pixels) and 2.1 billion images.
+    """
+    small = resolution < 64
+    return _own(
+        resolution, channels, "a day on 8 GPUs; not run", width=192 if small else 128,
+        levels=(1, 2, 3) if small else (1, 2, 3, 4), blocks=3, duration=(256 if small else 128) * Mi, batch=1024,
+        batch_gpu=128 if small else 64, interval=8 * Mi, dropout=0.1,
+    )  # fmt: skip
+
+
 TRAINING_PRESETS: dict[str, Preset] = {
     "edm2-img512-xxs": _img512(duration=2048, channels=64, lr=0.0170, dropout=0.0),
     "edm2-img512-xs": _img512(duration=2048, channels=128, lr=0.0120, dropout=0.0),
@@ -190,6 +266,18 @@ TRAINING_PRESETS: dict[str, Preset] = {
     "edm2-img64-m": _img64(duration=2048, channels=256, lr=0.0090, dropout=0.1),
     "edm2-img64-l": _img64(duration=1024, channels=320, lr=0.0080, dropout=0.1),
     "edm2-img64-xl": _img64(duration=640, channels=384, lr=0.0070, dropout=0.1),
+    "pixels32-cpu": _on_cpu(32, 3, "43 on 1 CPU core"),
+    "pixels32-gpu": _on_gpu(32, 3),
+    "pixels32-8gpus": _on_gpus(32, 3),
+    "pixels64-cpu": _on_cpu(64, 3, "25 on 1 CPU core"),
+    "pixels64-gpu": _on_gpu(64, 3),
+    "pixels64-8gpus": _on_gpus(64, 3),
+    "latents32-cpu": _on_cpu(32, 4, "41 on 1 CPU core"),
+    "latents32-gpu": _on_gpu(32, 4),
+    "latents32-8gpus": _on_gpus(32, 4),
+    "latents64-cpu": _on_cpu(64, 4, "24 on 1 CPU core"),
+    "latents64-gpu": _on_gpu(64, 4),
+    "latents64-8gpus": _on_gpus(64, 4),
     "digits": _digits(),
     "digits-nvae-prior": _digits_prior(),
 }

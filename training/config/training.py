@@ -370,6 +370,7 @@ class Preset:
         published: results of the published network, such as 'FID 2.20'; '' = none.
         sampler: of the published results; None = the default one.
         speed: images per second, where it was measured, and on what.
+        cost: time and machines that it is meant for; '' = those of the published model, or a minute or two.
     """
 
     config: TrainConfig
@@ -380,6 +381,7 @@ class Preset:
     sampler: SamplerConfig | None = None
     context: tuple[int, int] = (0, 0)
     speed: str = ""
+    cost: str = ""
 
     @property
     def size(self) -> str:

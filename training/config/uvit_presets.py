@@ -128,6 +128,25 @@ def _digits(
     return Preset(config, resolution, channels, classes=0 if text else 10, context=context)
 
 
+def _own_images() -> Preset:
+    """Own images of 32x32 pixels, of any classes, 1.5 M parameters and 256 tokens: an evening on two CPU cores.
+
+    Preconditioned and weighted as the digits, which learn faster so than by the published objective, at EDM2's noise
+    levels for pixels.
+    """
+    batch, duration = 32, 384 * Ki
+    config = UViTTraining(
+        network=UViTNetwork(patch_size=2, embed_dim=128, depth=6, num_heads=4, prediction="edm"),
+        objective=UViTObjective(cond_dropout=0.1, noise_levels="lognormal", P_mean=-0.8, P_std=1.6),
+        optimizer=UViTOptimizer(lr=1e-3, beta1=0.9, warmup=100 * batch, decay_to=duration),
+        ema=EMAConfig(ema_rate=0.999),
+        run=RunConfig(duration=duration, batch=batch, status=4 * Ki, snapshot=64 * Ki, checkpoint=64 * Ki),
+    )
+    return Preset(
+        config, resolution=32, channels=3, classes=0, speed="20 on 1 CPU core", cost="an evening on 2 CPU cores"
+    )
+
+
 UVIT_PRESETS: dict[str, Preset] = {
     "cifar10_uvit_small": _pixels(
         SMALL, 32, "FID 3.11", EULER_MARUYAMA, steps=500_000, betas=(0.99, 0.999), warmup=2500
@@ -141,6 +160,7 @@ UVIT_PRESETS: dict[str, Preset] = {
     "imagenet512_uvit_huge": _latents(HUGE, 64, "FID 4.05 with guidance 1.7", 500_000),
     "mscoco_uvit_small": _captions(SMALL, "FID 5.95 with guidance 2"),
     "mscoco_uvit_small_deep": _captions(SMALL | {"depth": 16}, "FID 5.48 with guidance 2"),
+    "pixels32-uvit-cpu": _own_images(),
     "digits-uvit": _digits(144 * Ki),
     "digits-uvit-latent": _digits(64 * Ki, resolution=4, channels=4),
     "digits-uvit-text": _digits(144 * Ki, context=WORDS, lr=2e-3),

@@ -20,11 +20,12 @@ from training.conversion.sources import CLASS_FOLDERS, Label, Source, SourceImag
 from training.conversion.transforms import decode_image, enlarged_from, make_transform
 from training.conversion.workers import map_in_order
 from training.conversion.writer import DatasetWriter, encode_png, image_name
-from training.dataset.labels import only_the_first
+from training.dataset.labels import describe_classes, only_the_first
 from training.dataset.listing import NAMES_FILE, many
 from training.dataset.order import evenly_spaced
 
 CHUNK = 16  # images that a worker gets at a time
+SHOWN = 10  # images left out that are listed one by one
 MADE_AGAIN = 64  # images, to see that the source is the same
 
 
@@ -53,6 +54,22 @@ class Report:
     # Of the images that this run has converted; not in report.json, which interruptions leave as it is.
     enlarged: int = 0
     smallest: int = 0  # shorter side of the smallest of these, before
+
+    def lines(self, dest: Path) -> list[str]:
+        """What was done, for users."""
+        classes = describe_classes(self.class_counts, self.classes) if self.class_counts else "no classes"
+        lines = [f"{dest}: {many(self.written, 'image')}, {classes}", *(f"  {note}" for note in self.notes)]
+        if self.enlarged:
+            lines.append(
+                f"  Note: {self.enlarged} of {many(self.written, 'image')} were enlarged, the smallest from "
+                f"{self.smallest} pixels: a lower --resolution would keep them sharp"
+            )
+        if self.too_small:
+            lines.append(f"  left out: {self.too_small} that are too small")
+        lines += [f"  left out: {name}: {reason}" for name, reason in self.skipped[:SHOWN]]
+        if len(self.skipped) > SHOWN:
+            lines.append(f"  and {len(self.skipped) - SHOWN} more; report.json in {dest} lists them")
+        return lines
 
 
 def convert_images(

@@ -11,11 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_write, naming_errors
+from dnnlib.files import atomic_write, locked, naming_errors
 from training.dataset.listing import NAMES_FILE
 
 # ZIP records (APPNOTE 4.3): local file header, entry of the central directory, end of it in both sizes.
@@ -78,11 +77,9 @@ class DatasetWriter:
         dest.parent.mkdir(parents=True, exist_ok=True)
         with naming_errors(dest):  # filelock would take a folder that cannot be written to for a lock that is taken
             tempfile.TemporaryFile(dir=dest.parent).close()
-        self._lock = filelock.FileLock(dest.with_name(f"{dest.name}.partial.lock"), timeout=0)
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise UserError(f"--dest={dest}: another run is writing it: wait for that run, or stop it") from None
+        self._lock_file = dest.with_name(f"{dest.name}.partial.lock")
+        self._lock = contextlib.ExitStack()
+        self._lock.enter_context(locked(self._lock_file, self._refuse))
         try:
             self._begin(options, resume)
         except BaseException:
@@ -113,9 +110,12 @@ class DatasetWriter:
         self._files = _ZipFiles(self.partial) if is_zip else _FolderFiles(self.partial)
         self.names: Collection[str] = self._files.names
 
+    def _refuse(self) -> None:
+        raise UserError(f"--dest={self.dest}: another run is writing it: wait for that run, or stop it")
+
     def _unlock(self) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
+        self._lock_file.unlink(missing_ok=True)
+        self._lock.close()
 
     def write(self, name: str, data: bytes) -> None:
         """Add a file.

@@ -5,7 +5,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-SIZES = (32, 64)  # that are proposed for images of all kinds of sizes
+import torch
+
+SIZES = (32, 64)  # that are proposed for images of all kinds of sizes: without a GPU, and with one
+BY = "make a dataset of them by "
 
 
 def how_to_convert(path: Path, *shapes: Sequence[int]) -> str:
@@ -16,9 +19,9 @@ def how_to_convert(path: Path, *shapes: Sequence[int]) -> str:
         shapes: of some of the images, [C, H, W]; if all sides are the same, they stay.
     """
     sides = {side for shape in shapes for side in shape[1:]}
-    size = next(iter(sides)) if len(sides) == 1 else SIZES[min(sides) >= SIZES[1]]
+    size = next(iter(sides)) if len(sides) == 1 else SIZES[min(sides) >= SIZES[1] and torch.cuda.is_available()]
     dest = f"{path.with_suffix('') if path.suffix == '.zip' else os.path.normpath(path)}-{size}x{size}.zip"
     return (
-        f"; make a dataset of them by python dataset_tool.py convert --source={shlex.quote(str(path))} "
+        f"; {BY}python dataset_tool.py convert --source={shlex.quote(str(path))} "
         f"--dest={shlex.quote(dest)} --resolution={size}x{size} --transform=center-crop"
     )

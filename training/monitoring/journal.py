@@ -22,13 +22,16 @@ class Journal:
 
     While it is open, it keeps other runs out of the directory. It clears away what killed ones left half-written.
 
+    Args:
+        silent: leave the directory alone, and report nothing.
+
     Raises:
         UserError: another run has the directory open.
     """
 
-    def __init__(self, outdir: Path):
+    def __init__(self, outdir: Path, silent: bool = False):
         self.outdir = outdir
-        self.active = distributed.get_rank() == 0
+        self.active = distributed.get_rank() == 0 and not silent
         self._resources = ExitStack()
         if self.active:
             outdir.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,17 @@
 """The directory of a training run: names of its files, and whether a run may continue in it."""
 
 import re
+import shlex
 from pathlib import Path
 
 from dnnlib.errors import UserError
 from torch_utils import checkpoint, distributed
 from training.config.training import OPTIONS_NAME, TrainConfig
+from training.dataset.images import ImageFolderDataset
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"
+MEASURED = "fd_pixels,prdc_pixels"  # metrics that need no weights
+MEASURED_IMAGES = 1000
 SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 
 
@@ -19,6 +23,17 @@ def snapshot_name(nimg: int, suffix: str) -> str:
 def state_name(nimg: int) -> str:
     """File name of a training state."""
     return f"training-state-{nimg // 1000:07d}.pt"
+
+
+def next_steps(outdir: Path, dataset: ImageFolderDataset) -> list[str]:
+    """What to do with the networks of a finished run on a dataset: commands, a line each."""
+    net, images = shlex.quote(str(outdir)), shlex.quote(f"{outdir}-images")
+    grid = shlex.quote(f"{outdir}-images.png")
+    lines = [f"Images: python generate_images.py --net={net} --outdir={images} --seeds=0-63 --grid={grid}"]
+    if dataset.dtype.kind != "f":
+        options = f"--ref={shlex.quote(str(dataset.path))} --metrics={MEASURED} --num={MEASURED_IMAGES}"
+        lines.append(f"Quality: python calculate_metrics.py gen --net={net} {options}")
+    return lines
 
 
 def check_outdir(outdir: Path, config: TrainConfig, resume: bool) -> None:
