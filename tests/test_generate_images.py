@@ -38,6 +38,7 @@ OPTIONS_OF_SOLVERS = {
         "--corrector-norm=batch", "--schedule=vp", "--steps=40",
     ],
     "euler-maruyama": ["--stochastic=0", "--schedule=subvp", "--steps=4"],
+    "consistency": ["--levels=5,1,0.3"],
     "rk45": ["--rtol=0.1", "--atol=0.1", "--common-norm=1", "--denoise=20"],
     "dpm-single": ["--order=2", "--prediction=noise", "--solver-type=taylor", "--fixed-order=1", "--spacing=log-snr", "--steps=4"],
     "dpm-adaptive": [

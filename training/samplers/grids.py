@@ -56,7 +56,18 @@ def grid_for(config: SamplerConfig, denoiser: Any = None) -> Grid:
     Raises:
         UserError: the levels are not in order, or beyond those that the denoiser is made for.
     """
+    if config.kind.grid == "listed":
+        return _listed_grid(config.options.levels, denoiser)
     return _time_grid_for(config, denoiser) if config.in_time else _edm_grid_for(config, denoiser)
+
+
+def _listed_grid(levels: Sequence[float], denoiser: Any) -> Grid:
+    """These levels, and 0 at the end."""
+    low, high = noise_range(denoiser)
+    for sigma in levels:
+        if not low / CLOSE <= sigma <= high * CLOSE:
+            raise UserError(f"--levels: {sigma:g} is beyond the noise levels of the network, {low:.4g} to {high:.4g}")
+    return Grid(torch.tensor([*levels, 0.0], dtype=torch.float64))
 
 
 def _edm_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:

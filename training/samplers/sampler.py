@@ -10,6 +10,7 @@ from training.denoiser import Denoiser
 from training.samplers import dpm_solver
 from training.samplers.adaptive import rk45
 from training.samplers.coefficients import MULTISTEP
+from training.samplers.consistency import consistency
 from training.samplers.euler_maruyama import euler_maruyama
 from training.samplers.grids import Grid, grid_for
 from training.samplers.ode import AfterUpdate, RandnLike, Solver, euler, heun, multistep
@@ -25,6 +26,7 @@ SOLVERS: dict[str, Solver] = {
     "euler-maruyama": euler_maruyama,
     "pc": predictor_corrector,
     "rk45": rk45,
+    "consistency": consistency,
 }
 
 
