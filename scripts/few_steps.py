@@ -94,11 +94,8 @@ def main(net: str, tuned: tuple[str, ...], num: int, out: Path | None) -> None:
     print(f"{'':32s} fd_pixels  agreement  ratio  diversity")
 
     def report(name: str, found: Digits) -> None:
-        row = figures(found, reals, ref, itself=found is reals)
-        print(
-            f"{name:32s} {row['fd_pixels']:9.3f}  {row['agreement']:9.3f}  {row['ratio']:5.3f}  {row['diversity']:9.0f}",
-            flush=True,
-        )
+        fd, agreement, ratio, diversity = figures(found, reals, ref, itself=found is reals).values()
+        print(f"{name:32s} {fd:9.3f}  {agreement:9.3f}  {ratio:5.3f}  {diversity:9.0f}", flush=True)
 
     report("real digits", reals)
     runs = [(name, net, sampler) for name, sampler in OF_DENOISER.items()]
