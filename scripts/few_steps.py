@@ -4,23 +4,19 @@ Measures both against the real digits, prints a table and draws the images (docs
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import matplotlib
-import numpy as np
 import torch
-from autoguidance_digits import within_class_distance
 from quickstart import DATA, ROOT, class_rows, picture
 
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
 from training.config.samplers import ConsistencySteps, GridConfig, SamplerConfig
-from training.dataset.images import ImageFolderDataset
 from training.generation import load
-from training.metrics import calculate_metrics_from_stats, calculate_stats_for_iterable
-from training.metrics.statistics import last_stats
+from training.metrics.small_images import RealImages
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -50,9 +46,6 @@ class Digits(NamedTuple):
     images: torch.Tensor
     classes: torch.Tensor
 
-    def stats(self) -> Any:
-        return last_stats(calculate_stats_for_iterable(self.images.split(BATCH), ["fd_pixels"], verbose=False))
-
 
 def samples(net: str, sampler: SamplerConfig, count: int) -> Digits:
     """As many of each class, of seeds from 0."""
@@ -62,47 +55,26 @@ def samples(net: str, sampler: SamplerConfig, count: int) -> Digits:
     return Digits(torch.cat([r.images for r in batches]), torch.cat([r.labels.argmax(dim=1) for r in batches]))
 
 
-def figures(found: Digits, reals: Digits, ref: Any, itself: bool = False) -> dict[str, float]:
-    """Distance of the distributions, and what the nearest real digits say.
-
-    Args:
-        itself: whether these are the real digits, each of which is not its own neighbour.
-    """
-    flat = reals.images.flatten(1).float()
-    between = torch.cdist(flat, flat).fill_diagonal_(torch.inf).min(dim=1)
-    nearest = between if itself else torch.cdist(found.images.flatten(1).float(), flat).min(dim=1)
-    agreement = (reals.classes[nearest.indices] == found.classes).float().mean()
-    return {
-        "fd_pixels": calculate_metrics_from_stats(found.stats(), ref, ["fd_pixels"])["fd_pixels"],
-        "agreement": agreement.item(),
-        "ratio": (nearest.values.mean() / between.values.mean()).item(),
-        "diversity": within_class_distance(found.images, found.classes),
-    }
-
-
 @click.command()
 @click.option("--net", help="EDM2 network of the digits", metavar="FILE", required=True)
 @click.option("--tuned", help="What train_consistency.py made of it; may be repeated", metavar="FILE", multiple=True)
 @click.option("--num", help="Images of each", metavar="INT", type=int, default=1797, show_default=True)
 @click.option("--out", help="Picture to write, of the first of --tuned", metavar="FILE", type=Path)
 def main(net: str, tuned: tuple[str, ...], num: int, out: Path | None) -> None:
-    dataset = ImageFolderDataset(ROOT / DATA)
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    reals = Digits(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).argmax(dim=1))
-    ref = reals.stats()
-    shown = {"real digits": reals}
+    reals = RealImages(ROOT / DATA)
+    shown = {"real digits": Digits(reals.images, reals.classes)}
     print(f"{'':32s} fd_pixels  agreement  ratio  diversity")
-
-    def report(name: str, found: Digits) -> None:
-        fd, agreement, ratio, diversity = figures(found, reals, ref, itself=found is reals).values()
-        print(f"{name:32s} {fd:9.3f}  {agreement:9.3f}  {ratio:5.3f}  {diversity:9.0f}", flush=True)
-
-    report("real digits", reals)
+    print(f"{'real digits':32s} {0:9.3f}  {reals.agreement:9.3f}  {1:5.3f}  {reals.diversity:9.0f}", flush=True)
     runs = [(name, net, sampler) for name, sampler in OF_DENOISER.items()]
     runs += [(name, network, sampler) for network in tuned for name, sampler in OF_TUNED.items()]
     for name, network, sampler in runs:
         found = samples(network, sampler, num)
-        report(name, found)
+        row = reals.compare(found.images, found.classes)
+        print(
+            f"{name:32s} {row['fd_pixels']:9.3f}  {row['agreement']:9.3f}  {row['distance_ratio']:5.3f}  "
+            f"{row['diversity']:9.0f}",
+            flush=True,
+        )
         shown.setdefault(name, found)
     if out is not None:
         draw(out, shown)

@@ -40,7 +40,7 @@ def with_tuned_network(
         begun = ConsistencyTraining.load(outdir / OPTIONS_NAME)
         conditions = {"cond": begun.data.cond, "captions": begun.data.captions}
         return dataclasses.replace(config.from_flat(conditions, config), network=begun.network), None
-    net, _ = build_for(open_snapshot(source))
+    net: Any = build_for(open_snapshot(source))[0]
     architecture = architecture_of(net)
     if not has_edm_preconditioning(net):
         raise UserError(
