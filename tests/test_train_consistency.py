@@ -74,7 +74,7 @@ def test_presets():
 def test_all_options(tmp_path, start):
     args = [
         f"--outdir={tmp_path / 'run'}", f"--data={DIGITS}", *RUN, start, "--duration=128", "--P_mean=-0.5", "--P_std=1.2", "--q=3",
-        "--k=5", "--stages=3", "--huber=0.1", "--lr=1e-3", "--decay=100",
+        "--k=5", "--stages=3", "--huber=0.1", "--cond-dropout=0.2", "--lr=1e-3", "--decay=100",
     ]  # fmt: skip
     assert run_cli(train, *args).exit_code == 0
     assert_all_options(train, args, but_those_of=train_edm2)

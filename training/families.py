@@ -34,7 +34,7 @@ from training.generators import Generator, VAEGenerator, diffusion_generator, va
 from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
 from training.losses import ClassifierLoss, EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
-from training.losses_consistency import ConsistencyLoss
+from training.losses_consistency import consistency_objective
 from training.losses_vae import PixelObjective
 from training.lr import learning_rate_schedule, warmup_cosine, warmup_linear
 from training.networks import edm2_cpu, nvae_layers, uvit_cpu
@@ -409,7 +409,7 @@ def trained_by(config: TrainConfig) -> Architecture:
     return replace(
         tuned,
         training=ConsistencyTraining,
-        objective=lambda _net, config: ConsistencyLoss(**config.objective.to_json()),
+        objective=consistency_objective,
         optimizer=_edm2_optimizer,
         ema=_power_function_ema,
     )

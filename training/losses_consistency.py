@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from training.config.consistency import ConsistencyTraining
 from training.denoiser import noise_range
-from training.losses import Stateless
+from training.losses import Stateless, WithoutSomeConditions
 from training.schedules import wide
 
 
@@ -92,3 +94,9 @@ class ConsistencyLoss(Stateless):
 
     def report(self) -> dict[str, Any]:
         return {"stage": self.latest_stage}
+
+
+def consistency_objective(_net: nn.Module, config: ConsistencyTraining) -> WithoutSomeConditions:
+    """What a run that tunes makes small."""
+    arguments = config.objective.to_json()
+    return WithoutSomeConditions(p=arguments.pop("cond_dropout"), objective=ConsistencyLoss(**arguments))

@@ -7,7 +7,7 @@ from typing import Any
 from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.config.consistency import NETWORKS, ConsistencyTraining
-from training.config.training import OPTIONS_NAME
+from training.config.training import OPTIONS_NAME, TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import data_spec, encoder_for
 from training.families import architecture_name, architecture_of
@@ -56,7 +56,7 @@ def with_tuned_network(
     return dataclasses.replace(config.from_flat(conditions, config), network=network), spec
 
 
-def check_same_data(config: ConsistencyTraining, dataset: ImageFolderDataset, spec: DataSpec) -> None:
+def check_same_data(config: TrainConfig, dataset: ImageFolderDataset, spec: DataSpec) -> None:
     """Check that a network sees of a dataset what it was trained on, so that all of it goes on being used.
 
     Args:
