@@ -84,7 +84,7 @@ def test_all_options(tmp_path, start):
     assert config.network.dropout == 0.2 and config.data.cond and not config.data.captions
     assert ConsistencyTraining.from_json(config.to_json()) == config
     values = json.loads(path.read_text())
-    for network in (None, {"name": "toy.ToyModel"}, 3):
+    for network in (None, {"name": "toy.ToyModel"}, {"name": []}, 3):
         path.write_text(json.dumps({**values, "network": network}))
         fails_with(run_cli(train, *args), "not the options of a training run (no network that could be tuned)")
 

@@ -101,7 +101,7 @@ class ConsistencyTraining(TrainConfig):
         config = super().from_json(options)
         arguments = dict(network) if isinstance(network, dict) else {}
         name = arguments.pop("name", None)
-        if name not in NETWORKS:
+        if not isinstance(name, str) or name not in NETWORKS:
             raise UserError("no network that could be tuned")
         return dataclasses.replace(config, network=NETWORKS[name].from_json(arguments))
 
