@@ -57,7 +57,8 @@ def test_noise_depends_on_the_seed_alone():
 
 def test_the_sampler_says_its_levels():
     facts = Sampler(config(20.0, 0.8)).describe()
-    assert facts == {"solver": "consistency", "levels": (20.0, 0.8), "sigma_min": 0.8, "sigma_max": 20.0}
+    assert facts == {"solver": "consistency", "levels": [20.0, 0.8], "sigma_min": 0.8, "sigma_max": 20.0}
+    assert Sampler(SamplerConfig(solver="consistency")).describe() == facts
 
 
 def test_levels_are_checked():
@@ -75,6 +76,7 @@ def test_levels_are_checked():
 
     with pytest.raises(UserError, match="--levels: 20 is beyond the noise levels of the network, 0.01 to 10"):
         grid_for(config(20.0, 0.8), Limited())
+    assert grid_for(SamplerConfig(solver="consistency"), Limited()).sigmas.tolist() == [10, 0.8, 0]
 
 
 @pytest.mark.parametrize("name", ["steps", "sigma_min", "sigma_max", "rho", "spacing", "schedule", "S_churn", "rtol"])

@@ -11,6 +11,7 @@ from training.config.dpm_solver import SPACINGS, AdaptiveDPMSolver, DPMSolver
 from training.config.fields import Config, all_fields, option, show
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise levels of EDM (Karras et al. 2022, Table 1)
+CONSISTENCY_LEVELS = (20.0, 0.8)
 SCHEDULES = ("network", "ve", "vp", "subvp")
 PREDICTORS = ("reverse_diffusion", "euler_maruyama", "ancestral_sampling", "none")
 CORRECTORS = ("langevin", "ald", "none")
@@ -122,17 +123,18 @@ def parse_levels(text: str) -> tuple[float, ...]:
 class ConsistencySteps(Config):
     """The noise levels at which a consistency model is evaluated (Song et al. 2023, arXiv 2303.01469, Algorithm 1)."""
 
-    levels: tuple[float, ...] = option(
-        (20.0, 0.8),
+    levels: tuple[float, ...] | None = option(
+        None,
         "Noise levels of --sampler=consistency, from high to low: one evaluation each",
         parse=parse_levels,
         above=0,
         items=(1, 1000),
+        default_text=f"{show(CONSISTENCY_LEVELS)}, or the network's highest where that is lower",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(low >= high for high, low in itertools.pairwise(self.levels)):
+        if any(low >= high for high, low in itertools.pairwise(self.levels or ())):
             raise UserError(f"--levels={show(self.levels)}: must fall from each to the next")
 
 
@@ -232,7 +234,7 @@ class SamplerConfig(Config):
     def describe(self) -> dict[str, Any]:
         """What it stands for, as plain JSON values; no options that have no effect."""
         if self.kind.grid == "listed":
-            return {"solver": self.solver, **self.options.to_json()}
+            return {"solver": self.solver}
         facts: dict[str, Any] = {"solver": self.solver, **self.grid.to_json()}
         facts = {name: value for name, value in facts.items() if value is not None}
         if self.in_time:
