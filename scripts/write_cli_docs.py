@@ -13,6 +13,7 @@ COMMANDS = {
     "train_classifier": "train_classifier.py",
     "train_uvit": "train_uvit.py",
     "train_nvae": "train_nvae.py",
+    "train_consistency": "train_consistency.py",
     "generate_images": "generate_images.py",
     "edit_images": "edit_images.py",
     "calculate_likelihood": "calculate_likelihood.py",

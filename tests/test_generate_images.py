@@ -38,6 +38,7 @@ OPTIONS_OF_SOLVERS = {
         "--corrector-norm=batch", "--schedule=vp", "--steps=40",
     ],
     "euler-maruyama": ["--stochastic=0", "--schedule=subvp", "--steps=4"],
+    "consistency": ["--levels=5,1,0.3"],
     "rk45": ["--rtol=0.1", "--atol=0.1", "--common-norm=1", "--denoise=20"],
     "dpm-single": ["--order=2", "--prediction=noise", "--solver-type=taylor", "--fixed-order=1", "--spacing=log-snr", "--steps=4"],
     "dpm-adaptive": [
@@ -94,8 +95,8 @@ def test_all_generation_options(run, tmp_path):
 )
 def test_each_option_changes_the_image(run, tmp_path, option):
     net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
-    adaptive = option in ("--sampler=dpm-adaptive", "--sampler=rk45")
-    for name, extra in [("plain", ["--steps=4"]), ("changed", [option] if adaptive else ["--steps=4", option])]:
+    without_steps = option in ("--sampler=dpm-adaptive", "--sampler=rk45", "--sampler=consistency")
+    for name, extra in [("plain", ["--steps=4"]), ("changed", [option] if without_steps else ["--steps=4", option])]:
         run_cli(generate, f"--net={net}", f"--gnet={gnet}", f"--outdir={tmp_path / name}", "--seeds=7", *extra)
     assert not np.array_equal(
         images_in(tmp_path / "plain")["000007.png"], images_in(tmp_path / "changed")["000007.png"]

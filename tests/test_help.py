@@ -15,6 +15,7 @@ from count_flops import main as count_flops
 from generate_images import main as generate
 from reconstruct_phema import main as reconstruct
 from train_classifier import main as train_classifier
+from train_consistency import main as train_consistency
 from train_edm2 import main as train
 from train_nvae import main as train_nvae
 from train_score_sde import main as train_score_sde
@@ -29,6 +30,7 @@ COMMANDS = {
     "train_score_sde": train_score_sde,
     "train_uvit": train_uvit,
     "train_nvae": train_nvae,
+    "train_consistency": train_consistency,
     "calculate_likelihood": calculate_likelihood,
     "generate_images": generate,
     "reconstruct_phema": reconstruct,

@@ -33,7 +33,7 @@ ORDER = [
         "training.dataset",
     },
     {"training.denoiser", "training.losses", "training.losses_vae", "training.encoders"},
-    {"training.guidance", "training.networks"},
+    {"training.guidance", "training.losses_consistency", "training.networks"},
     {"training.samplers", "training.networks_edm2"},
     {
         "training.likelihood",
@@ -45,7 +45,7 @@ ORDER = [
     },
     {"training.families"},
     {"training.snapshot"},
-    {"training.prompts", "training.guides"},
+    {"training.prompts", "training.guides", "training.tuning"},
     {"training.generation"},
     {"training.editing"},
     {"training.editing_vae", "training.dataset_likelihood"},

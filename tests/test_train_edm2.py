@@ -53,7 +53,7 @@ def test_all_training_options(tmp_path):
         f"--outdir={tmp_path}", f"--data={DIGITS}", "--cond=1", "--preset=digits", "--duration=64", "--batch=32", "--channels=8",
         "--dropout=0.1", "--P_mean=-0.8", "--P_std=1.6", "--lr=0.02", "--decay=100", "--batch-gpu=16", "--fp16=1", "--ls=2",
         "--bench=0", "--status=32", "--snapshot=1024", "--checkpoint=1024", "--seed=3", "--precision=fp32", "--device=cpu",
-        "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1", "--verify=0",
+        "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--noise-embedding=fourier", "--noise-bandwidth=0.5", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1", "--verify=0",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
         "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn", "--timeout=5",
         "--checkpoint-minutes=9", "--keep-checkpoints=3", "--milestones=2048", "--slice=4096", "--max-time=1",

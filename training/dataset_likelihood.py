@@ -112,6 +112,11 @@ def prepare(
     architecture = architecture_of(snapshot.net)
     if architecture.likelihood is None:
         raise UserError(f"--net={net}: likelihoods of {architecture.family} networks are not computed here")
+    if snapshot.is_consistency_model:
+        raise UserError(
+            f"--net={net}: was tuned by train_consistency.py and is no denoiser any more, which likelihoods need: give "
+            f"the network that it was tuned from"
+        )
     if not isinstance(snapshot.encoder, StandardRGBEncoder):
         raise UserError(f"--net={net}: works on latents, and its encoder gives no density of pixels")
     snapshot.net.precision = config.precision

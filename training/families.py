@@ -5,7 +5,7 @@ A new family is an entry here, `networks/x.py`, `config/x.py` and `train_x.py`.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from dnnlib.errors import UserError
 from training.conditioning import Conditioning, DataSpec
 from training.config.classifier import CLASSIFIER_PRESETS, ClassifierNetwork, ClassifierTraining
+from training.config.consistency import ConsistencyTraining
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.fields import Config
 from training.config.generation import SamplingConfig
@@ -33,6 +34,7 @@ from training.generators import Generator, VAEGenerator, diffusion_generator, va
 from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
 from training.losses import ClassifierLoss, EDM2Loss, NoiseLoss, Objective, ScoreLoss, WithoutSomeConditions
+from training.losses_consistency import consistency_objective
 from training.losses_vae import PixelObjective
 from training.lr import learning_rate_schedule, warmup_cosine, warmup_linear
 from training.networks import edm2_cpu, nvae_layers, uvit_cpu
@@ -158,7 +160,7 @@ def _from_data(network_class: Callable[..., nn.Module]) -> Callable[[dict[str, A
     return lambda arguments, data: network_class(data, **arguments)
 
 
-def _edm2_optimizer(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
+def _edm2_optimizer(net: nn.Module, config: EDM2Training | ConsistencyTraining) -> AdamOptimizer:
     chosen = config.optimizer
 
     def learning_rate(nimg: int) -> float:
@@ -168,7 +170,7 @@ def _edm2_optimizer(net: nn.Module, config: EDM2Training) -> AdamOptimizer:
     return AdamOptimizer(net, learning_rate, betas=betas, eps=chosen.eps, loss_scaling=config.run.ls)
 
 
-def _power_function_ema(net: nn.Module, config: EDM2Training) -> PowerFunctionEMA:
+def _power_function_ema(net: nn.Module, config: TrainConfig) -> PowerFunctionEMA:
     return PowerFunctionEMA(net, config.ema.ema_std)
 
 
@@ -400,8 +402,17 @@ def preset_network(preset: Preset) -> Any:
 
 
 def trained_by(config: TrainConfig) -> Architecture:
-    """The registry's entry for what a training configuration trains."""
-    return next(entry for entry in ARCHITECTURES.values() if entry.training is type(config))
+    """The registry's entry for what a training configuration trains; of one that tunes, with what tunes it."""
+    if not isinstance(config, ConsistencyTraining):
+        return next(entry for entry in ARCHITECTURES.values() if entry.training is type(config))
+    tuned = next(entry for entry in ARCHITECTURES.values() if entry.network is type(config.network))
+    return replace(
+        tuned,
+        training=ConsistencyTraining,
+        objective=consistency_objective,
+        optimizer=_edm2_optimizer,
+        ema=_power_function_ema,
+    )
 
 
 def architecture_name(net: Any) -> str:

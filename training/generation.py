@@ -398,6 +398,21 @@ def _numbered_classes(sampling: SamplingConfig, snapshot: Snapshot) -> SamplingC
     return dataclasses.replace(sampling, class_idx=",".join(map(str, classes.classes)))
 
 
+def _say_what_does_not_fit(sampling: SamplingConfig, snapshot: Snapshot, name: str) -> None:
+    """Print a note where a denoiser is sampled as a consistency model, or the other way round."""
+    by_consistency = sampling.sampler.solver == "consistency"
+    if by_consistency and not snapshot.is_consistency_model:
+        distributed.print0(
+            f"Note: --sampler=consistency is for networks of train_consistency.py, and --net={name} is none: as a "
+            f"denoiser, it gives averages of images at high noise levels"
+        )
+    elif snapshot.is_consistency_model and not by_consistency:
+        distributed.print0(
+            f"Note: --net={name} was tuned by train_consistency.py and is no denoiser any more: "
+            f"--sampler={sampling.sampler.solver} relies on one, --sampler=consistency does not"
+        )
+
+
 def load(config: GenerationConfig) -> LoadedGenerator:
     """The networks of a configuration, on its device.
 
@@ -413,6 +428,7 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     snapshot = load_image_network(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
+    _say_what_does_not_fit(sampling, snapshot, networks.net)
     guide = load_guide(networks, sampling, snapshot, device)
     chosen = _numbered_classes(sampling, that_knows_classes(snapshot, guide))
     config = dataclasses.replace(config, sampling=chosen)

@@ -16,6 +16,7 @@ import click
 from dnnlib.cli import CommandLine, with_options
 from dnnlib.errors import UserError
 from dnnlib.files import check_not_input
+from training.config.consistency import ConsistencyTraining
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
 from training.config.training import INTERVALS, Preset, TrainConfig
@@ -77,7 +78,7 @@ def training_command(
         distributed.init(opts["timeout"])
         with distributed.fail_together():
             check_not_input("--outdir", outdir, {"--data": opts["data"]})
-            config, dataset = make_config(config_class, presets, opts, default_preset)
+            config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
         for note in config.notes():
             distributed.print0(f"Note: {note}")
         if dataset.compressed:
@@ -129,19 +130,25 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
 
 
 def make_config(
-    config_class: type[TrainConfig], presets: Mapping[str, Preset], opts: Mapping[str, Any], default_preset: str = ""
+    config_class: type[TrainConfig],
+    presets: Mapping[str, Preset],
+    opts: Mapping[str, Any],
+    default_preset: str = "",
+    outdir: Path | None = None,
 ) -> tuple[TrainConfig, ImageFolderDataset]:
     """Preset and given options -> a configuration that fits the data and the machine, and the data.
 
     Args:
         opts: values by the names of options; None = not given.
         default_preset: what is trained where no preset is given, if the data are such as it is meant for.
+        outdir: of the run; where it holds one that tunes a network, that says which.
 
     Raises:
         UserError: an option or the data does not fit; the message names it.
     """
     from torch_utils.device import select_device
     from training.dataset.images import ImageFolderDataset
+    from training.tuning import check_same_data, with_tuned_network
 
     name = opts["preset"] or default_preset
     if name not in presets:
@@ -160,6 +167,9 @@ def make_config(
     if config.data.workers is None:
         workers = 2 if select_device(config.run.device).type == "cuda" else 0
         config = config_class.from_flat({"workers": workers}, config)
+    tuned = None
+    if isinstance(config, ConsistencyTraining):
+        config, tuned = with_tuned_network(config, outdir)
 
     data = config.data
     if not data.data:
@@ -174,6 +184,8 @@ def make_config(
     if data.cond and not data.captions and not dataset.has_labels:
         raise UserError(f"--cond=1 needs labels, and {data.data} has none: use --cond=0, or add dataset.json")
     config = dataclasses.replace(config, dataset=dataset.info())
+    if tuned is not None:
+        check_same_data(config, dataset, tuned)
     dataset.verify()
     return config, dataset
 

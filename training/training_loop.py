@@ -165,7 +165,7 @@ class TrainingRun:
         evaluation = None
         if run.metrics:
             evaluation = SnapshotEvaluation(
-                run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device
+                run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device, config.sampler()
             )
         validation = None
         with distributed.fail_together():
@@ -177,7 +177,7 @@ class TrainingRun:
         previews = None
         with distributed.fail_together():
             if distributed.get_rank() == 0 and self.preview_interval != 0:
-                shown = (run.preview_images, run.preview_steps)
+                shown = (config.sampler(run.preview_steps), run.preview_images)
                 previews = Previews(self.dataset, self.encoder, self.device, self.outdir, journal.log, *shown)
                 journal.show(self.outdir / "reals.png", self.nimg)
         journal.start(self.nimg, run.duration)

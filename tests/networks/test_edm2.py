@@ -1,14 +1,19 @@
 """Properties of the network that hold whatever its weights."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny_network
 
 from training.config.edm2 import TRAINING_PRESETS
+from training.encoders import StandardRGBEncoder
 from training.families import preset_network
 from training.networks.edm2 import Precond, UNet
 from training.networks.edm2_layers import (
     MPConv,
+    MPFourier,
+    MPPositional,
     effective_weights,
     mp_cat,
     mp_silu,
@@ -16,6 +21,7 @@ from training.networks.edm2_layers import (
     normalize,
     normalize_weights_,
 )
+from training.snapshot import load_network, save_network
 
 
 def test_denoiser_is_identity_without_noise():
@@ -59,6 +65,51 @@ def test_activations_keep_unit_magnitude_through_the_network():
         module.register_forward_hook(lambda _m, _x, out: magnitudes.append(out.square().mean().sqrt().item()))
     unet(torch.randn(4, 3, 16, 16), torch.randn(4), torch.eye(10)[:4])
     assert len(magnitudes) > 10 and all(0.6 < m < 1.4 for m in magnitudes), magnitudes
+
+
+@pytest.mark.parametrize("embedding", [MPFourier(64, 0.3), MPPositional(64), MPPositional(9)], ids=repr)
+def test_noise_embeddings_have_unit_magnitude(embedding):
+    features = embedding(torch.randn(4096))
+    assert features.shape[0] == 4096 and features.dtype == torch.float32
+    assert features.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+
+
+def test_positional_embedding():
+    """Cosine and sine of x / 10000^(2 j / n), the same in every network."""
+    features = MPPositional(8)(torch.tensor([0.0, 1.5])) / math.sqrt(2)
+    angles = [1.5 / 10000 ** (2 * j / 8) for j in range(4)]
+    torch.testing.assert_close(features[0], torch.tensor([1.0, 0.0] * 4))
+    wanted = torch.tensor([f(angle) for angle in angles for f in (math.cos, math.sin)])
+    torch.testing.assert_close(features[1], wanted)
+    assert not MPPositional(8).state_dict()
+
+
+def test_bandwidth_scales_the_frequencies():
+    unets = []
+    for options in ({}, {"noise_bandwidth": 0.25}):
+        torch.manual_seed(0)
+        unets.append(UNet(8, 1, 0, model_channels=8, channel_mult=[1], num_blocks=1, **options))
+    wide, narrow = (unet.emb_fourier for unet in unets)
+    torch.testing.assert_close(narrow.freqs, wide.freqs / 4)
+    assert torch.equal(narrow.phases, wide.phases)
+
+
+def test_files_without_an_embedding_have_the_published_one(tmp_path):
+    net = tiny_network()
+    assert not {"noise_embedding", "noise_bandwidth"} & net.init_kwargs.keys()  # as in files of earlier versions
+    save_network(tmp_path / "net.safetensors", net, StandardRGBEncoder(), {}, torch.float32)
+    loaded = load_network(tmp_path / "net.safetensors").net
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x, torch.tensor(0.7)), net(x, torch.tensor(0.7)))
+
+
+def test_positional_networks_go_to_files_and_back(tmp_path):
+    net = tiny_network(noise_embedding="positional")
+    save_network(tmp_path / "net.safetensors", net, StandardRGBEncoder(), {}, torch.float32)
+    loaded = load_network(tmp_path / "net.safetensors").net
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(loaded(x, torch.tensor(0.7)), net(x, torch.tensor(0.7)))
+    assert not torch.equal(net(x, torch.tensor(0.7)), tiny_network()(x, torch.tensor(0.7)))
 
 
 def test_forced_normalization_makes_unit_weights():
@@ -198,6 +249,8 @@ def test_bad_arguments():
         Precond(12, 3, 0, channel_mult=[1, 2, 3, 4])
     with pytest.raises(ValueError, match="precision"):
         Precond(8, 3, 0, precision="fp8")
+    with pytest.raises(ValueError, match="noise_embedding must be fourier or positional, not 'learned'"):
+        Precond(8, 3, 0, noise_embedding="learned")
 
 
 @pytest.mark.parametrize(

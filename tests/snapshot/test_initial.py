@@ -39,6 +39,13 @@ def test_what_fits_is_taken_and_the_rest_is_listed(tmp_path):
     assert lines[-1].startswith("  not used: ")
 
 
+def test_the_newest_snapshot_of_a_run_is_named(tmp_path):
+    for nimg in (1, 2):
+        shutil.copy(saved(tmp_path, tiny_network()), tmp_path / f"network-snapshot-000000{nimg}-0.050.safetensors")
+    lines = take_weights_(tiny_network(), str(tmp_path), StandardRGBEncoder())
+    assert lines[1] == f"Note: {tmp_path}: its newest snapshot is network-snapshot-0000002-0.050.safetensors"
+
+
 def test_another_architecture_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"start\.safetensors: holds a network of toy example"):
         take_weights_(tiny_network(), saved(tmp_path, ToyModel(hidden_dim=8)), StandardRGBEncoder())

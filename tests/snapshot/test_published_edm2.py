@@ -242,6 +242,16 @@ def test_what_pickles_keep(tmp_path):
         assert torch.equal(stored[name].float(), tensor)  # rounded, these would change the features
 
 
+def test_noise_embeddings_that_the_published_tools_lack(tmp_path):
+    for name, value in (("noise_embedding", "positional"), ("noise_bandwidth", 0.5)):
+        with pytest.raises(UserError, match=f"the published tools know no {name.replace('_', ' ')} {value}, which"):
+            save_network(tmp_path / "net.pkl", tiny_network(**{name: value}), StandardRGBEncoder(), {})
+    assert list(tmp_path.iterdir()) == []
+    net = tiny_network(noise_embedding="fourier", noise_bandwidth=1.0)
+    save_network(tmp_path / "net.pkl", net, StandardRGBEncoder(), {})
+    assert not {"noise_embedding", "noise_bandwidth"} & safe_pickle.load(tmp_path / "net.pkl")["ema"].init_kwargs.keys()
+
+
 def test_encoder_that_the_published_tools_lack(tmp_path):
     with pytest.raises(UserError, match="the published tools have no RawLatentEncoder"):
         save_network(tmp_path / "net.pkl", tiny_network(), RawLatentEncoder([0.0], [1.0]), {})

@@ -40,6 +40,19 @@ class EDM2Network(Config):
         default_text=FROM_PRESET,
     )
     dropout: float = option(0, "Dropout probability", low=0, below=1, default_text=FROM_PRESET)
+    noise_embedding: str = option(
+        "fourier",
+        "Embedding of the noise level: random Fourier features (published), or sines and cosines of fixed frequencies",
+        choices=("fourier", "positional"),
+    )
+    noise_bandwidth: float = option(
+        1.0,
+        "Standard deviation of the frequencies of Fourier features; lower = the network changes less from one noise "
+        "level to the next",
+        above=0,
+        high=1e4,
+        default_text="1",
+    )
     channel_mult_noise: int | None = option(None, flag=None, low=1, high=64)
     channel_mult_emb: int | None = option(None, flag=None, low=1, high=64)
     label_balance: float = option(0.5, flag=None, low=0, high=1)
@@ -56,6 +69,8 @@ class EDM2Network(Config):
         super().__post_init__()
         if not self.channel_mult:
             raise UserError("--channel-mult needs one positive number per level, such as 1,2,3,4")
+        if self.noise_embedding == "positional" and self.noise_bandwidth != EDM2Network.noise_bandwidth:
+            raise UserError("--noise-bandwidth has no effect with --noise-embedding=positional: leave it out")
         if len(self.resample_filter) % 2 != 0 or abs(sum(self.resample_filter)) <= 1e-6:
             raise UserError("resample_filter must have an even number of taps and a sum other than 0")
 

@@ -1,5 +1,6 @@
 """Samplers: solvers, the noise levels that they visit, and their own options. One home of their defaults."""
 
+import itertools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from training.config.dpm_solver import SPACINGS, AdaptiveDPMSolver, DPMSolver
 from training.config.fields import Config, all_fields, option, show
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise levels of EDM (Karras et al. 2022, Table 1)
+CONSISTENCY_LEVELS = (20.0, 0.8)
 SCHEDULES = ("network", "ve", "vp", "subvp")
 PREDICTORS = ("reverse_diffusion", "euler_maruyama", "ancestral_sampling", "none")
 CORRECTORS = ("langevin", "ald", "none")
@@ -108,11 +110,39 @@ class RungeKutta(Config):
     )
 
 
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Noise levels such as '20,0.8'.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    return tuple(float(part) for part in text.split(","))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencySteps(Config):
+    """The noise levels at which a consistency model is evaluated (Song et al. 2023, arXiv 2303.01469, Algorithm 1)."""
+
+    levels: tuple[float, ...] | None = option(
+        None,
+        "Noise levels of --sampler=consistency, from high to low: one evaluation each",
+        parse=parse_levels,
+        above=0,
+        items=(1, 1000),
+        default_text=f"{show(CONSISTENCY_LEVELS)}, or the network's highest where that is lower",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(low >= high for high, low in itertools.pairwise(self.levels or ())):
+            raise UserError(f"--levels={show(self.levels)}: must fall from each to the next")
+
+
 class SolverKind(NamedTuple):
     """A solver: the section of `SamplerConfig` with its own options, and the grid that it takes.
 
-    `grid` is 'levels' (any), 'inner' (with levels inside of steps), 'times' (of a schedule, evenly spaced) or 'ends'
-    (of a schedule, the first and the last, with steps of the solver's own).
+    `grid` is 'levels' (any), 'inner' (with levels inside of steps), 'times' (of a schedule, evenly spaced), 'ends' (of
+    a schedule, the first and the last, with steps of the solver's own) or 'listed' (levels of its own section).
     """
 
     section: str | None
@@ -131,6 +161,7 @@ SOLVERS: dict[str, SolverKind] = {
     "euler-maruyama": SolverKind("euler_maruyama", "times"),
     "pc": SolverKind("pc", "times"),
     "rk45": SolverKind("rk45", "ends"),
+    "consistency": SolverKind("consistency", "listed"),
 }
 
 
@@ -155,6 +186,7 @@ class SamplerConfig(Config):
     euler_maruyama: EulerMaruyama = EulerMaruyama()
     pc: PredictorCorrector = PredictorCorrector()
     rk45: RungeKutta = RungeKutta()
+    consistency: ConsistencySteps = ConsistencySteps()
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -173,7 +205,7 @@ class SamplerConfig(Config):
     @property
     def in_time(self) -> bool:
         """Whether the noise levels are those of times of a schedule."""
-        return self.kind.grid in ("times", "ends") or self.grid.spacing != "edm"
+        return self.kind.grid in ("times", "ends") or (self.grid.spacing != "edm" and self.kind.grid != "listed")
 
     @property
     def options(self) -> Any:
@@ -193,12 +225,16 @@ class SamplerConfig(Config):
         unused = ["rho"] if self.in_time else ["schedule"]
         unused += ["spacing"] if self.kind.grid in ("times", "ends") else []
         unused += ["steps"] if self.kind.grid == "ends" else []
+        if self.kind.grid == "listed":
+            unused = [field.key for field in all_fields(GridConfig)]
         return [field.flag for field in fields if field.key in given] + [
             f"--{name}" for name in unused if name in given
         ]
 
     def describe(self) -> dict[str, Any]:
         """What it stands for, as plain JSON values; no options that have no effect."""
+        if self.kind.grid == "listed":
+            return {"solver": self.solver}
         facts: dict[str, Any] = {"solver": self.solver, **self.grid.to_json()}
         facts = {name: value for name, value in facts.items() if value is not None}
         if self.in_time:

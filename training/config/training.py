@@ -13,7 +13,7 @@ from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
 from training.config.fields import APART, FROM_PRESET, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
-from training.config.samplers import SamplerConfig
+from training.config.samplers import GridConfig, SamplerConfig
 
 Mi = 1 << 20
 Ki = 1 << 10
@@ -296,6 +296,10 @@ class TrainConfig(Config):
     def notes(self) -> list[str]:
         """What the user should know about this configuration, a line each."""
         return []
+
+    def sampler(self, steps: int = GridConfig.num_steps) -> SamplerConfig:
+        """What makes images during the run, for pictures and metrics."""
+        return SamplerConfig(grid=GridConfig(num_steps=steps))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: all options, `family` and `dataset`."""

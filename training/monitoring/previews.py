@@ -11,7 +11,7 @@ import torch
 from dnnlib.errors import RunError, UserError
 from torch_utils.pictures import drawable, image_grid, save_image
 from training.config.generation import SamplingConfig
-from training.config.samplers import GridConfig, SamplerConfig
+from training.config.samplers import SamplerConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder
 from training.families import architecture_of
@@ -33,8 +33,8 @@ class Previews:
         device: where to sample.
         outdir: where pictures are written.
         log: shows a line.
+        sampler: what makes them.
         images: per picture; None = 100 below 64x64 pixels, else 32.
-        steps: of the sampler.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Previews:
         device: torch.device,
         outdir: Path,
         log: Callable[[str], None],
+        sampler: SamplerConfig,
         images: int | None = None,
-        steps: int = 18,
     ):
         self.encoder = encoder
         self.device = device
         self.log = log
-        self.sampling = SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=steps)))
+        self.sampling = SamplingConfig(sampler=sampler)
         self.columns, rows = (10, 10) if dataset.resolution < SMALL_RESOLUTION else (8, 4)
         if images is not None:
             self.columns = min(self.columns, images)

@@ -10,6 +10,7 @@ import torch
 from dnnlib.files import file_sha256
 from torch_utils import distributed
 from training.config.generation import SamplingConfig
+from training.config.samplers import SamplerConfig
 from training.encoders import Encoder
 from training.families import architecture_of
 from training.generation import ImageBatches, image_resolution
@@ -27,6 +28,7 @@ class SnapshotEvaluation:
         num_images: how many to generate.
         net: the network of the run.
         encoder: decodes what the network generates.
+        sampler: what makes images.
 
     Raises:
         UserError: as `Evaluation` and its `check`, or the encoder cannot decode to pixels.
@@ -34,10 +36,18 @@ class SnapshotEvaluation:
     """
 
     def __init__(
-        self, metrics: Sequence[str], ref: str, num_images: int, net: Any, encoder: Encoder, device: torch.device
+        self,
+        metrics: Sequence[str],
+        ref: str,
+        num_images: int,
+        net: Any,
+        encoder: Encoder,
+        device: torch.device,
+        sampler: SamplerConfig,
     ):
         self.evaluation = Evaluation(metrics, ref, device)
         self.num_images, self.encoder, self.device = num_images, encoder, device
+        self.sampling = SamplingConfig(sampler=sampler)
         with distributed.fail_together():
             encoder.prepare(device)
             resolution = image_resolution(net.spec, encoder, device)
@@ -55,7 +65,7 @@ class SnapshotEvaluation:
             parameter.copy_(parameter.half())  # as in the file, so that measuring the file gives the same results
 
         def generator(batch_size: int | None) -> Generator:
-            return architecture_of(saved).generator(saved, SamplingConfig(), batch_size)
+            return architecture_of(saved).generator(saved, self.sampling, batch_size)
 
         seeds = range(self.num_images)
         images = ImageBatches(generator, self.encoder, seeds, self.device, max_batch_size=BATCH, verbose=False)

@@ -16,7 +16,7 @@ from training.dataset.listing import many
 from training.dataset.order import collate, evenly_spaced
 from training.denoiser import noise_range
 from training.encoders import Encoder
-from training.families import architecture_of
+from training.families import trained_by
 from training.metrics.evaluation import save_records
 from training.samplers.noise import StackedRandomGenerator
 
@@ -57,7 +57,7 @@ class Validation:
                     f"--val-data={config.run.val_data}: its {what} is {getattr(ours, name)}, and that of the training "
                     f"images {getattr(theirs, name)}"
                 )
-        self.architecture = architecture_of(net)
+        self.architecture = trained_by(config)
         assert self.architecture.objective is not None
         self.objective = self.architecture.objective(net, config)
         self.encoder, self.device = encoder, device

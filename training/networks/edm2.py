@@ -15,7 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from dnnlib.errors import UserError
 from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import EDM2Network
-from training.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize, resample
+from training.networks.edm2_layers import (
+    MPConv,
+    MPFourier,
+    MPPositional,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    normalize,
+    resample,
+)
 from training.preconditioning import PRECISIONS, compute_dtype, edm_coefficients
 
 # Pixels up to which a processor is faster with plain attention than with the fused one, above all in bfloat16.
@@ -124,13 +133,15 @@ class UNet(nn.Module):
         attn_resolutions: resolutions at which blocks have self-attention.
         label_balance: share of the class embedding against the noise embedding.
         concat_balance: share of the skip connections against the main path.
+        noise_embedding: 'fourier' or 'positional', see `MPFourier` and `MPPositional`.
+        noise_bandwidth: standard deviation of the frequencies of the former.
         block_kwargs: passed on to every `Block`.
 
     Set `checkpoint_activations` to keep only what the blocks pass on for the backward pass, and compute what is inside
     of them once more (Chen et al. 2016, arXiv 1604.06174): the same gradients in less memory and more time.
 
     Raises:
-        UserError: the resolution cannot be halved as often as there are levels.
+        UserError: the resolution cannot be halved as often as there are levels, or an unknown noise embedding.
     """
 
     def __init__(
@@ -146,6 +157,8 @@ class UNet(nn.Module):
         attn_resolutions: Sequence[int] = EDM2Network.attn_resolutions,
         label_balance: float = EDM2Network.label_balance,
         concat_balance: float = EDM2Network.concat_balance,
+        noise_embedding: str = EDM2Network.noise_embedding,
+        noise_bandwidth: float = EDM2Network.noise_bandwidth,
         **block_kwargs,
     ):
         super().__init__()
@@ -154,6 +167,8 @@ class UNet(nn.Module):
                 f"resolution {img_resolution} is not divisible by {2 ** (len(channel_mult) - 1)}, "
                 f"as a network of {len(channel_mult)} levels needs: use fewer levels (--channel-mult)"
             )
+        if noise_embedding not in ("fourier", "positional"):
+            raise UserError(f"noise_embedding must be fourier or positional, not {noise_embedding!r}")
         self.checkpoint_activations = False
         self.label_dim = label_dim
         self.label_balance = label_balance
@@ -163,7 +178,8 @@ class UNet(nn.Module):
         cemb = model_channels * channel_mult_emb if channel_mult_emb is not None else max(cblock)
         self.out_gain = nn.Parameter(torch.zeros([]))
 
-        self.emb_fourier = MPFourier(cnoise)
+        random = noise_embedding == "fourier"
+        self.emb_fourier = MPFourier(cnoise, noise_bandwidth) if random else MPPositional(cnoise)
         self.emb_noise = MPConv(cnoise, cemb)
         self.emb_label = MPConv(label_dim, cemb) if label_dim > 0 else None
 

@@ -253,7 +253,7 @@ class FastDenoiser:
         self.dtype = dtype = PRECISIONS[self.precision]
 
         # Embedding: with a single product for the modulations of all blocks.
-        self.freqs, self.phases = unet.emb_fourier.freqs.float(), unet.emb_fourier.phases.float()
+        self.freqs, self.phases = unet.emb_fourier.waves()
         if unet.emb_label is None:
             noise_scale = 1.0
             self.emb_label = None

@@ -112,9 +112,35 @@ class MPFourier(nn.Module):
         self.register_buffer("freqs", _drawn(torch.randn, [num_channels], 2 * math.pi * bandwidth))
         self.register_buffer("phases", _drawn(torch.rand, [num_channels], 2 * math.pi))
 
+    def waves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frequencies and phases, float32 [num_channels]."""
+        return self.freqs.float(), self.phases.float()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        angles = torch.outer(x.float(), self.freqs.float()) + self.phases.float()
-        return (math.sqrt(2) * angles.cos()).to(x.dtype)
+        freqs, phases = self.waves()
+        return (math.sqrt(2) * (torch.outer(x.float(), freqs) + phases).cos()).to(x.dtype)
+
+
+class MPPositional(nn.Module):
+    """Cosines and sines of fixed frequencies, of unit magnitude: [N] -> [N, num_channels].
+
+    Frequencies fall geometrically from 1 to 1e-4 (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5), so that features
+    change slowly from one noise level to the next.
+    """
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.num_channels = num_channels
+
+    def waves(self, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frequencies and phases, as of `MPFourier`: a cosine and a sine of each frequency, side by side."""
+        i = torch.arange(self.num_channels, device=device)
+        freqs = torch.exp((i // 2) * (-2 * math.log(1e4) / self.num_channels))
+        return freqs, (i % 2) * (-math.pi / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        freqs, phases = self.waves(x.device)
+        return (math.sqrt(2) * (torch.outer(x.float(), freqs) + phases).cos()).to(x.dtype)
 
 
 class MPConv(nn.Module):

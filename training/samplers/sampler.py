@@ -10,6 +10,7 @@ from training.denoiser import Denoiser
 from training.samplers import dpm_solver
 from training.samplers.adaptive import rk45
 from training.samplers.coefficients import MULTISTEP
+from training.samplers.consistency import consistency
 from training.samplers.euler_maruyama import euler_maruyama
 from training.samplers.grids import Grid, grid_for
 from training.samplers.ode import AfterUpdate, RandnLike, Solver, euler, heun, multistep
@@ -25,6 +26,7 @@ SOLVERS: dict[str, Solver] = {
     "euler-maruyama": euler_maruyama,
     "pc": predictor_corrector,
     "rk45": rk45,
+    "consistency": consistency,
 }
 
 
@@ -52,6 +54,8 @@ class Sampler:
         """What it does, as plain JSON values."""
         levels = self.grid.sigmas[self.grid.sigmas > 0].tolist()
         facts = self.config.describe()
+        if self.config.kind.grid == "listed":
+            facts["levels"] = levels
         facts |= {"sigma_min": float(f"{levels[-1]:.6g}"), "sigma_max": float(f"{levels[0]:.6g}")}
         return facts if self.grid.schedule is None else facts | {"schedule": repr(self.grid.schedule)}
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dnnlib.download import is_url, with_good_copy
 from dnnlib.errors import UserError
+from training.config.consistency import ConsistencyTraining
 from training.config.names import unknown_preset
 from training.encoders import Encoder
 from training.families import ARCHITECTURES, preset_network
@@ -68,6 +69,11 @@ class Snapshot:
     metadata: dict[str, Any]
     path: Path
     note: str = ""
+
+    @property
+    def is_consistency_model(self) -> bool:
+        """Whether the network was tuned to jump to the end of its paths, and is no denoiser any more."""
+        return (self.metadata.get("config") or {}).get("family") == ConsistencyTraining.family
 
 
 def load_network(

@@ -45,6 +45,8 @@ def take_weights_(net: Any, path: str, encoder: Encoder) -> list[str]:
     nimg = snapshot.metadata.get("nimg")
     trained = "" if nimg is None else f", trained on {nimg} images"
     lines = [f"Starting with {len(taken)} of {len(ours)} tensors ({count / of:.1%} of the values) of {path}{trained}"]
+    if snapshot.note:
+        lines.append(f"Note: {path}: {snapshot.note}")
     for name in (name for name in ours if name not in taken):
         there = f"{list(found[name].shape)} there" if name in found else "not there"
         lines.append(f"  as initialised: {name} {list(ours[name].shape)}, {there}")

@@ -13,6 +13,7 @@ from dnnlib.errors import UserError, one_line
 from dnnlib.util import EasyDict
 from torch_utils import safe_pickle
 from torch_utils.safe_pickle import LazyTensor, PersistentObject
+from training.config.edm2 import EDM2Network
 from training.encoders import FINAL_STD, Encoder, StabilityVAEEncoder, StandardRGBEncoder
 from training.networks.edm2 import Block, Precond, UNet
 from training.networks.edm2_layers import MPConv
@@ -25,6 +26,7 @@ PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigm
 VAE_ARGS = ("vae_name", "raw_mean", "raw_std", "final_mean", "final_std", "batch_size")
 TOY_ARGS = ("in_dim", "num_layers", "hidden_dim", "sigma_data")
 LOSS_KEYS = ("P_mean", "P_std", "sigma_data")
+OURS_ALONE = ("noise_embedding", "noise_bandwidth")  # arguments of networks that the published classes lack
 OTHER_FAMILIES = {
     **dict.fromkeys(["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"], "an EDM (2022) network"),
     **dict.fromkeys(["Generator", "Discriminator"], "a StyleGAN network"),
@@ -191,9 +193,18 @@ def write_published(
         keeps their values.
 
     Raises:
-        UserError: the published tools know no such encoder, or a value is NaN or infinite in the type it is stored in.
+        UserError: the published tools know no such encoder or noise embedding, or a value is NaN or infinite in the
+            type it is stored in.
         OSError: it could not be written.
     """
+    arguments = description.architecture.kwargs
+    for name in OURS_ALONE:
+        default = getattr(EDM2Network, name)
+        if arguments.get(name, default) != default:
+            raise UserError(
+                f"the published tools know no {name.replace('_', ' ')} {arguments[name]}, which this network has: keep "
+                f"it as .safetensors"
+            )
     parameters = {name for name, _ in net.named_parameters()}
 
     def get_stored(name: str) -> torch.Tensor:
@@ -264,6 +275,7 @@ def _module_record(module: nn.Module, get_tensor: GetTensor, prefix: str = "") -
     if kind in safe_pickle.CONTAINERS:
         return PersistentObject(kind, state)
     kwargs = module.init_kwargs if isinstance(module, (Precond, ToyModel)) else {}
+    kwargs = {name: value for name, value in kwargs.items() if name not in OURS_ALONE}
     if isinstance(module, Precond):
         state.update(_attributes(module, "img_resolution img_channels label_dim sigma_data"))
     elif isinstance(module, UNet):
