@@ -40,11 +40,49 @@ OPTIONS_OF_SOLVERS = {
     "euler-maruyama": ["--stochastic=0", "--schedule=subvp", "--steps=4"],
     "rk45": ["--rtol=0.1", "--atol=0.1", "--common-norm=1", "--denoise=20"],
     "dpm-single": ["--order=2", "--prediction=noise", "--solver-type=taylor", "--fixed-order=1", "--spacing=log-snr", "--steps=4"],
+    "unipc": ["--unipc-order=2", "--unipc-b=B1", "--unipc-prediction=noise", "--unipc-corrector=0", "--sigmas=10,1,0.1"],
     "dpm-adaptive": [
         "--adaptive-order=2", "--adaptive-prediction=data", "--adaptive-atol=0.1", "--adaptive-rtol=0.1", "--adaptive-first-step=0.1",
         "--adaptive-safety=0.8", "--adaptive-common-step=1", "--sigma_min=0.01",
     ],
 }  # fmt: skip
+
+
+# Each set gives other images than --guidance=2 alone.
+OPTIONS_OF_GUIDANCE = {
+    "linear": ["--guidance=2", "--guidance-schedule=linear", "--guidance-ramp=0.02,1", "--guidance-end=0.5"],
+    "cosine": ["--guidance=2", "--guidance-schedule=cosine", "--guidance-ramp=0.02,1"],
+    "table": ["--guidance-table=WEIGHTS"],
+    "apg": ["--guidance=2", "--guidance-method=apg"],
+    "changed apg": ["--guidance=2", "--guidance-method=apg", "--apg-eta=0.5", "--apg-norm=0.1", "--apg-momentum=0.2"],
+    "cfg++": ["--guidance=0.6", "--guidance-method=cfg++"],
+    "cfg-zero": ["--guidance=2", "--guidance-method=cfg-zero"],
+    "changed cfg-zero": ["--guidance=2", "--guidance-method=cfg-zero", "--zero-init-steps=3"],
+}
+
+
+def test_options_of_guidance(run, tmp_path):
+    net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
+    weights = tmp_path / "weights.txt"
+    weights.write_text("0.1 3\n10 1\n")
+    seen: dict[bytes, str] = {}
+    for name, options in {"plain": ["--guidance=2"], **OPTIONS_OF_GUIDANCE}.items():
+        options = [option.replace("WEIGHTS", str(weights)) for option in options]
+        args = [f"--net={net}", f"--gnet={gnet}", "--seeds=0-1", "--sampler=euler", "--steps=6", *options]
+        result = run_cli(generate, *args, f"--outdir={tmp_path / name}")
+        assert result.exit_code == 0, result.output
+        images = b"".join(image.tobytes() for image in images_in(tmp_path / name).values())
+        assert images not in seen, (name, seen[images])
+        seen[images] = name
+        facts = json.loads((tmp_path / name / "generation.json").read_text())["sampler"]
+        flags = [option.partition("=")[0] for option in options if not option.startswith("--guidance=")]
+        assert {flag[2:].replace("-", "_") for flag in flags} <= facts.keys()
+    assert json.loads((tmp_path / "table" / "generation.json").read_text())["sampler"]["guidance_table"] == [
+        0.1,
+        3,
+        10,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("solver", OPTIONS_OF_SOLVERS)
@@ -77,6 +115,7 @@ def test_all_generation_options(run, tmp_path):
     others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--encoder=x", "--trust-encoder=1", "--arch=x"]
     others += ["--prompt=x", "--prompts=x", "--text-encoder=x", "--classifier=x"]
     others += [option for options in OPTIONS_OF_SOLVERS.values() for option in options]
+    others += [option for options in OPTIONS_OF_GUIDANCE.values() for option in options]
     assert_all_options(generate, [*args, *others, "--preset=x", "--print-config", "--list-presets"])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
     images = images_in(tmp_path / "out")
@@ -186,6 +225,15 @@ def test_color_and_latents(tmp_path):
         (["--guidance=2"], ["--guidance=2 needs a guiding network: give --gnet"]),
         (["--guidance-interval=2,1"], ["--guidance-interval", "LO must be less than HI"]),
         (["--guidance-interval=a"], ["--guidance-interval", "is not of the form LO,HI"]),
+        (["--guidance-ramp=1,2"], ["--guidance-ramp has no effect with --guidance-schedule=constant: leave it out"]),
+        (["--guidance-table=nowhere"], ["--guidance-table: nowhere: no such file"]),
+        (["--guidance=2", "--apg-eta=0"], ["--apg-eta has no effect with --guidance-method=cfg: leave it out"]),
+        (["--guidance-method=cfg++"], ["--guidance-method=cfg++ is a rule for steps of Euler's method"]),
+        (["--guidance-method=cfg++", "--sampler=euler"], ["needs a guiding network: give --gnet"]),
+        (["--sigmas=1,2"], ["--sigmas", "'1,2': noise levels must be positive, and fall"]),
+        (["--sigmas=nowhere"], ["--sigmas: nowhere: no such file"]),
+        (["--sigmas=2,1", "--rho=7"], ["--rho has no effect with --sampler=heun and --sigmas: leave it out"]),
+        (["--sigmas=2,1", "--sampler=pc"], ["--sigmas: pc takes no list of noise levels: use one of heun, euler"]),
         (["--sigma_min=100"], ["--sigma_min=100 is above --sigma_max=80"]),
         (["--steps=0"], ["--steps"]),
         (["--sampler=rk4"], ["--sampler", "rk4"]),
