@@ -1,7 +1,7 @@
 """What samplers give for their evaluations: distance to the exact solution and fd_pixels of all deterministic ones.
 
 Three networks of the digits (EDM2, U-ViT, VP of score-SDE), which are trained first unless they are named, EDM2's
-guided by an early snapshot of its training, and the exact denoiser of the toy example's mixture of Gaussians. In each
+guided by an early snapshot of its training, and the exact denoiser of a mixture of two normal distributions. In each
 case all samplers start from the same noise and end at the same lowest level, from where the last evaluation gives the
 clean image. Writes solvers.png, solvers.json and a table.
 """
@@ -33,14 +33,12 @@ from training.metrics import calculate_metrics_from_stats, calculate_stats_for_i
 from training.samplers import Sampler, StackedRandomGenerator
 from training.samplers.grids import grid_for
 from training.snapshot import load_network
-from training.toy.data import gt
-from training.toy.sampling import denoiser
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "datasets" / "digits.zip"
-COMPARED, POINTS, BATCH = 64, 1024, 250  # images and points whose distance is measured; images at a time
-EVALUATIONS = (5, 7, 9, 11, 15, 23, 31, 63)  # odd: Heun's method takes 2 * steps - 1
-WITH_FD = (5, 7, 9, 11, 15, 31)
+COMPARED, BATCH = 32, 250  # images whose distance is measured; images at a time
+EVALUATIONS = (5, 7, 9, 11, 15, 23, 31)  # odd: Heun's method takes 2 * steps - 1
+WITH_FD = (5, 7, 9, 11, 15)
 REFERENCE = SamplerConfig(solver="sqrt-3m", grid=GridConfig(num_steps=256))
 GUIDANCE = 2.0
 PRESETS = {"EDM2": "train_edm2.py --preset=digits", "U-ViT": "train_uvit.py --preset=digits-uvit",
@@ -60,7 +58,7 @@ BY_STEPS = {
     "dpm-single --prediction=noise": SamplerConfig(solver="dpm-single", dpm=DPMSolver(prediction="noise")),
     "dpm-multi": SamplerConfig(solver="dpm-multi"),
 }
-TOLERANCES = (0.1, 0.01, 0.001)  # absolute and relative
+TOLERANCES = (0.3, 0.1, 0.03, 0.01)  # absolute and relative
 BY_TOLERANCE: dict[str, Callable[[float], SamplerConfig]] = {
     "dpm-adaptive": lambda tolerance: SamplerConfig(
         solver="dpm-adaptive", dpm_adaptive=AdaptiveDPMSolver(atol=tolerance, rtol=tolerance)
@@ -86,7 +84,7 @@ class Point(NamedTuple):
     """One run of a solver.
 
     Args:
-        evaluations: of the denoiser, largest of all batches.
+        evaluations: of the denoiser.
         rms, median: distance to the exact solution over coordinates: root mean square of all samples, which a few far
             off can raise, and of the median sample.
         fd_pixels: None = not measured.
@@ -96,6 +94,13 @@ class Point(NamedTuple):
     rms: float
     median: float
     fd_pixels: float | None
+
+
+def mixture(x: torch.Tensor, sigma: torch.Tensor, _cond: torch.Tensor | None = None) -> torch.Tensor:
+    """The exact denoiser of numbers that are -0.7 or 0.7, with standard deviation 0.1."""
+    variance = 0.01 + sigma.double().reshape(-1, 1, 1, 1) ** 2
+    side = torch.tanh(0.7 * x.double() / variance)
+    return (0.7 * side + 0.01 / variance * (x.double() - 0.7 * side)).float()
 
 
 def trained(name: str, folder: Path) -> Path:
@@ -128,19 +133,18 @@ def solve(case: Case, config: SamplerConfig, steps: int, count: int) -> tuple[in
 
 def measure(case: Case, ref: Any) -> dict[str, list[Point]]:
     """The runs of each solver."""
-    compared = min(len(case.noise), COMPARED if case.encoder is not None else POINTS)
-    _, exact = solve(case, REFERENCE, REFERENCE.grid.num_steps, compared)
+    _, exact = solve(case, REFERENCE, REFERENCE.grid.num_steps, COMPARED)
     runs = [
         (name, config, (n + 1) // 2 if name == "heun" else n, n in WITH_FD)
         for name, config in BY_STEPS.items()
         for n in EVALUATIONS
     ]
-    runs += [(name, make(tolerance), 1, True) for name, make in BY_TOLERANCE.items() for tolerance in TOLERANCES]
+    runs += [(name, make(tolerance), 1, False) for name, make in BY_TOLERANCE.items() for tolerance in TOLERANCES]
     found: dict[str, list[Point]] = {}
     for name, config, steps, with_fd in runs:
         measured = with_fd and case.encoder is not None
-        nfe, x = solve(case, config, steps, len(case.noise) if measured else compared)
-        of_samples = (x[:compared] - exact).square().flatten(1).mean(dim=1)
+        nfe, x = solve(case, config, steps, len(case.noise) if measured else COMPARED)
+        of_samples = (x[:COMPARED] - exact).square().flatten(1).mean(dim=1)
         fd = fd_pixels(case.encoder.decode(x.float()), ref) if measured and case.encoder is not None else None
         point = Point(nfe, of_samples.mean().sqrt().item(), of_samples.median().sqrt().item(), fd)
         found.setdefault(name, []).append(point)
@@ -181,9 +185,11 @@ def draw(path: Path, results: dict[str, dict[str, list[Point]]], floor: float) -
     import matplotlib.pyplot as plt
     from matplotlib.ticker import ScalarFormatter
 
-    shown = [name for name in results if "guidance" not in name]
+    shown = [name for name in results if "autoguidance" not in name]
     size = (5.5 * len(shown), 11)
-    fig, axes = plt.subplots(2, len(shown), figsize=size, sharex=True, sharey="row", layout="constrained")
+    fig, axes = plt.subplots(
+        2, len(shown), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
     for column, name in zip(axes.T, shown, strict=True):
         for number, (solver, points) in enumerate(results[name].items()):
             line = "--" if solver in BY_TOLERANCE else "-"
@@ -243,7 +249,6 @@ def main(folder: Path, edm2: Path | None, uvit: Path | None, vp: Path | None, sa
     runs = {name: run or trained(name, folder / name.lower()) for name, run in given.items()}
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)
-    points = torch.randn(POINTS, 2, generator=generator, dtype=torch.float64)
     dataset = ImageFolderDataset(DIGITS)
     real = torch.stack([torch.from_numpy(dataset[i][0]) for i in range(len(dataset))])
     ref = statistics_of(real)
@@ -253,8 +258,9 @@ def main(folder: Path, edm2: Path | None, uvit: Path | None, vp: Path | None, sa
     gnet = accelerated(load_network(first).net.eval(), BATCH)
     main_case = cases[0]
     guided = GuidedDenoiser(main_case.denoiser, gnet, GUIDANCE)
-    cases.append(main_case._replace(name=f"EDM2, autoguidance {GUIDANCE:g}", denoiser=guided, noise=noise[:COMPARED]))
-    cases.append(Case("mixture of Gaussians, exact", denoiser(gt("A")), points, high=5.0))
+    name = f"EDM2, autoguidance {GUIDANCE:g}"
+    cases.append(main_case._replace(name=name, denoiser=guided, encoder=None))
+    cases.append(Case("mixture of two normals, exact", mixture, noise))
     with torch.inference_mode():
         results = {case.name: measure(case, ref) for case in cases}
     draw(folder / "solvers.png", results, floor)

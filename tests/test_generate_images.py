@@ -18,6 +18,7 @@ from conftest import (
     tiny_network,
     torchrun,
 )
+from guidance_options import OPTIONS_OF_GUIDANCE
 
 from dataset_tool import main as dataset_tool
 from generate_images import main as generate
@@ -46,43 +47,6 @@ OPTIONS_OF_SOLVERS = {
         "--adaptive-safety=0.8", "--adaptive-common-step=1", "--sigma_min=0.01",
     ],
 }  # fmt: skip
-
-
-# Each set gives other images than --guidance=2 alone.
-OPTIONS_OF_GUIDANCE = {
-    "linear": ["--guidance=2", "--guidance-schedule=linear", "--guidance-ramp=0.02,1", "--guidance-end=0.5"],
-    "cosine": ["--guidance=2", "--guidance-schedule=cosine", "--guidance-ramp=0.02,1"],
-    "table": ["--guidance-table=WEIGHTS"],
-    "apg": ["--guidance=2", "--guidance-method=apg"],
-    "changed apg": ["--guidance=2", "--guidance-method=apg", "--apg-eta=0.5", "--apg-norm=0.1", "--apg-momentum=0.2"],
-    "cfg++": ["--guidance=0.6", "--guidance-method=cfg++"],
-    "cfg-zero": ["--guidance=2", "--guidance-method=cfg-zero"],
-    "changed cfg-zero": ["--guidance=2", "--guidance-method=cfg-zero", "--zero-init-steps=3"],
-}
-
-
-def test_options_of_guidance(run, tmp_path):
-    net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
-    weights = tmp_path / "weights.txt"
-    weights.write_text("0.1 3\n10 1\n")
-    seen: dict[bytes, str] = {}
-    for name, options in {"plain": ["--guidance=2"], **OPTIONS_OF_GUIDANCE}.items():
-        options = [option.replace("WEIGHTS", str(weights)) for option in options]
-        args = [f"--net={net}", f"--gnet={gnet}", "--seeds=0-1", "--sampler=euler", "--steps=6", *options]
-        result = run_cli(generate, *args, f"--outdir={tmp_path / name}")
-        assert result.exit_code == 0, result.output
-        images = b"".join(image.tobytes() for image in images_in(tmp_path / name).values())
-        assert images not in seen, (name, seen[images])
-        seen[images] = name
-        facts = json.loads((tmp_path / name / "generation.json").read_text())["sampler"]
-        flags = [option.partition("=")[0] for option in options if not option.startswith("--guidance=")]
-        assert {flag[2:].replace("-", "_") for flag in flags} <= facts.keys()
-    assert json.loads((tmp_path / "table" / "generation.json").read_text())["sampler"]["guidance_table"] == [
-        0.1,
-        3,
-        10,
-        1,
-    ]
 
 
 @pytest.mark.parametrize("solver", OPTIONS_OF_SOLVERS)
