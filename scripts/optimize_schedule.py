@@ -9,6 +9,7 @@ Levels suit the network, the solver, the number of steps, and the guidance that 
 further images as the search has then measure the distance to the exact solution, beside that of EDM's levels.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,7 @@ from training.samplers.grids import grid_for
 from training.samplers.schedule_search import SOLVERS, ScheduleSearch, rms
 
 REFERENCE_STEPS = 256  # of sqrt-3m
-BESIDE = dict(rho=10.0, sigma_min=0.05)  # levels for few steps without a search
+BESIDE = GridConfig(rho=10.0, sigma_min=0.05)  # levels for few steps without a search
 
 
 class Loaded(NamedTuple):
@@ -134,12 +135,13 @@ def main(
 
     with torch.inference_mode():
         search = ScheduleSearch(D, noise[:images], solver, loaded.low, loaded.high, candidates)
-        print(f"distance to the exact solution of {count - images} other images by {solver}")
-        print(f"{'steps':>5s} {'EDM':>8s} {'rho=10':>8s} {'found':>8s}  levels ({BESIDE} in the third column)")
+        print(f"distance to the exact solution of {count - images} other images by {solver}, with EDM's levels,")
+        print(f"--rho={BESIDE.rho:g} --sigma_min={BESIDE.sigma_min:g}, and those that were found")
+        print(f"{'steps':>5s} {'EDM':>8s} {f'rho={BESIDE.rho:g}':>8s} {'found':>8s}  levels that were found")
         for number in steps:
             levels, expected = search.levels(number)
             edm = GridConfig(num_steps=number, sigma_min=loaded.low, sigma_max=loaded.high)
-            beside = GridConfig(num_steps=number, sigma_max=loaded.high, **BESIDE)
+            beside = dataclasses.replace(BESIDE, num_steps=number, sigma_max=loaded.high)
             grids = [edm, beside, GridConfig(sigmas=tuple(levels))]
             measured = distances(loaded, solver, grids, noise[images:], unseen)
             text = (
