@@ -28,6 +28,9 @@ from dnnlib.cli import (
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write, check_not_input
 from dnnlib.util import code_version
+from training.config.fields import all_fields, click_options
+from training.config.guidance import GuidanceConfig
+from training.config.samplers import SamplerConfig
 from training.config.toy import CFG_GUIDANCE, GUIDANCE, MAX_GUIDANCE, ToyConfig, parse_class, parse_weights
 
 if TYPE_CHECKING:
@@ -86,6 +89,26 @@ MODEL_OPTIONS = [
     device_option,
     offline_option,
 ]
+
+
+# Guidance, but for what --weights are.
+HOW = [field for field in all_fields(GuidanceConfig) if field.key not in ("guidance", "guidance_table")]
+HOW_OPTIONS = [
+    make for field, make in zip(all_fields(GuidanceConfig), click_options(GuidanceConfig), strict=True) if field in HOW
+]
+
+
+def chosen_guidance(opts: dict[str, Any]) -> GuidanceConfig:
+    """Takes the options of guidance out of all those of a command.
+
+    Raises:
+        UserError: they do not go together, or not with the steps of the toy example.
+    """
+    given = {field.key: value for field in HOW if (value := opts.pop(field.key)) is not None}
+    how = GuidanceConfig.from_flat(given)
+    how.check_sampler(SamplerConfig())
+    how.check_given(given)
+    return how
 
 
 @click.group(cls=CommandGroup)
@@ -265,6 +288,7 @@ def plot(
     show_default=True,
     callback=parsed_by(parse_weights),
 )
+@with_options(HOW_OPTIONS)
 @click.option(
     "--samples", help="Samples of each kind", type=click.IntRange(2, 1 << 20), default=1 << 15, show_default=True
 )
@@ -283,7 +307,7 @@ def evaluate(
     weights: list[float],
     samples: int,
     json_path: Path | None,
-    **names: str | None,
+    **opts: Any,
 ) -> None:
     """Measure samples without guidance, with classifier-free guidance, and with autoguidance.
 
@@ -295,17 +319,23 @@ def evaluate(
 
     Each is given with its standard error. All kinds start from the same noise, so their differences are more certain
     than that.
+
+    \b
+    Examples:
+      # A weight that falls from 3 to 1 as the noise grows
+      python toy_example.py evaluate --weights=3 --guidance-schedule=linear --guidance-ramp=0.02,1
     """
     from torch_utils.device import select_device
     from training.toy.evaluation import HEADING, compare
 
+    how, names = chosen_guidance(opts), opts
     if json_path is not None:
         check_not_input("--json", json_path, {f"--{key.replace('_', '-')}": name for key, name in names.items()})
     target = select_device(device)
     models = chosen_models(**names, device=target)
     rows = []
     print(HEADING)
-    for row in compare(models, weights, samples, seed, target):
+    for row in compare(models, weights, samples, seed, target, how):
         print(row)
         rows.append(row.to_json())
     if json_path is not None:

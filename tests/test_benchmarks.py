@@ -3,14 +3,17 @@
 import subprocess
 import sys
 
+import PIL.Image
 import pytest
 import torch
 from conftest import AVX2_ALONE, ROOT
 
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import solvers
 from benchmarks.harness import Job, measure
 from benchmarks.run import all_jobs
+from training.config.samplers import SOLVERS
 
 SLACK = 0.85
 
@@ -35,6 +38,24 @@ def test_gpu_benchmark_needs_a_gpu():
     result = subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py"], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("Error: there is no CUDA device") and result.stderr.count("\n") == 1
+
+
+def test_solvers_are_compared(monkeypatch, tmp_path):
+    """All of them, on a denoiser that is known exactly; without networks, there is no fd_pixels."""
+    for name, value in {"COMPARED": 4, "EVALUATIONS": solvers.SHOWN, "TOLERANCES": (0.1,)}.items():
+        monkeypatch.setattr(solvers, name, value)
+    noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = {"exact": solvers.measure(solvers.Case("exact", solvers.mixture, noise), ref=None)}
+    used = {name.split()[0] for name in results["exact"]}
+    assert used == set(SOLVERS) - {"pc"}  # which is not deterministic
+    assert all(points[-1].rms < points[0].rms for name, points in results["exact"].items() if name in solvers.BY_STEPS)
+    for name, points in results["exact"].items():
+        if name in solvers.BY_STEPS:
+            assert tuple(point.evaluations for point in points) == solvers.SHOWN, name
+    assert "| `sqrt-3m` | " in solvers.table(results)
+    solvers.draw(tmp_path / "solvers.png", results, floor=0.1)
+    with PIL.Image.open(tmp_path / "solvers.png") as picture:
+        assert picture.size[0] > 100
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ import generate_images
 import train_classifier
 from training.conditioning import Conditioning, DataSpec
 from training.config.classifier import CLASSIFIER_PRESETS
+from training.config.guidance import GuidanceConfig
 from training.encoders import StandardRGBEncoder
 from training.families import preset_network
-from training.guidance import ClassifierGuided
+from training.guidance import ClassifierGuided, weight_of
 from training.losses import ClassifierLoss
 from training.networks.classifier import NoisyClassifier
 from training.networks.score_sde import ScoreSDE
@@ -64,6 +65,18 @@ def test_where_it_does_not_act():
     assert torch.equal(guided(x, sigma, None), plain)
     without = ClassifierGuided(posterior_mean, TwoGaussians(), 0.0, (0.0, math.inf))
     assert torch.equal(without(x, sigma, labels), plain)
+
+
+def test_a_weight_for_each_noise_level():
+    """From 2 at 0.1 to none at 10, the weight that is no guidance by a classifier."""
+    config = GuidanceConfig(guidance=2.0, guidance_schedule="linear", guidance_ramp=(0.1, 10.0))
+    labels, x = torch.tensor([[1.0, 0.0]]).repeat(3, 1), torch.full([3, 1, 1, 1], 0.3)
+    sigma = torch.tensor([0.1, 1.0, 10.0])
+    found = ClassifierGuided(posterior_mean, TwoGaussians(), weight_of(config, none=0.0))(x, sigma, labels)
+    for i, weight in enumerate((2.0, 1.0, 0.0)):
+        alone = ClassifierGuided(posterior_mean, TwoGaussians(), weight)(x[:1], sigma[i], labels[:1])
+        torch.testing.assert_close(found[i : i + 1], alone)
+    assert config.describe(by_classifier=True)["guidance_end"] == 0
 
 
 def classifier(classes: int = 10, resolution: int = 8, channels: int = 1, **arguments) -> NoisyClassifier:
@@ -165,6 +178,7 @@ def test_what_does_not_go_together(score_net, run, tmp_path):
     fails("number of channels 3, but --net has 1", guide=saved(tmp_path / "c.safetensors", classifier(channels=3)))
     fails("range of pixels (0.0, 1.0)", guide=saved(tmp_path / "p.safetensors", classifier(centered=False)))
     fails("holds a ScoreSDE, which is no classifier of noisy images", guide=score_net)
+    fails("--guidance-method=apg combines two networks", options=["--guidance-method=apg"], guide=good)
     fails("--classifier and --gnet both say what guides", options=[f"--gnet={score_net}"], guide=good)
     fails("holds a NoisyClassifier, which makes no images", net=good)
     conditional = run / "network-snapshot-0000003-0.100.safetensors"

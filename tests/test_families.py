@@ -15,6 +15,7 @@ from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.config.fields import all_fields
 from training.config.generation import SamplingConfig
+from training.config.guidance import METHODS, GuidanceConfig
 from training.config.samplers import SCHEDULES, SIGMA_MAX, SIGMA_MIN, SOLVERS, GridConfig, SamplerConfig
 from training.encoders import StandardRGBEncoder
 from training.families import ARCHITECTURES, architecture_name, architecture_of, preset_network, trained_by
@@ -97,6 +98,18 @@ def test_every_solver_samples(denoiser, solver):
     check_samples(denoiser, SamplingConfig(sampler=SamplerConfig(solver=solver, grid=GridConfig(num_steps=steps))))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_rule_of_guidance_samples(denoiser, method):
+    """With another network as the guide; networks that know images without a condition need none."""
+    guide = small_network(architecture_name(denoiser))
+    for parameter in guide.parameters():
+        parameter.mul_(0.9)
+    sampler = SamplerConfig(solver="euler", grid=GridConfig(num_steps=4))
+    guidance = GuidanceConfig(guidance=0.8, guidance_method=method)
+    images = check_samples(denoiser, SamplingConfig(sampler=sampler, guidance=guidance), guide)
+    assert not torch.equal(images, check_samples(denoiser, SamplingConfig(sampler=sampler)))
+
+
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "network"])
 def test_every_schedule_is_followed(denoiser, schedule):
     check_samples(
@@ -108,9 +121,9 @@ def test_images_without_options(net):
     check_samples(net, SamplingConfig(sampler=SamplerConfig(grid=GridConfig(num_steps=2))))
 
 
-def check_samples(net: torch.nn.Module, sampling: SamplingConfig) -> torch.Tensor:
+def check_samples(net: torch.nn.Module, sampling: SamplingConfig, guide: torch.nn.Module | None = None) -> torch.Tensor:
     """Images depend on their seeds alone, are finite, and say what made them."""
-    generator = architecture_of(net).generator(net, sampling, batch_size=4)
+    generator = architecture_of(net).generator(net, sampling, batch_size=4, guide=guide)
     together, alone = (StackedRandomGenerator("cpu", seeds) for seeds in ([3, 4, 5], [4]))
     images = generator(generator.noise(together), generator.condition(together), together)
     assert images.shape == (3, *net.spec.shape) and images.isfinite().all()

@@ -18,6 +18,7 @@ from conftest import (
     tiny_network,
     torchrun,
 )
+from guidance_options import OPTIONS_OF_GUIDANCE
 
 from dataset_tool import main as dataset_tool
 from generate_images import main as generate
@@ -41,6 +42,7 @@ OPTIONS_OF_SOLVERS = {
     "consistency": ["--levels=5,1,0.3"],
     "rk45": ["--rtol=0.1", "--atol=0.1", "--common-norm=1", "--denoise=20"],
     "dpm-single": ["--order=2", "--prediction=noise", "--solver-type=taylor", "--fixed-order=1", "--spacing=log-snr", "--steps=4"],
+    "unipc": ["--unipc-order=2", "--unipc-b=B1", "--unipc-prediction=noise", "--unipc-corrector=0", "--sigmas=10,1,0.1"],
     "dpm-adaptive": [
         "--adaptive-order=2", "--adaptive-prediction=data", "--adaptive-atol=0.1", "--adaptive-rtol=0.1", "--adaptive-first-step=0.1",
         "--adaptive-safety=0.8", "--adaptive-common-step=1", "--sigma_min=0.01",
@@ -78,6 +80,7 @@ def test_all_generation_options(run, tmp_path):
     others = ["--temperature=1", "--readjust-bn=1", "--pixels=mean", "--encoder=x", "--trust-encoder=1", "--arch=x"]
     others += ["--prompt=x", "--prompts=x", "--text-encoder=x", "--classifier=x"]
     others += [option for options in OPTIONS_OF_SOLVERS.values() for option in options]
+    others += [option for options in OPTIONS_OF_GUIDANCE.values() for option in options]
     assert_all_options(generate, [*args, *others, "--preset=x", "--print-config", "--list-presets"])
     names = {"000000/000001.png", "000000/000002.png", "000000/000999.png", "001000/001000.png", "001000/001001.png"}
     images = images_in(tmp_path / "out")
@@ -187,6 +190,15 @@ def test_color_and_latents(tmp_path):
         (["--guidance=2"], ["--guidance=2 needs a guiding network: give --gnet"]),
         (["--guidance-interval=2,1"], ["--guidance-interval", "LO must be less than HI"]),
         (["--guidance-interval=a"], ["--guidance-interval", "is not of the form LO,HI"]),
+        (["--guidance-ramp=1,2"], ["--guidance-ramp has no effect with --guidance-schedule=constant: leave it out"]),
+        (["--guidance-table=nowhere"], ["--guidance-table: nowhere: no such file"]),
+        (["--guidance=2", "--apg-eta=0"], ["--apg-eta has no effect with --guidance-method=cfg: leave it out"]),
+        (["--guidance-method=cfg++"], ["--guidance-method=cfg++ is a rule for steps of Euler's method"]),
+        (["--guidance-method=cfg++", "--sampler=euler"], ["needs a guiding network: give --gnet"]),
+        (["--sigmas=1,2"], ["--sigmas", "'1,2': noise levels must be positive, and fall"]),
+        (["--sigmas=nowhere"], ["--sigmas: nowhere: no such file"]),
+        (["--sigmas=2,1", "--rho=7"], ["--rho has no effect with --sampler=heun and --sigmas: leave it out"]),
+        (["--sigmas=2,1", "--sampler=pc"], ["--sigmas: pc takes no list of noise levels: use one of heun, euler"]),
         (["--sigma_min=100"], ["--sigma_min=100 is above --sigma_max=80"]),
         (["--steps=0"], ["--steps"]),
         (["--sampler=rk4"], ["--sampler", "rk4"]),

@@ -1,8 +1,11 @@
-"""Guidance of a network by itself."""
+"""Guidance of a network by itself, and the options of guidance."""
+
+import json
 
 import pytest
 import torch
-from conftest import fails_with, run_cli, tiny_network, tiny_uvit
+from conftest import fails_with, images_in, run_cli, tiny_network, tiny_uvit
+from guidance_options import OPTIONS_OF_GUIDANCE
 
 from generate_images import main as generate
 from training.conditioning import Conditioning
@@ -68,3 +71,27 @@ def test_networks_that_know_no_images_without_a_condition(net, tmp_path):
     save_network(path, net(), StandardRGBEncoder(), {})
     result = run_cli(generate, f"--net={path}", f"--outdir={tmp_path / 'out'}", "--guidance=1.4")
     fails_with(result, "--guidance=1.4 needs a guiding network: give --gnet", "knows no images without a condition")
+
+
+def test_options_of_guidance(run, tmp_path):
+    net, gnet = (run / f"network-snapshot-{name}.safetensors" for name in ("0000003-0.100", "0000001-0.050"))
+    weights = tmp_path / "weights.txt"
+    weights.write_text("0.1 3\n10 1\n")
+    seen: dict[bytes, str] = {}
+    for name, options in {"plain": ["--guidance=2"], **OPTIONS_OF_GUIDANCE}.items():
+        options = [option.replace("WEIGHTS", str(weights)) for option in options]
+        args = [f"--net={net}", f"--gnet={gnet}", "--seeds=0-1", "--sampler=euler", "--steps=6", *options]
+        result = run_cli(generate, *args, f"--outdir={tmp_path / name}")
+        assert result.exit_code == 0, result.output
+        images = b"".join(image.tobytes() for image in images_in(tmp_path / name).values())
+        assert images not in seen, (name, seen[images])
+        seen[images] = name
+        facts = json.loads((tmp_path / name / "generation.json").read_text())["sampler"]
+        flags = [option.partition("=")[0] for option in options if not option.startswith("--guidance=")]
+        assert {flag[2:].replace("-", "_") for flag in flags} <= facts.keys()
+    assert json.loads((tmp_path / "table" / "generation.json").read_text())["sampler"]["guidance_table"] == [
+        0.1,
+        3,
+        10,
+        1,
+    ]

@@ -13,6 +13,7 @@ from conftest import GOLDEN, ROOT, fails_with, run_cli, tiny_network
 
 import toy_example
 from toy_example import CFG_NET, GNET, NET, ToyModel, gt, main
+from training.config.guidance import GuidanceConfig
 from training.encoders import StandardRGBEncoder
 from training.snapshot import load_network, read_metadata, save_network
 from training.toy.evaluation import measure
@@ -134,6 +135,37 @@ def test_evaluate(tmp_path):
     assert facts["rows"][1]["nll"]["value"] == pytest.approx(expected.nll.value, rel=1e-4)
 
 
+OPTIONS_OF_GUIDANCE = [
+    ["--guidance-schedule=linear", "--guidance-ramp=0.02,1", "--guidance-end=1.2", "--guidance-interval=0.01,2"],
+    ["--guidance-method=apg", "--apg-eta=0.5", "--apg-norm=0.1", "--apg-momentum=0.2"],
+    ["--guidance-method=cfg-zero", "--zero-init-steps=2"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS_OF_GUIDANCE, ids=lambda options: options[0])
+def test_evaluate_other_guidance(tmp_path, options):
+    rows = []
+    for name, chosen in {"plain": [], "changed": options}.items():
+        path = tmp_path / f"{name}.json"
+        result = run_cli(main, "evaluate", "--samples=100", "--weights=2", f"--json={path}", *chosen)
+        assert result.exit_code == 0, result.output
+        rows.append(json.loads(path.read_text())["rows"])
+    assert rows[0][:2] == rows[1][:2]
+    assert all(plain != changed for plain, changed in zip(rows[0][2:], rows[1][2:], strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_weight_that_falls_as_the_noise_grows(seed):
+    """w = 3 alone has a mean -log p of several nats and twice the branch KL (docs/autoguidance.md)."""
+    how = GuidanceConfig(guidance_schedule="linear", guidance_ramp=(0.02, 1.0))
+    noise = torch.randn(8192, 2, generator=torch.Generator().manual_seed(seed))
+    net, gnet = (load_network(path).net for path in (NET, GNET))
+    quality = measure(gt("A"), sample_toy(net, noise, gnet, guidance=3.0, how=how))
+    assert quality.outliers.value <= 0.064
+    assert quality.branch_kl.value <= 0.09
+    assert quality.nll.value < -0.2
+
+
 def test_samples_that_overflow(tmp_path):
     """They are outliers, and the file is valid JSON."""
     path = tmp_path / "toy.json"
@@ -167,6 +199,9 @@ def test_samples_that_overflow(tmp_path):
         (["evaluate", "--weights=1,x"], ["--weights", "'1,x' is not a list of numbers"]),
         (["evaluate", "--weights=inf"], ["--weights", "'inf' is not a list of numbers"]),
         (["evaluate", "--samples=1"], ["--samples"]),
+        (["evaluate", "--guidance-method=cfg++"], ["--guidance-method=cfg++ is a rule for steps of Euler's method"]),
+        (["evaluate", "--apg-eta=1"], ["--apg-eta has no effect with --guidance-method=cfg: leave it out"]),
+        (["evaluate", "--guidance-schedule=linear"], ["needs --guidance-ramp=LO,HI"]),
     ],
 )  # fmt: skip
 def test_bad_options(args, fragments):
@@ -253,7 +288,8 @@ def test_every_option_is_tested():
     tested = {
         "train": {"outdir", "cls", "layers", "dim", "iterations", "seed", "viz", "save", "device"},
         "plot": {"net", "gnet", "cfg_net", "cls", "seed", "device", "offline", "guidance", "cfg_guidance", "save"},
-        "evaluate": {"net", "gnet", "cfg_net", "cls", "seed", "device", "offline", "weights", "samples", "json_path"},
+        "evaluate": {"net", "gnet", "cfg_net", "cls", "seed", "device", "offline", "weights", "samples", "json_path"}
+        | {option.partition("=")[0][2:].replace("-", "_") for options in OPTIONS_OF_GUIDANCE for option in options},
     }
     assert {name: {p.name for p in c.params} for name, c in main.commands.items()} == tested
     assert toy_example.__all__ == ["ToyModel", "gt"]

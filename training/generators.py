@@ -15,7 +15,7 @@ from training.classes import ClassChoice
 from training.conditioning import DataSpec
 from training.config.generation import SamplingConfig, VAESampling
 from training.denoiser import Denoiser
-from training.guidance import ClassifierGuided, GuidedDenoiser, Unconditional
+from training.guidance import ClassifierGuided, Unconditional, guided, weight_of
 from training.losses_vae import image_values, to_bytes
 from training.networks.classifier import NoisyClassifier
 from training.networks.nvae import NVAE
@@ -142,19 +142,20 @@ def diffusion_generator(
 
     Args:
         spec: what the denoiser's images and conditions look like.
-        guide: guiding denoiser, used where the weight of guidance is not 1; None = the denoiser itself, without a
-            condition. Or a classifier, whose classes are then those of the images.
+        guide: guiding denoiser, used where guidance acts; None = the denoiser itself, without a condition.
+            Or a classifier, whose classes are then those of the images.
         precision: what the denoiser computes in, for `describe`.
     """
-    guidance, net = sampling.guidance, denoiser
-    by_classifier = isinstance(guide, NoisyClassifier)
+    guidance, by_classifier = sampling.guidance, isinstance(guide, NoisyClassifier)
+    sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, denoiser))
+    combine: Callable[[], Denoiser] | None = None  # for each batch, as rules of guidance may remember its last step
     if isinstance(guide, NoisyClassifier):
         spec = dataclasses.replace(spec, conditioning=guide.spec.conditioning)
-        denoiser = ClassifierGuided(net, guide, guidance.guidance, guidance.interval)
-    elif guidance.guidance != 1:
-        guide = Unconditional(net) if guide is None else guide
-        denoiser = GuidedDenoiser(net, guide, guidance.guidance, guidance.interval)
-    sampler = Sampler(sampling.sampler, grid_for(sampling.sampler, net))
+        weight = weight_of(guidance, none=0.0)
+        combine = functools.partial(ClassifierGuided, denoiser, guide, weight)
+    elif guidance.acts:
+        gnet = Unconditional(denoiser) if guide is None else guide
+        combine = functools.partial(guided, denoiser, gnet, guidance, sampler.grid.sigmas)
 
     def sample(
         noise: torch.Tensor,
@@ -162,7 +163,8 @@ def diffusion_generator(
         rnd: StackedRandomGenerator,
         control: AfterUpdate = unchanged,
     ) -> torch.Tensor:
-        return sampler(denoiser, noise, cond, randn_like=rnd.randn_like, after_update=control)
+        D = denoiser if combine is None else combine()
+        return sampler(D, noise, cond, randn_like=rnd.randn_like, after_update=control)
 
     facts = {"sampler": sampler.describe() | guidance.describe(by_classifier), "precision": precision}
     return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)

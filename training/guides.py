@@ -51,18 +51,20 @@ def load_guide(
         UserError: it cannot be loaded, or the two do not go together.
     """
     if networks.classifier is not None:
+        method = sampling.guidance.guidance_method
+        if method != "cfg":
+            raise UserError(f"--guidance-method={method} combines two networks: leave it out with --classifier")
         return _load_classifier(networks.classifier, snapshot, device)
-    weight, given = sampling.guidance.guidance, networks.gnet
-    if weight == 1:
-        if given is not None or sampling.guidance.guidance_interval is not None:
-            useless = "--gnet" if given is not None else "--guidance-interval"
+    guidance, given = sampling.guidance, networks.gnet
+    if not guidance.acts:
+        for useless in ["--gnet"] * (given is not None) + guidance.changed():
             distributed.print0(f"Note: {useless} has no effect without --guidance")
         return None
     if given is None:
         if not snapshot.net.spec.conditioning.optional:
+            asked = "--guidance-table" if guidance.guidance_table is not None else f"--guidance={guidance.guidance:g}"
             raise UserError(
-                f"--guidance={weight:g} needs a guiding network: give --gnet (that of --net knows no images without a "
-                f"condition)"
+                f"{asked} needs a guiding network: give --gnet (that of --net knows no images without a condition)"
             )
         return None
     guide = load_image_network(given, device, networks.arch)

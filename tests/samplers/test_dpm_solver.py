@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gaussian import FIRST, LAST, MEAN, STD, Gaussian, even_grid, exact, run, start, unchanged
 
 from dnnlib.errors import RunError, UserError
 from training.config.dpm_solver import AdaptiveDPMSolver, DPMSolver
@@ -23,48 +24,12 @@ from training.samplers.thresholding import ThresholdedDenoiser
 from training.schedules import VE, VP
 from training.schedules_uvit import CosineVP, InterpolatedVP
 
-MEAN, STD = 0.3, 0.5
-FIRST, LAST = 80.0, 0.002
 ALL = [
     DPMSolver(order=order, prediction=prediction, solver_type=solver_type)
     for order in (1, 2, 3)
     for prediction in ("data", "noise")
     for solver_type in ("dpmsolver", "taylor")
 ]
-
-
-class Gaussian:
-    """The exact denoiser of data distributed as N(MEAN, STD^2), which counts its evaluations."""
-
-    def __init__(self):
-        self.sigmas = []
-
-    def __call__(self, x, sigma):
-        self.sigmas.append(sigma)
-        sigma = sigma if sigma.ndim == 0 else sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
-        return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
-
-
-def start(n=16, seed=0):
-    return FIRST * torch.randn(n, 1, 1, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def exact(x, first, last):
-    """Where the probability flow takes x from one level to another."""
-    return MEAN + (x - MEAN) * math.sqrt((STD**2 + last**2) / (STD**2 + first**2))
-
-
-def even_grid(steps: int) -> Grid:
-    """Evenly spaced in ln sigma."""
-    return Grid(torch.linspace(math.log(FIRST), math.log(LAST), steps + 1, dtype=torch.float64).exp())
-
-
-def unchanged(x, _sigma, _randn_like):
-    return x
-
-
-def run(solve, x, grid, options, D=None, after_update=unchanged):
-    return solve(D or Gaussian(), x, grid, options, randn_like=torch.randn_like, after_update=after_update)
 
 
 def slope(solve, options, grids) -> float:

@@ -53,7 +53,7 @@ def test_order_of_accuracy(solver, slope):
 
 
 def test_every_solver_is_tested():
-    elsewhere = {"dpm-single", "dpm-multi", "dpm-adaptive", "euler-maruyama", "pc", "rk45", "consistency"}
+    elsewhere = {"dpm-single", "dpm-multi", "dpm-adaptive", "unipc", "euler-maruyama", "pc", "rk45", "consistency"}
     assert set(SOLVERS) == {"euler", "heun", "dpmpp-2m", "dpmpp-3m", "sqrt-3m"} | elsewhere
 
 

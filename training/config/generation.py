@@ -1,6 +1,5 @@
 """What makes images: networks, sampler, guidance, and what they compute in."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from dnnlib.cli import given_options
 from dnnlib.errors import UserError
 from training.config.edm2 import GENERATION_PRESETS
 from training.config.fields import Config, all_fields, option, refuse_changed
+from training.config.guidance import GuidanceConfig
 from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
 from training.config.samplers import SamplerConfig
@@ -25,53 +25,6 @@ def check_seed(largest: int) -> None:
     """
     if largest >= 2**32:
         raise UserError(f"seed {largest} is too large: seeds are less than 2^32, beyond which images would repeat")
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """Noise levels of the form 'LO,HI'.
-
-    Raises:
-        UserError: of another form, or not 0 <= LO < HI.
-    """
-    try:
-        lo, hi = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{text!r} is not of the form LO,HI") from None
-    if not 0 <= lo < hi:
-        raise UserError(f"{text!r}: LO must be less than HI, and not negative")
-    return lo, hi
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceConfig(Config):
-    """The weight of guidance, and the noise levels lo < sigma <= hi at which it acts."""
-
-    guidance: float = option(
-        1.0,
-        "Guidance weight w; without --gnet, the network guides itself by what it knows of images without a condition "
-        "(w is 1 more than the scale of U-ViT's and other papers). With --classifier, the factor of its gradient",
-        default_text="1, which is no guidance without --classifier",
-    )
-    guidance_interval: tuple[float, float] | None = option(
-        None,
-        "Noise levels at which guidance acts",
-        parse=parse_interval,
-        metavar="LO,HI",
-        default_text="all",
-        infinite=True,
-    )
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return self.guidance_interval or (0.0, math.inf)
-
-    def describe(self, by_classifier: bool = False) -> dict[str, Any]:
-        """What it stands for, as plain JSON values."""
-        facts: dict[str, Any] = {"guidance": self.guidance}
-        if self.guidance_interval is not None and (by_classifier or self.guidance != 1):
-            lo, hi = self.guidance_interval
-            facts["guidance_interval"] = [lo, None if hi == math.inf else hi]
-        return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +141,10 @@ class SamplingConfig(Config):
         choices=("auto", "cpu", "cuda", "mps"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.guidance.check_sampler(self.sampler)
+
     def check_kind(self, is_denoiser: bool, family: str) -> None:
         """Check that nothing was chosen that networks of a kind do not know.
 
@@ -216,7 +173,10 @@ class GenerationConfig(Config):
         config = cls.from_flat(given)
         useless = config.sampling.sampler.without_effect(given)
         if useless:
-            raise UserError(f"{useless[0]} has no effect with --sampler={config.sampling.sampler.solver}: leave it out")
+            chosen = f"--sampler={config.sampling.sampler.solver}"
+            chosen += " and --sigmas" if config.sampling.sampler.grid.sigmas is not None else ""
+            raise UserError(f"{useless[0]} has no effect with {chosen}: leave it out")
+        config.sampling.guidance.check_given(given)
         if config.networks.classifier is not None and (config.networks.gnet or config.networks.preset) is not None:
             given = "--gnet" if config.networks.gnet is not None else "--preset"
             raise UserError(f"--classifier and {given} both say what guides: give one of them")
@@ -226,8 +186,9 @@ class GenerationConfig(Config):
             chosen = GENERATION_PRESETS.get(preset)
             if chosen is None:
                 raise unknown_preset("--preset", preset, GENERATION_PRESETS)
-            net, guidance = net or chosen.net, given.get("guidance", chosen.guidance)
-            if guidance != 1:
+            weighted = config.sampling.guidance.guidance_table is not None
+            net, guidance = net or chosen.net, guidance if weighted else given.get("guidance", chosen.guidance)
+            if weighted or guidance != 1:
                 gnet = gnet or chosen.gnet
         if net is None:
             raise UserError("which network? Give --net or --preset (see generate_images.py --list-presets)")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from dnnlib.errors import UserError
 from training.config.dpm_solver import SPACINGS, AdaptiveDPMSolver, DPMSolver
 from training.config.fields import Config, all_fields, option, show
+from training.config.tables import MAX_LINES, read_numbers
+from training.config.unipc import UniPC
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise levels of EDM (Karras et al. 2022, Table 1)
 CONSISTENCY_LEVELS = (20.0, 0.8)
@@ -16,6 +18,23 @@ SCHEDULES = ("network", "ve", "vp", "subvp")
 PREDICTORS = ("reverse_diffusion", "euler_maruyama", "ancestral_sampling", "none")
 CORRECTORS = ("langevin", "ald", "none")
 NORMS = ("sample", "batch")
+
+
+def parse_levels(text: str) -> tuple[float, ...]:
+    """Noise levels from numbers with commas between, or from a file with one per line; a 0 at the end is left out.
+
+    Raises:
+        UserError: there is no such file, or the levels do not fall.
+    """
+    try:
+        levels = [float(part) for part in text.split(",")]
+    except ValueError:
+        levels = [sigma for (sigma,) in read_numbers(text, columns=1)]
+    if levels[-1] == 0:
+        del levels[-1]
+    if not levels or levels[-1] <= 0 or any(a <= b for a, b in zip(levels[:-1], levels[1:], strict=True)):
+        raise UserError(f"{text!r}: noise levels must be positive, and fall from each to the next")
+    return tuple(levels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +66,15 @@ class GridConfig(Config):
         "network",
         "Schedule whose times count and whose SDE is followed; network = the one that the network was trained on",
         choices=SCHEDULES,
+    )
+    sigmas: tuple[float, ...] | None = option(
+        None,
+        "Noise levels to visit, from the highest to the lowest, in place of --steps and the like: numbers with commas "
+        "between, or a file with one per line (scripts/optimize_schedule.py makes such files)",
+        parse=parse_levels,
+        metavar="FILE|LIST",
+        above=0,
+        items=(1, MAX_LINES),
     )
 
     def __post_init__(self) -> None:
@@ -158,6 +186,7 @@ SOLVERS: dict[str, SolverKind] = {
     "dpm-single": SolverKind("dpm", "inner"),
     "dpm-multi": SolverKind("dpm"),
     "dpm-adaptive": SolverKind("dpm_adaptive", "ends"),
+    "unipc": SolverKind("unipc"),
     "euler-maruyama": SolverKind("euler_maruyama", "times"),
     "pc": SolverKind("pc", "times"),
     "rk45": SolverKind("rk45", "ends"),
@@ -183,6 +212,7 @@ class SamplerConfig(Config):
     churn: Churn = Churn()
     dpm: DPMSolver = DPMSolver()
     dpm_adaptive: AdaptiveDPMSolver = AdaptiveDPMSolver()
+    unipc: UniPC = UniPC()
     euler_maruyama: EulerMaruyama = EulerMaruyama()
     pc: PredictorCorrector = PredictorCorrector()
     rk45: RungeKutta = RungeKutta()
@@ -197,6 +227,10 @@ class SamplerConfig(Config):
                 f"S_churn={self.churn.S_churn:g} adds noise, which {self.solver} cannot follow: it relies on earlier "
                 f"steps; use heun or euler"
             )
+        if self.grid.sigmas is not None and self.kind.grid != "levels":
+            raise UserError(
+                f"--sigmas: {self.solver} takes no list of noise levels: use one of {', '.join(LEVEL_SOLVERS)}"
+            )
 
     @property
     def kind(self) -> SolverKind:
@@ -205,7 +239,8 @@ class SamplerConfig(Config):
     @property
     def in_time(self) -> bool:
         """Whether the noise levels are those of times of a schedule."""
-        return self.kind.grid in ("times", "ends") or (self.grid.spacing != "edm" and self.kind.grid != "listed")
+        listed = self.kind.grid == "listed" or self.grid.sigmas is not None
+        return self.kind.grid in ("times", "ends") or (self.grid.spacing != "edm" and not listed)
 
     @property
     def options(self) -> Any:
@@ -227,6 +262,8 @@ class SamplerConfig(Config):
         unused += ["steps"] if self.kind.grid == "ends" else []
         if self.kind.grid == "listed":
             unused = [field.key for field in all_fields(GridConfig)]
+        elif self.grid.sigmas is not None:
+            unused += ["steps", "sigma_min", "sigma_max", "rho", "spacing", "schedule"]
         return [field.flag for field in fields if field.key in given] + [
             f"--{name}" for name in unused if name in given
         ]
@@ -237,7 +274,9 @@ class SamplerConfig(Config):
             return {"solver": self.solver}
         facts: dict[str, Any] = {"solver": self.solver, **self.grid.to_json()}
         facts = {name: value for name, value in facts.items() if value is not None}
-        if self.in_time:
+        if self.grid.sigmas is not None:
+            facts = {"solver": self.solver, "sigmas": list(self.grid.sigmas), "num_steps": len(self.grid.sigmas)}
+        elif self.in_time:
             del facts["rho"]
         else:
             del facts["spacing"], facts["schedule"]

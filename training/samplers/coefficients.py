@@ -29,21 +29,28 @@ def dpmpp_2m(sigmas: Sequence[float], sigma_next: float) -> list[float]:
 
 def dpmpp_3m(sigmas: Sequence[float], sigma_next: float) -> list[float]:
     """DPM-Solver++ of order 3 (arXiv 2211.01095, Eq. 12): the polynomial in lambda through the last values of D."""
-    return _interpolate(sigmas, sigma_next, np.log)
+    return interpolated(sigmas, sigma_next, np.log)
 
 
 def sqrt_3m(sigmas: Sequence[float], sigma_next: float) -> list[float]:
     """The same with a polynomial in sqrt(sigma), which stays finite where sigma -> 0 and D no longer changes."""
-    return _interpolate(sigmas, sigma_next, np.sqrt)
+    return interpolated(sigmas, sigma_next, np.sqrt)
 
 
-def _interpolate(
-    sigmas: Sequence[float], sigma_next: float, variable: Callable[[np.ndarray], np.ndarray]
+def interpolated(
+    sigmas: Sequence[float],
+    sigma_next: float,
+    variable: Callable[[np.ndarray], np.ndarray],
+    prediction: str = "data",
 ) -> list[float]:
-    """int_0^h e^(s-h) L_j(s) ds for Lagrange's polynomials L_j in `variable` of sigma, by Gauss's quadrature."""
+    """Coefficients of the values at levels `sigmas` in a step from the first of them: their polynomial, integrated.
+
+    Of the image ('data') they are int_0^h e^(s-h) L_j(s) ds for Lagrange's polynomials L_j in `variable` of sigma, by
+    Gauss's quadrature; of the noise, in which dx/dlambda = -sigma n, they are -sigma_next int_0^h e^(h-s) L_j(s) ds.
+    """
     h = math.log(sigmas[0] / sigma_next)
     s = (NODES + 1) / 2 * h
-    kernel = WEIGHTS / 2 * h * np.exp(s - h)
+    kernel = WEIGHTS / 2 * h * (np.exp(s - h) if prediction == "data" else -sigma_next * np.exp(h - s))
     u, known = variable(sigmas[0] * np.exp(-s)), variable(np.array(sigmas))
     coefficients = []
     for j, u_j in enumerate(known):

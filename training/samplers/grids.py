@@ -73,8 +73,13 @@ def _listed_grid(levels: Sequence[float] | None, denoiser: Any) -> Grid:
 
 
 def _edm_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:
-    """Levels of EDM. Of solvers with inner levels, the steps are evaluations, the last of which is D at the end."""
+    """Levels of EDM, or those asked for. Of solvers with inner levels, the steps are evaluations, the last of which is
+    D at the end."""
     grid, (low, high) = config.grid, _levels_for(config.grid, denoiser)
+    if grid.sigmas is not None:
+        for sigma in (grid.sigmas[0], grid.sigmas[-1]):
+            _check_level("sigmas", sigma, denoiser)
+        return Grid(torch.tensor([*grid.sigmas, 0.0], dtype=torch.float64))
     sigma_min, sigma_max = max(low, SIGMA_MIN) if grid.sigma_min is None else low, high
     if grid.sigma_max is None:
         sigma_max = min(high, SIGMA_MAX)
@@ -118,11 +123,17 @@ def _levels_for(config: GridConfig, denoiser: Any) -> tuple[float, float]:
     low, high = noise_range(denoiser)
     asked = {"sigma_min": config.sigma_min, "sigma_max": config.sigma_max}
     for name, sigma in asked.items():
-        if sigma is not None and not low / CLOSE <= sigma <= high * CLOSE:
-            raise UserError(f"--{name}={sigma:g} is beyond the noise levels of the network, {low:.4g} to {high:.4g}")
+        if sigma is not None:
+            _check_level(name, sigma, denoiser)
     return (low if config.sigma_min is None else config.sigma_min), (
         high if config.sigma_max is None else config.sigma_max
     )
+
+
+def _check_level(name: str, sigma: float, denoiser: Any) -> None:
+    low, high = noise_range(denoiser)
+    if not low / CLOSE <= sigma <= high * CLOSE:
+        raise UserError(f"--{name}={sigma:g} is beyond the noise levels of the network, {low:.4g} to {high:.4g}")
 
 
 def latest_time(schedule: Schedule, sigma_max: float = math.inf) -> float:

@@ -15,6 +15,7 @@ from training.samplers.euler_maruyama import euler_maruyama
 from training.samplers.grids import Grid, grid_for
 from training.samplers.ode import AfterUpdate, RandnLike, Solver, euler, heun, multistep
 from training.samplers.predictor_corrector import predictor_corrector
+from training.samplers.unipc import unipc
 
 SOLVERS: dict[str, Solver] = {
     "heun": heun,
@@ -23,6 +24,7 @@ SOLVERS: dict[str, Solver] = {
     "dpm-single": dpm_solver.singlestep,
     "dpm-multi": dpm_solver.multistep,
     "dpm-adaptive": dpm_solver.adaptive,
+    "unipc": unipc,
     "euler-maruyama": euler_maruyama,
     "pc": predictor_corrector,
     "rk45": rk45,

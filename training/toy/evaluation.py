@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from training.config.guidance import GuidanceConfig
 from training.toy.data import GAUSSIANS_PER_BRANCH, GaussianMixture, gt
 from training.toy.models import Models
 from training.toy.sampling import sample_toy
@@ -107,7 +108,14 @@ class Row(NamedTuple):
         return {"sampling": self.sampling, "weight": self.weight, **quality}
 
 
-def compare(models: Models, weights: Sequence[float], samples: int, seed: int, device: torch.device) -> Iterator[Row]:
+def compare(
+    models: Models,
+    weights: Sequence[float],
+    samples: int,
+    seed: int,
+    device: torch.device,
+    how: GuidanceConfig = GuidanceConfig(),
+) -> Iterator[Row]:
     """Rows for the ground truth, no guidance, classifier-free guidance and autoguidance, one after the other.
 
     Args:
@@ -115,6 +123,7 @@ def compare(models: Models, weights: Sequence[float], samples: int, seed: int, d
         weights: of guidance, each of which is tried.
         samples: how many of each kind, all from the same noise.
         seed: of that noise.
+        how: what else there is to guidance.
     """
     distribution = gt(models.cls, device)
     true = distribution.sample(samples, generator=torch.Generator(device).manual_seed(seed))
@@ -123,4 +132,4 @@ def compare(models: Models, weights: Sequence[float], samples: int, seed: int, d
     yield Row("no guidance", 1.0, measure(distribution, sample_toy(models.net, noise)))
     for name, guide in [("classifier-free guidance", models.cfg_net), ("autoguidance", models.gnet)]:
         for weight in weights if guide is not None else ():
-            yield Row(name, weight, measure(distribution, sample_toy(models.net, noise, guide, weight)))
+            yield Row(name, weight, measure(distribution, sample_toy(models.net, noise, guide, weight, how=how)))

@@ -1,12 +1,14 @@
 """Sampling in the toy example."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
+from training.config.guidance import GuidanceConfig
 from training.denoiser import Denoiser
-from training.guidance import GuidedDenoiser
+from training.guidance import guided
 from training.samplers.edm import ode_sampler
 from training.samplers.grids import edm_sigmas
 
@@ -39,19 +41,22 @@ def sample_toy(
     num_steps: int = STEPS,
     sigma_max: float = SIGMA_MAX,
     on_step: Callable[[torch.Tensor], None] | None = None,
+    how: GuidanceConfig = GuidanceConfig(),
 ) -> torch.Tensor:
     """Samples [N, 2]: the ends of the probability flow from `sigma_max` to 0, by Heun's method.
 
     Args:
         net: the main model.
         noise: unit-variance noise [N, 2].
-        gnet: guiding model, used if `guidance` is not 1.
+        gnet: guiding model, used where guidance acts.
         guidance: weight w.
         num_steps: number of steps.
         sigma_max: noise level at the start.
         on_step: called with the points at every noise level, first to last.
+        how: what else there is to guidance.
     """
-    D = denoiser(net)
-    if gnet is not None and guidance != 1:
-        D = GuidedDenoiser(D, denoiser(gnet), guidance)
-    return ode_sampler(D, noise, edm_sigmas(num_steps, sigma_max=sigma_max), on_step=on_step)
+    D, sigmas = denoiser(net), edm_sigmas(num_steps, sigma_max=sigma_max)
+    config = dataclasses.replace(how, guidance=guidance)
+    if gnet is not None and config.acts:
+        D = guided(D, denoiser(gnet), config, sigmas)
+    return ode_sampler(D, noise, sigmas, on_step=on_step)
