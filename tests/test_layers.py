@@ -33,7 +33,7 @@ ORDER = [
         "training.dataset",
     },
     {"training.denoiser", "training.losses", "training.losses_vae", "training.encoders"},
-    {"training.guidance", "training.networks"},
+    {"training.guidance", "training.networks", "training.restoration", "training.adapters"},
     {"training.samplers", "training.networks_edm2"},
     {
         "training.likelihood",
@@ -47,8 +47,7 @@ ORDER = [
     {"training.snapshot"},
     {"training.prompts", "training.guides"},
     {"training.generation"},
-    {"training.editing"},
-    {"training.editing_vae", "training.dataset_likelihood"},
+    {"training.editing", "training.dataset_likelihood"},
     {"training.monitoring"},
     {"training.training_loop"},
     {"training.launch"},
