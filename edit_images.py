@@ -269,12 +269,12 @@ def interpolate(
         if seeds is not None:
             noise, cond = editor.ends_of_seeds(seeds)
         else:
-            images = editor.images_of(data, indices)
+            images = editor.images_of(str(data), indices)
             noise, cond = editor.encode(images), images.cond
         pictures = editor.interpolate(noise, cond, frames)
     else:
         editor = open_vae(opts)
-        latents = editor.draw(seeds) if seeds is not None else editor.encode(editor.images_of(data, indices))
+        latents = editor.draw(seeds) if seeds is not None else editor.encode(editor.images_of(str(data), indices))
         pictures = editor.interpolate(latents, frames)
     rows = {f"{a:06d}-{b:06d}": row for a, b, row in zip(chosen[:-1], chosen[1:], pictures, strict=True)}
     captions = [f"{k / (frames - 1):.2f}" for k in range(frames)]

@@ -17,11 +17,11 @@ SINGULAR = 1e-6  # singular values below this share of the largest count as zero
 class Operator(Protocol):
     """A linear operator on images."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, /) -> torch.Tensor:
         """A x of images [N, C, H, W]."""
         ...
 
-    def adjoint(self, y: torch.Tensor) -> torch.Tensor:
+    def adjoint(self, y: torch.Tensor, /) -> torch.Tensor:
         """A^T y, [N, C, H, W]."""
         ...
 
