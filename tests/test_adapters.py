@@ -36,7 +36,9 @@ def test_other_arguments_are_refused(net):
     x, sigma = torch.randn(2, 1, 8, 8), torch.ones(2)
     with pytest.raises(TypeError, match="unknown argument 'cond_scale': this denoiser takes 'class_cond' alone"):
         ForKDiffusion(net, "class_cond")(x, sigma, cond_scale=2)
-    torch.testing.assert_close(ForKDiffusion(net, "class_cond")(x, sigma, class_cond=conditions(2)), net(x, sigma, conditions(2)))  # fmt: skip
+    torch.testing.assert_close(
+        ForKDiffusion(net, "class_cond")(x, sigma, class_cond=conditions(2)), net(x, sigma, conditions(2))
+    )
 
 
 def test_a_model_of_k_diffusions_kind():

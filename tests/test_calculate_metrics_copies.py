@@ -18,7 +18,13 @@ def test_copies_and_classes(tmp_path):
         files = {f"{i:06d}.png": png(arrays[i]) for i in chosen}
         make_dataset(tmp_path / f"{name}.zip", files, {f"{i:06d}.png": labels[i] for i in chosen})
     metrics = "vendi_pixels,memorisation_pixels,ct_pixels,balance_pixels"
-    tool("ref", f"--data={tmp_path / 'train.zip'}", f"--dest={tmp_path / 'train.npz'}", f"--metrics={metrics}", "--workers=0")  # fmt: skip
+    tool(
+        "ref",
+        f"--data={tmp_path / 'train.zip'}",
+        f"--dest={tmp_path / 'train.npz'}",
+        f"--metrics={metrics}",
+        "--workers=0",
+    )
     assert np.bincount(load_stats(tmp_path / "train.npz").classes).tolist() == np.bincount(labels[:900]).tolist()
     common = [f"--metrics={metrics}", "--num=400", "--workers=0", f"--held-out={tmp_path / 'held_out.zip'}"]
     fresh, copies = (
@@ -31,7 +37,10 @@ def test_copies_and_classes(tmp_path):
     assert ours["imbalance_pixels"] < 0.15 and ours["rarest_pixels"] > 0.5
     assert 1 < ours["vendi_pixels"] < 64
     record = next(record for record in records_of(fresh.output) if record["metric"] == "ct_pixels")
-    assert record["held_out"] == str(tmp_path / "held_out.zip") and record["held_out_statistics"] == "computed from its images"  # fmt: skip
+    assert (
+        record["held_out"] == str(tmp_path / "held_out.zip")
+        and record["held_out_statistics"] == "computed from its images"
+    )
     assert record["ref_statistics"] == "stored" and "held_out_hash" in record
     assert "ref" not in next(record for record in records_of(fresh.output) if record["metric"] == "vendi_pixels")
     # What cannot be.

@@ -32,7 +32,11 @@ def nets(tmp_path_factory):
     """A snapshot of a small network of each family of denoisers."""
     folder, paths = tmp_path_factory.mktemp("nets"), {}
     made = {"edm2": tiny_network()}
-    for name, preset in {"ve": SCORE_PRESETS["digits-ve"], "vp": SCORE_PRESETS["digits-vp"], "uvit": UVIT_PRESETS["digits-uvit"]}.items():  # fmt: skip
+    for name, preset in {
+        "ve": SCORE_PRESETS["digits-ve"],
+        "vp": SCORE_PRESETS["digits-vp"],
+        "uvit": UVIT_PRESETS["digits-uvit"],
+    }.items():
         torch.manual_seed(0)
         made[name] = preset_network(preset)
     for name, net in made.items():
@@ -51,7 +55,9 @@ def test_tasks_and_methods(nets, tmp_path, task, method):
     """Files and sheet as of the other commands; an image depends on its seed alone."""
     args = [f"--net={nets['edm2']}", f"--data={DIGITS}", *TASKS[task], f"--method={method}", *FAST, "--seed=3"]
     sheet = tmp_path / "sheet.png"
-    result = run_cli(edit, "restore", *args, "--indices=3,5", "--fills=2", f"--outdir={tmp_path / 'out'}", f"--sheet={sheet}")  # fmt: skip
+    result = run_cli(
+        edit, "restore", *args, "--indices=3,5", "--fills=2", f"--outdir={tmp_path / 'out'}", f"--sheet={sheet}"
+    )
     assert result.exit_code == 0, result.output
     assert "Known: " in result.output and "PSNR in dB: known " in result.output
     found = restored(tmp_path / "out")
@@ -76,7 +82,7 @@ def test_tasks_and_methods(nets, tmp_path, task, method):
                 "--blur-angle=45",
                 "--method=diffpir",
                 "--diffpir-weight=4",
-            ],  # fmt: skip
+            ],
             "motion over 3 pixels at 45 degrees, with noise 0.05 of the range of pixels; DiffPIR (lambda 4)",
         ),
         (
@@ -107,11 +113,16 @@ def test_families(nets, tmp_path, name):
     result = run_cli(edit, "restore", *args, *TASKS["mask"], f"--outdir={tmp_path / 'pigdm'}")
     assert result.exit_code == 0, result.output
     assert len(restored(tmp_path / "pigdm")) == 4
-    result = run_cli(edit, "restore", *args, *TASKS["super-resolution"], "--method=diffpir", f"--outdir={tmp_path / 'x'}")  # fmt: skip
+    result = run_cli(
+        edit, "restore", *args, *TASKS["super-resolution"], "--method=diffpir", f"--outdir={tmp_path / 'x'}"
+    )
     assert result.exit_code == 0, result.output
     dataset = ImageFolderDataset(DIGITS, use_labels=False)
     for i in range(4):
-        cells = [x.astype(float).reshape(4, 2, 4, 2).mean(axis=(1, 3)) for x in (dataset[i][0][0], restored(tmp_path / "x")[f"{i:06d}-00.png"])]  # fmt: skip
+        cells = [
+            x.astype(float).reshape(4, 2, 4, 2).mean(axis=(1, 3))
+            for x in (dataset[i][0][0], restored(tmp_path / "x")[f"{i:06d}-00.png"])
+        ]
         inside = ~((restored(tmp_path / "x")[f"{i:06d}-00.png"].reshape(4, 2, 4, 2) % 255 == 0).any(axis=(1, 3)))
         assert np.abs(cells[0] - cells[1])[inside].max(initial=0) <= 1  # what is not cut to the range of pixels
 
