@@ -50,7 +50,8 @@ def operator_for(config: RestorationConfig, mask: torch.Tensor | None, resolutio
 def measure(operator: Operator, x: torch.Tensor, noise: float, indices: list[int], seed: int) -> torch.Tensor:
     """y = A x + noise n of images; n depends on the seed and the index of the image alone."""
     y = operator(x)
-    draws = np.stack([np.random.default_rng([seed, index]).standard_normal(y.shape[1:]) for index in indices])
+    # The last number keeps them apart from the draws that choose which pixels are known.
+    draws = np.stack([np.random.default_rng([seed, index, 1]).standard_normal(y.shape[1:]) for index in indices])
     n = torch.from_numpy(draws).to(y.dtype).to(y.device)
     return y + noise * n * operator.observed(y)
 
