@@ -1,4 +1,4 @@
-"""Calculate metrics of images and networks: FID, FD-DINOv2, KID, inception score, precision and recall.
+"""Calculate metrics of images and networks: FID, FD-DINOv2, CMMD, precision and recall, memorisation and more.
 
 `calc` measures images in files, `gen` a network, and `ref` makes reference statistics: --help shows examples. Python
 callers find the published functions here.
@@ -6,8 +6,7 @@ callers find the published functions here.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +27,9 @@ from training.config.data import TRANSFORMS
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
-from training.config.metrics import DEFAULT_METRICS, DETECTORS, METRICS, RESIZE_MODES, parse_metrics
+from training.config.metrics import DEFAULT_METRICS, METRICS, RESIZE_MODES, parse_metrics, parse_weights
 
 if TYPE_CHECKING:
-    import torch
-
     from training.conversion.transforms import Fit
     from training.metrics import (
         calculate_metrics_from_stats,
@@ -40,8 +37,6 @@ if TYPE_CHECKING:
         calculate_stats_for_iterable,
         load_stats,
     )
-    from training.metrics.evaluation import Evaluation
-    from training.metrics.images import StoredImages
     from training.release import get_detector, metric_specs, parse_metric_list, save_stats
 
 # For Python callers, as in the published script.
@@ -57,25 +52,9 @@ __all__ = [
     "save_stats",
 ]
 
-GROUPS = 15  # of images, for error bars
 __getattr__ = imported_when_used(
     dict.fromkeys(__all__, "training.metrics") | dict.fromkeys(OF_RELEASE, "training.release")
 )
-
-
-def parse_weights(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
-    """Files of weights by detector, from NAME=PATH.
-
-    Raises:
-        UserError: an unknown detector, or no path.
-    """
-    weights = {}
-    for value in values:
-        name, _, path = value.partition("=")
-        if name not in DETECTORS or not path:
-            raise UserError(f"--detector-weights: {value!r} is not NAME=PATH with a NAME of {', '.join(DETECTORS)}")
-        weights[name] = path
-    return weights
 
 
 METRICS_OPTION = click.option(
@@ -105,17 +84,17 @@ WORKERS_OPTION = click.option(
 DETECTOR_OPTIONS = [
     click.option(
         "--resize",
-        help="How images are resized for DINOv2; pil = as in dgm-eval",
+        help="How images are resized for DINOv2 and CLIP; pil = as in dgm-eval",
         type=click.Choice(RESIZE_MODES),
         default="torch",
         show_default=True,
     ),
     click.option(
         "--detector-weights",
-        help="Weights of a detector: a file (inception) or folder (dinov2)  [default: downloaded once]",
+        help="Weights of a detector: a file (inception) or folder (dinov2, clip)  [default: downloaded once]",
         metavar="NAME=PATH",
         multiple=True,
-        callback=parse_weights,
+        callback=lambda _ctx, _param, values: parse_weights(values),
     ),
 ]
 MEASURING_OPTIONS = [
@@ -145,6 +124,11 @@ MEASURING_OPTIONS = [
         default=1,
         show_default=True,
     ),
+    click.option(
+        "--held-out",
+        help="Images of the same kind as --ref that training has not seen, for ct: statistics or images, as --ref",
+        metavar="PATH",
+    ),
     click.option("--error-bars", help="Standard errors of Frechet distances (jackknife)", is_flag=True),
     click.option(
         "--force", help="Compare even if another detector or resolution makes the figures incomparable", is_flag=True
@@ -173,11 +157,15 @@ FIT_OPTIONS = [
 
 @click.group(cls=CommandGroup)
 def main() -> None:
-    """Calculate metrics of images and networks: FID, FD-DINOv2, KID, IS, precision and recall.
+    """Calculate metrics of images and networks: distances, precision and recall, diversity, memorisation.
 
-    fid, fd_dinov2, fd_pixels: Frechet distance of features of Inception-v3, DINOv2, or pixels averaged to 8x8.
-    kid, kd_dinov2, kd_pixels: kernel distance. is: inception score. prdc, prdc_dinov2, prdc_pixels: precision, recall,
-    density and coverage. Those of pixels need no weights; they compare runs on small data, not with the literature.
+    fid, fd_dinov2, fd_clip, fd_pixels: Frechet distance of features of Inception-v3, DINOv2, CLIP, or pixels averaged
+    to 8x8. kid, kd_dinov2, kd_pixels: kernel distance; cmmd: that of CLIP with a Gaussian kernel. is: inception score.
+
+    Of the features of Inception-v3, or with _dinov2, _clip or _pixels after the name: prdc: precision, recall, density
+    and coverage. vendi: effective number of different images. memorisation: share of copies of the images of --ref.
+    ct: whether images are nearer to --ref than those of --held-out are. balance: shares of classes, as far as --ref
+    has classes. Those of pixels need no weights; they compare runs on small data, not with the literature.
 
     Under torchrun, the processes share the work.
     """
@@ -210,6 +198,7 @@ def calc(images: str, seed: int, num_images: int, repeat: int, batch: int, worke
     """
     from torch_utils import distributed
     from training.metrics.images import FileBatches, content_hash, open_images
+    from training.metrics.session import begin, finish, keep, show_summary
 
     distributed.init()
     with distributed.fail_together():
@@ -272,6 +261,7 @@ def gen(
 
     from torch_utils import distributed
     from training.generation import fetch, load
+    from training.metrics.session import begin, finish, keep
     from training.provenance import ImageRecord
 
     distributed.init()
@@ -330,6 +320,7 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
     from training.metrics.detectors import load_detectors
     from training.metrics.files import check_destination, save_stats
     from training.metrics.images import FileBatches, open_images
+    from training.metrics.session import set_up, show_summary
     from training.metrics.statistics import calculate_stats_for_iterable, last_stats
     from training.metrics.values import small_sample_note
 
@@ -338,7 +329,8 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
         check_not_input("--dest", dest, {"--data": data if Path(data).is_file() else None})
         check_destination(dest, with_features=any(METRICS[metric].array == "features" for metric in metrics))
         fit = chosen_fit(opts)
-        images = open_images(data, fit=fit)  # before anything is fetched
+        with_classes = any(METRICS[metric].needs_classes for metric in metrics)
+        images = open_images(data, fit=fit, classes=with_classes)  # before anything is fetched
         dest.parent.mkdir(parents=True, exist_ok=True)
         detectors = load_detectors(metrics, set_up(opts), opts["detector_weights"], opts["resize"])
     show_summary(images)
@@ -355,23 +347,6 @@ def ref(data: str, dest: Path, metrics: list[str], batch: int, workers: int, **o
     distributed.shutdown()
 
 
-def set_up(opts: Mapping[str, Any]) -> torch.device:
-    """The device of --device, ready for use."""
-    from torch_utils.device import select_device, set_up_device
-
-    device = select_device(opts["device"])
-    set_up_device(device)
-    return device
-
-
-def show_summary(images: StoredImages) -> None:
-    """Print what was found where the images are, and how it was understood."""
-    from torch_utils import distributed
-
-    for line in images.summary():
-        distributed.print0(line)
-
-
 def chosen_fit(opts: Mapping[str, Any]) -> Fit | None:
     """What --resolution and --transform do to images; None = nothing.
 
@@ -385,50 +360,6 @@ def chosen_fit(opts: Mapping[str, Any]) -> Fit | None:
     if opts["resolution"] is None:
         raise UserError(f"--transform={opts['transform']} needs --resolution=WxH")
     return Fit(opts["transform"], *opts["resolution"])
-
-
-def begin(opts: Mapping[str, Any], fit: Fit | None = None, workers: int = 2) -> Evaluation:
-    """The evaluation that the options describe, with its reference and detectors loaded.
-
-    Args:
-        fit, workers: for a reference that is a folder of images.
-    """
-    from torch_utils import distributed
-    from training.metrics.evaluation import Evaluation
-
-    distributed.init()
-    with distributed.fail_together():
-        device = set_up(opts)
-        if opts["outdir"] is not None:
-            opts["outdir"].mkdir(parents=True, exist_ok=True)
-    groups = GROUPS if opts["error_bars"] else 1
-    return Evaluation(
-        opts["metrics"], opts["ref"], device, opts["detector_weights"], opts["resize"], groups, opts["force"], fit,
-        workers,
-    )  # fmt: skip
-
-
-def keep(records: list[dict[str, Any]], opts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The records of a run, saved in --outdir before the next run begins."""
-    from torch_utils import distributed
-    from training.metrics.evaluation import save_records
-
-    with distributed.fail_together():
-        if opts["outdir"] is not None:
-            save_records(opts["outdir"], records)
-    return records
-
-
-def finish(runs: Sequence[Sequence[Mapping[str, Any]]], opts: Mapping[str, Any]) -> None:
-    """Print the results as a table, with --json also their records, and end the distributed session."""
-    from torch_utils import distributed
-    from training.metrics.evaluation import format_results
-
-    if distributed.get_rank() == 0:
-        print(format_results(runs))
-        for record in (record for run in runs for record in run if opts["as_json"]):
-            print(json.dumps(record))
-    distributed.shutdown()
 
 
 if __name__ == "__main__":

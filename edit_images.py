@@ -7,11 +7,10 @@ import click
 
 from dnnlib.cli import CommandGroup, device_option, offline_option, parse_int_list, parsed_by, with_options
 from dnnlib.errors import UserError
-from dnnlib.files import check_not_input
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
+from training.config.generation import NetworksConfig, SamplingConfig, check_seed
+from training.config.restoration import MaskConfig, RestorationConfig
 
-FLOW_SOLVER = "rk45"  # what carries images to noise, and back
 NET_OPTION = click.option(
     "--net", help="Network snapshot: a file, a Hugging Face folder, or a URL", metavar="FILE", required=True
 )
@@ -76,95 +75,13 @@ def main() -> None:
     """Edit images with a trained network."""
 
 
-def open_editor(opts: dict[str, Any], batch: int, flow: bool = False) -> Any:
-    """The denoiser that the options name; with `flow`, sampled by the probability flow."""
-    from training.editing import Editor
-    from training.generation import fetch, load
-
-    if flow and (opts["sampler"] or FLOW_SOLVER) != FLOW_SOLVER:
-        raise UserError(f"--sampler={opts['sampler']}: noise and images are matched by {FLOW_SOLVER}: leave it out")
-    config = GenerationConfig.take({**opts, "sampler": FLOW_SOLVER} if flow else opts)
-    fetch(config.networks)
-    return Editor(load(config), batch)
-
-
-def works_with_denoiser(opts: dict[str, Any]) -> bool:
-    """Whether the network is a denoiser, rather than an NVAE."""
-    from training.families import ARCHITECTURES
-    from training.snapshot import open_snapshot
-
-    if opts["net"] is None:
-        return True  # a preset
-    name = open_snapshot(opts["net"], preset=opts["arch"]).description.architecture.name
-    return name not in ARCHITECTURES or ARCHITECTURES[name].is_denoiser
-
-
-def open_vae(opts: dict[str, Any]) -> Any:
-    """The NVAE that the options name."""
-    from training.editing_vae import Editor
-
-    given = [name for name, value in opts.items() if value is not None and name not in ("net", "arch", "device")]
-    if given:
-        raise UserError(f"--{given[0].replace('_', '-')} has no effect on NVAE: leave it out")
-    return Editor(opts["net"], opts["device"] or "auto", opts["arch"])
-
-
-def check_places(outdir: Path | None, sheet: Path | None, inputs: dict[str, Any]) -> None:
-    """Refuse (UserError) to write over what other options ask to read, and into a dataset; sheets are PNG files."""
-    from torch_utils.pictures import check_picture
-
-    if outdir is not None:
-        check_not_input("--outdir", outdir, inputs)
-    if sheet is not None:
-        check_picture("--sheet", sheet, inputs)
-
-
-def draw_sheet(path: Path, pictures: Any, captions: list[str]) -> None:
-    """Contact sheet of pictures [N, C, H, W] in rows, each with these captions."""
-    from torch_utils.pictures import drawable, image_grid, save_image
-
-    columns = len(captions)
-    save_image(path, image_grid(drawable(pictures), columns, captions * (len(pictures) // columns)))
-    print(f"Contact sheet: {path}")
-
-
-def save_results(outdir: Path, sheet: Path | None, rows: dict[str, Any], originals: Any, captions: list[str]) -> None:
-    """Results {name: [K, C, H, W]} as files {name}-{k}.png, and a sheet of originals and results, a row for each."""
-    import torch
-
-    from torch_utils.pictures import save_image
-
-    shown = []
-    for (name, pictures), before in zip(rows.items(), originals, strict=True):
-        for k, picture in enumerate(pictures):
-            save_image(outdir / f"{name}-{k:02d}.png", picture.cpu().numpy())
-        shown.append(torch.cat([before, pictures]))
-    if sheet is not None:
-        draw_sheet(sheet, torch.cat(shown), captions)
-    print(f"{sum(map(len, rows.values()))} images in {outdir}")
-
-
 @main.command()
-@with_options([data_option(), INDICES_OPTION])
-@click.option(
-    "--mask", help="A picture: white is kept, black is filled in", metavar="FILE", type=click.Path(path_type=Path)
-)
-@click.option(
-    "--box", help="Fill in this box of pixels", metavar="LEFT,TOP,RIGHT,BOTTOM", callback=parsed_by(parse_int_list)
-)
-@click.option(
-    "--ratio",
-    help="Fill in that share of all pixels, here and there",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-)
+@with_options([data_option(), INDICES_OPTION, *click_options(MaskConfig)])
 @with_options([*FILL_OPTIONS, OUTDIR_OPTION, sheet_option(required=False), BATCH_OPTION])
 @denoiser_options
 def inpaint(
     data: str,
     indices: list[int],
-    mask: Path | None,
-    box: list[int] | None,
-    ratio: float | None,
     fills: int,
     seed: int,
     outdir: Path,
@@ -179,34 +96,61 @@ def inpaint(
       python edit_images.py inpaint --net=out/ve/network-snapshot-0000114-ema.safetensors --sampler=pc --steps=200 \\
           --data=datasets/digits.zip --box=0,4,8,8 --outdir=out/inpainted --sheet=out/inpainted.png
     """
-    from training import editing
-
-    if [mask, box, ratio].count(None) != 2:
-        raise UserError("what is to be filled in? Give one of --mask, --box and --ratio")
-    if box is not None and len(box) != 4:
-        raise UserError(f"--box: four numbers LEFT,TOP,RIGHT,BOTTOM, not {len(box)}")
+    masks = MaskConfig.take(opts)
+    masks.check()
     check_seed(seed + fills * (max(indices) + 1))
-    check_places(outdir, sheet, {"--data": data, "--mask": mask})
+
+    from training.editing.masks import known_pixels
+    from training.editing.session import check_places, open_editor, save_fills
+
+    check_places(outdir, sheet, {"--data": data, "--mask": masks.path})
     editor = open_editor(opts, batch)
     images = editor.images_of(data, indices)
-    resolution = editor.net.spec.resolution
-    if mask is not None:
-        known = editing.mask_of_file(mask, resolution)
-    elif box is not None:
-        known = editing.mask_of_box(box, resolution)
-    else:
-        known = editing.mask_of_ratio(ratio or 0.0, indices, seed, resolution)
+    known = known_pixels(masks, indices, seed, editor.net.spec.resolution)
     filled = editor.inpaint(images, known, fills, seed)
     hidden = (images.pixels * known.to(images.pixels.device)).to(images.pixels.dtype)
     save_fills(outdir, sheet, images, hidden, filled, ["image", "known", *["filled"] * fills])
 
 
-def save_fills(outdir: Path, sheet: Path | None, images: Any, known: Any, fills: Any, captions: list[str]) -> None:
-    """Fills [N, K, C, H, W] of images, and a sheet of each image, what is known of it, and its fills."""
-    import torch
+@main.command()
+@with_options([data_option(), INDICES_OPTION, *click_options(RestorationConfig)])
+@with_options([*FILL_OPTIONS, OUTDIR_OPTION, sheet_option(required=False), BATCH_OPTION])
+@denoiser_options
+def restore(
+    data: str,
+    indices: list[int],
+    fills: int,
+    seed: int,
+    outdir: Path,
+    sheet: Path | None,
+    batch: int,
+    **opts: Any,
+) -> None:
+    """Damage images and restore them, several times each: enlarge, deblur, or fill in what noise has not hidden.
 
-    rows = {f"{index:06d}": pictures for index, pictures in zip(images.indices, fills, strict=True)}
-    save_results(outdir, sheet, rows, torch.stack([images.pixels, known], dim=1), captions)
+    What is known of an image is a linear function of it with noise, drawn by --seed for each image. Restored images
+    agree with it as far as the noise allows, and differ where it leaves a choice.
+
+    \b
+    Examples:
+      python edit_images.py restore --net=out/digits --task=super-resolution --data=datasets/digits.zip \\
+          --outdir=out/enlarged --sheet=out/enlarged.png
+      python edit_images.py restore --net=out/digits --task=deblur --blur=motion --blur-width=3 --method=diffpir \\
+          --noise=0.1 --data=datasets/digits.zip --outdir=out/deblurred --sheet=out/deblurred.png
+    """
+    config = RestorationConfig.take(opts)
+    check_seed(seed + fills * (max(indices) + 1))
+
+    from training.editing.restoring import restore_images
+    from training.editing.session import check_places, open_editor, save_fills
+
+    check_places(outdir, sheet, {"--data": data, "--mask": config.masks.path})
+    editor = open_editor(opts, batch)
+    images = editor.images_of(data, indices)
+    print(f"Known: {config.describe()}")
+    damaged, restored, lines = restore_images(editor, images, config, fills, seed)
+    save_fills(outdir, sheet, images, damaged, restored, ["image", "known", *["restored"] * fills])
+    print("\n".join(lines))
 
 
 @main.command()
@@ -229,6 +173,8 @@ def colorize(
       python edit_images.py colorize --net=checkpoint_24.pth --arch=ve/cifar10_ncsnpp_continuous --sampler=pc \\
           --steps=1000 --data=photos.zip --outdir=out/coloured --sheet=out/coloured.png
     """
+    from training.editing.session import check_places, open_editor, save_fills
+
     check_seed(seed + fills * (max(indices) + 1))
     check_places(outdir, sheet, {"--data": data})
     editor = open_editor(opts, batch)
@@ -254,6 +200,7 @@ def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batc
     import numpy as np
 
     from dnnlib.files import atomic_write
+    from training.editing.session import check_places, draw_sheet, open_editor
 
     check_places(outdir, sheet, {"--data": data})
     editor = open_editor(opts, batch, flow=True)
@@ -311,6 +258,9 @@ def interpolate(
     chosen = indices if seeds is None else seeds
     if len(chosen) < 2:
         raise UserError("to blend, two images are needed: see --indices and --seeds")
+
+    from training.editing.session import check_places, open_editor, open_vae, save_results, works_with_denoiser
+
     check_places(outdir, sheet, {"--data": data})
     if seeds is not None:
         check_seed(max(seeds))
@@ -319,12 +269,12 @@ def interpolate(
         if seeds is not None:
             noise, cond = editor.ends_of_seeds(seeds)
         else:
-            images = editor.images_of(data, indices)
+            images = editor.images_of(str(data), indices)
             noise, cond = editor.encode(images), images.cond
         pictures = editor.interpolate(noise, cond, frames)
     else:
         editor = open_vae(opts)
-        latents = editor.draw(seeds) if seeds is not None else editor.encode(editor.images_of(data, indices))
+        latents = editor.draw(seeds) if seeds is not None else editor.encode(editor.images_of(str(data), indices))
         pictures = editor.interpolate(latents, frames)
     rows = {f"{a:06d}-{b:06d}": row for a, b, row in zip(chosen[:-1], chosen[1:], pictures, strict=True)}
     captions = [f"{k / (frames - 1):.2f}" for k in range(frames)]
@@ -367,12 +317,14 @@ def reconstruct(
           --data=datasets/digits.zip --keep=3,2,1 --sheet=out/digits-nvae/reconstructions.png
     """
     from torch_utils.pictures import save_image
-    from training import editing_vae
+    from training.editing.session import check_places
+    from training.editing.vae import Editor, save_sheet
+    from training.editing.vae import reconstruct as reconstructions
 
     check_places(outdir, sheet, {"--net": net, "--data": data})
-    editor = editing_vae.Editor(net, device)
-    images, picture = editing_vae.reconstruct(editor, editor.images_of(data, indices), keep, temperature)
-    editing_vae.save_sheet(sheet, picture)
+    editor = Editor(net, device)
+    images, picture = reconstructions(editor, editor.images_of(data, indices), keep, temperature)
+    save_sheet(sheet, picture)
     if outdir is not None:
         outdir.mkdir(parents=True, exist_ok=True)
         for index, image in zip(indices, images, strict=True):
@@ -425,12 +377,15 @@ def traverse(
       python edit_images.py traverse --net=out/digits-nvae/network-snapshot-0000051.safetensors \\
           --seeds=0-5 --outdir=out/digits-nvae/traversal
     """
-    from training import editing_vae
-
     if (data is None) == (seeds is None):
         raise UserError("which images? Give --data, or --seeds of images to generate")
+
+    from training.editing.session import check_places
+    from training.editing.vae import Editor, save_sheet
+    from training.editing.vae import traverse as traversal
+
     check_places(outdir, None, {"--data": data})
-    editor = editing_vae.Editor(net, device)
+    editor = Editor(net, device)
     count = editor.net.num_groups
     groups = list(range(count)) if groups is None else groups
     if max(groups) >= count:
@@ -441,7 +396,7 @@ def traverse(
         latents = editor.encode(editor.images_of(str(data), indices))
     for group in groups:
         path = outdir / f"{editor.name_of_group(group).replace(' ', '-')}.png"
-        editing_vae.save_sheet(path, editing_vae.traverse(editor, latents, group, columns, temperature))
+        save_sheet(path, traversal(editor, latents, group, columns, temperature))
         print(f"Contact sheet: {path}")
 
 

@@ -299,6 +299,30 @@ def dinov2_folder(tmp_path_factory):
     return write_dinov2(tmp_path_factory.mktemp("dinov2"))
 
 
+def write_clip(folder, tensors: str = "model.safetensors", seed: int = 0, **changes):
+    """The folder of a tiny CLIP with random weights, as the hub has the whole of it."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    vision = dict(**sizes, image_size=28, patch_size=14, projection_dim=12)
+    text = dict(**sizes, vocab_size=20, max_position_embeddings=8, projection_dim=12)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    torch.manual_seed(seed)
+    state = {name: tensor.contiguous() for name, tensor in CLIPModel(config).state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), **changes}))
+    if tensors == "model.safetensors":
+        safetensors.torch.save_file(state, folder / tensors)
+    else:  # with what older files hold besides
+        torch.save({**state, "vision_model.embeddings.position_ids": torch.arange(5)[None]}, folder / tensors)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Latents
 

@@ -342,10 +342,12 @@ def test_impossible_destinations_are_refused_before_measuring(tmp_path, monkeypa
         (["--metrics=FID"], "no such metric: 'FID'; did you mean fid?"),
         (["--metrics="], "no such metric: ''"),
         (["--num=1"], "--num"),
-        (["--detector-weights=vgg=x"], "'vgg=x' is not NAME=PATH with a NAME of inception, dinov2, pixels"),
+        (["--detector-weights=vgg=x"], "'vgg=x' is not NAME=PATH with a NAME of inception, dinov2, clip, pixels"),
         (["--detector-weights=pixels=x"], "the detector pixels has no weights"),
         (["--detector-weights=inception=x"], "--detector-weights=inception: no metric of --metrics uses it"),
-        (["--resize=pil"], "--resize=pil: no metric of --metrics uses DINOv2"),
+        (["--resize=pil"], "--resize=pil: no metric of --metrics uses DINOv2 or CLIP"),
+        (["--held-out=x"], "--held-out: no metric of --metrics uses it"),
+        (["--metrics=ct_pixels"], "ct_pixels needs images that training has not seen: calculate_metrics.py --held-out"),
     ],
 )
 def test_bad_options(options, fragment, digits_ref):

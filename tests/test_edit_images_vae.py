@@ -6,7 +6,7 @@ import torch
 from conftest import DIGITS, assert_all_options, fails_with, make_dataset, random_images, run_cli
 
 from edit_images import main
-from training.editing_vae import Editor, reconstruct, traverse
+from training.editing.vae import Editor, reconstruct, traverse
 
 reconstruct_command, traverse_command = (main.commands[name] for name in ("reconstruct", "traverse"))
 

@@ -88,7 +88,8 @@ class DiffusionGenerator:
 
     Args:
         spec: shape of the noise, and what conditions are.
-        sample: (noise, cond, rnd) -> latents. Where known parts can be put back: (noise, cond, rnd, control).
+        sample: (noise, cond, rnd) -> latents. Where known parts can be put back, or the denoiser exchanged: also with
+            `control` and `wrap`, see `__call__`.
         classes: the rule by which images get classes.
         facts: what `sample` is, as plain JSON values.
 
@@ -121,9 +122,16 @@ class DiffusionGenerator:
         cond: torch.Tensor | None,
         rnd: StackedRandomGenerator,
         control: AfterUpdate | None = None,
+        wrap: Callable[[Denoiser], Denoiser] | None = None,
     ) -> torch.Tensor:
-        """Final latents [N, C, H, W]; `control` puts known parts back after each update of the sampler."""
-        return self.sample(noise, cond, rnd) if control is None else self.sample(noise, cond, rnd, control)
+        """Final latents [N, C, H, W].
+
+        Args:
+            control: puts known parts back after each update of the sampler.
+            wrap: makes the denoiser that is followed of the one that is known.
+        """
+        given = {"control": control, "wrap": wrap}
+        return self.sample(noise, cond, rnd, **{name: value for name, value in given.items() if value is not None})
 
     def describe(self) -> dict[str, Any]:
         labels = self.classes.describe() if self.spec.conditioning.num_classes else {"labels": "none"}
@@ -162,9 +170,10 @@ def diffusion_generator(
         cond: torch.Tensor | None,
         rnd: StackedRandomGenerator,
         control: AfterUpdate = unchanged,
+        wrap: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser,
     ) -> torch.Tensor:
         D = denoiser if combine is None else combine()
-        return sampler(D, noise, cond, randn_like=rnd.randn_like, after_update=control)
+        return sampler(wrap(D), noise, cond, randn_like=rnd.randn_like, after_update=control)
 
     facts = {"sampler": sampler.describe() | guidance.describe(by_classifier), "precision": precision}
     return DiffusionGenerator(spec, sample, ClassChoice.of(sampling, spec.conditioning.num_classes), facts)

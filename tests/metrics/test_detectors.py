@@ -11,10 +11,10 @@ from dnnlib.errors import UserError
 from training.metrics.detectors import load_detector, load_detectors
 
 
-@pytest.fixture(scope="module", params=["inception", "dinov2 torch", "dinov2 pil", "pixels"])
-def detector(request, inception_file, dinov2_folder):
+@pytest.fixture(scope="module", params=["inception", "dinov2 torch", "dinov2 pil", "clip torch", "clip pil", "pixels"])
+def detector(request, inception_file, dinov2_folder, clip_folder):
     name, _, resize = request.param.partition(" ")
-    weights = {"inception": inception_file, "dinov2": dinov2_folder, "pixels": None}[name]
+    weights = {"inception": inception_file, "dinov2": dinov2_folder, "clip": clip_folder, "pixels": None}[name]
     return load_detector(name, "cpu", weights, resize or "torch")
 
 
@@ -49,11 +49,12 @@ def test_other_images(detector, images, fragment):
         detector(images)
 
 
-def test_description(detector, inception_file, dinov2_folder):
+def test_description(detector, inception_file, dinov2_folder, clip_folder):
     facts = detector.describe()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["detector"] == detector.name
-    files = {"inception": inception_file, "dinov2": dinov2_folder / "model.safetensors"}
+    folders = {"dinov2": dinov2_folder, "clip": clip_folder}
+    files = {"inception": inception_file, **{name: path / "model.safetensors" for name, path in folders.items()}}
     path = files.get(detector.name)
     assert facts["weights"] == (None if path is None else hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -70,12 +71,13 @@ def test_pixels(shape, check):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (dict(name="vgg"), r"unknown detector 'vgg' \(known: inception, dinov2, pixels\)"),
+        (dict(name="vgg"), r"unknown detector 'vgg' \(known: inception, dinov2, clip, pixels\)"),
         (dict(name="dinov2", resize="clean"), r"unknown resize mode 'clean' \(known: torch, pil\)"),
-        (dict(name="inception", resize="pil"), "for the detector dinov2, not for inception"),
+        (dict(name="inception", resize="pil"), "for the detectors dinov2 and clip, not for inception"),
         (dict(name="pixels", weights="a.pth"), "a.pth: the detector pixels has no weights"),
         (dict(name="inception", weights="nowhere.pth"), "nowhere.pth: no such file"),
         (dict(name="dinov2", weights="nowhere"), "nowhere/config.json: no such file"),
+        (dict(name="clip", weights="nowhere"), "nowhere/config.json: no such file: the weights of clip are a folder"),
     ],
 )
 def test_wrong_arguments(arguments, fragment):
@@ -90,5 +92,5 @@ def test_detectors_of_metrics(dinov2_folder):
     assert detectors["fd_dinov2"].describe()["resize"].startswith("pil")
     with pytest.raises(UserError, match="--detector-weights=dinov2: no metric of --metrics uses it"):
         load_detectors(["fd_pixels"], "cpu", {"dinov2": dinov2_folder})
-    with pytest.raises(UserError, match="--resize=pil: no metric of --metrics uses DINOv2"):
+    with pytest.raises(UserError, match="--resize=pil: no metric of --metrics uses DINOv2 or CLIP"):
         load_detectors(["fd_pixels"], "cpu", resize="pil")

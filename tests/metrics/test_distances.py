@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
-from training.metrics import distances
+from training.metrics import arrays, distances
 from training.metrics.distances import (
     frechet_distance,
     frechet_error,
+    gaussian_mmd,
     inception_score,
     kernel_distance,
     neighbour_scores,
@@ -203,6 +204,51 @@ def test_kernel_distance_of_too_few(n, m):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# CMMD
+
+
+@pytest.mark.parametrize("blocks", [(1024, 4096), (3, 2)])
+def test_cmmd_by_double_loop(blocks, monkeypatch):
+    """Both estimates, of sets of different sizes."""
+    monkeypatch.setattr(arrays, "ROWS", blocks[0])
+    monkeypatch.setattr(arrays, "COLUMNS", blocks[1])
+    rng = np.random.default_rng(13)
+    x, y = rng.standard_normal([7, 3]), 2 * rng.standard_normal([5, 3]) + 1
+
+    def k(a, b):
+        return math.exp(-np.square(a - b).sum() / (2 * 1.5**2))
+
+    def mean(pairs):
+        return np.mean([k(a, b) for a, b in pairs])
+
+    between = mean(itertools.product(x, y))
+    unbiased = mean(itertools.permutations(x, 2)) + mean(itertools.permutations(y, 2)) - 2 * between
+    biased = mean(itertools.product(x, x)) + mean(itertools.product(y, y)) - 2 * between
+    assert gaussian_mmd(x, y, bandwidth=1.5, scale=10) == pytest.approx((10 * unbiased, 10 * biased), rel=1e-9)
+
+
+def test_cmmd_in_closed_form():
+    """Of two points, and on average over draws of two normal distributions: E k(a, b) for a - b ~ N(m, v I) is
+    (1 + v / s^2)^(-D / 2) exp(-|m|^2 / (2 (s^2 + v)))."""
+    a, b = np.zeros([3, 4]), np.full([2, 4], 5.0)
+    expected = 1000 * (2 - 2 * math.exp(-100 / 200))  # |a - b|^2 = 100, sigma = 10
+    assert gaussian_mmd(a, b) == pytest.approx((expected, expected), rel=1e-12)
+    s, m, D = 2.0, 1.0, 3
+    within, between = (1 + 2 / s**2) ** (-D / 2), (1 + 2 / s**2) ** (-D / 2) * math.exp(-D * m**2 / (2 * (s**2 + 2)))
+    rng = np.random.default_rng(14)
+    draws = [gaussian_mmd(rng.standard_normal([20, D]), m + rng.standard_normal([30, D]), s, 1) for _ in range(300)]
+    unbiased, biased = np.array(draws).T
+    error = unbiased.std() / math.sqrt(len(draws))
+    assert abs(unbiased.mean() - 2 * (within - between)) < 4 * error < (biased - unbiased).mean()
+    assert (biased - unbiased).mean() == pytest.approx((1 - within) * (1 / 20 + 1 / 30), rel=0.02)
+
+
+def test_cmmd_of_too_few():
+    with pytest.raises(UserError, match="2 or more images of each set; there are 5 and 1"):
+        gaussian_mmd(np.zeros([5, 2]), np.zeros([1, 2]))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Inception score
 
 
@@ -255,8 +301,8 @@ def brute_force(real: np.ndarray, fake: np.ndarray, k_precision: int, k_density:
 @pytest.mark.parametrize("ks", [(3, 5), (2, 1)])
 @pytest.mark.parametrize("blocks", [(1024, 4096), (7, 5), (5, 12), (1, 1)])
 def test_neighbours_by_brute_force(blocks, ks, monkeypatch):
-    monkeypatch.setattr(distances, "ROWS", blocks[0])
-    monkeypatch.setattr(distances, "COLUMNS", blocks[1])
+    monkeypatch.setattr(arrays, "ROWS", blocks[0])
+    monkeypatch.setattr(arrays, "COLUMNS", blocks[1])
     rng = np.random.default_rng(8)
     real, fake = rng.standard_normal([30, 3]), rng.standard_normal([23, 3]) * 1.5 + 0.7
     expected = brute_force(real, fake, *ks)
@@ -291,7 +337,7 @@ def test_neighbours_of_too_few():
     neighbour_scores(many, few)
 
 
-@pytest.mark.parametrize("function", [kernel_distance, neighbour_scores])
+@pytest.mark.parametrize("function", [kernel_distance, neighbour_scores, gaussian_mmd])
 def test_wrong_features(function):
     with pytest.raises(UserError, match=r"\[1001, 2\] and \[1001, 3\]"):
         function(np.zeros([1001, 2]), np.zeros([1001, 3]))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from measuring import PIXELS, random_batches, stats_of
 
 from dnnlib.errors import UserError
@@ -16,6 +17,8 @@ from training.metrics.distances import (
     kernel_distance,
     neighbour_scores,
 )
+from training.metrics.diversity import vendi_score
+from training.metrics.memorisation import copying_score, memorisation
 
 
 def test_each_metric_is_its_distance(monkeypatch):
@@ -32,25 +35,33 @@ def test_each_metric_is_its_distance(monkeypatch):
     }
 
 
-def test_all_metrics_in_one_pass(inception_file, dinov2_folder, monkeypatch):
+def test_all_metrics_in_one_pass(inception_file, dinov2_folder, clip_folder, monkeypatch):
     monkeypatch.setattr(kernel_distance, "__defaults__", (3, 10, 0))
-    detectors = load_detectors(METRICS, weights={"inception": inception_file, "dinov2": dinov2_folder})
+    monkeypatch.setattr(memorisation, "__defaults__", (5, 0.5))
+    monkeypatch.setattr(copying_score, "__defaults__", (2, 5, 0))
+    weights = {"inception": inception_file, "dinov2": dinov2_folder, "clip": clip_folder}
+    detectors = load_detectors(METRICS, weights=weights)
     passes = 0
 
     def images():
         nonlocal passes
         passes += 1
-        yield from random_batches(2, 10)
+        for i, part in enumerate(random_batches(2, 10)):
+            yield EasyDict(images=part, classes=torch.arange(10) % 2, indices=range(10 * i, 10 * i + 10))
 
     stats = stats_of(images(), list(METRICS), detectors=detectors)
-    assert passes == 1 and set(detectors) == {"fid", "fd_dinov2", "fd_pixels"}
+    assert passes == 1 and set(detectors) == {"fid", "fd_dinov2", "fd_clip", "fd_pixels"}
     few = np.s_[:100]  # of the 2048 features, whose distance takes long
-    stats.fid.update(mu=stats.fid.mu[few], sigma=stats.fid.sigma[few, few])
+    stats.fid.update(mu=stats.fid.mu[few], sigma=stats.fid.sigma[few, few], features=stats.fid.features[:, few])
     with pytest.warns(UserWarning, match="mostly reflects the small sample"):
-        results = calculate_metrics_from_stats(stats, stats, list(METRICS))
+        results = calculate_metrics_from_stats(stats, stats, list(METRICS), held_out=stats)
     assert results["fid"] == pytest.approx(0, abs=1e-5) and results["recall_dinov2"] == 1
     assert (results["is"], results["is_std"]) == inception_score(stats.fid.logits)
-    assert len(results) == 3 + 3 * 2 + 2 + 3 * 4
+    assert results["vendi_clip"] == vendi_score(stats.fd_clip.features)
+    assert results["cmmd"] < 0 and results["cmmd_biased"] == pytest.approx(0, abs=1e-9)
+    assert results["memorised"] == 1 and results["imbalance_pixels"] == 0 and results["rarest_clip"] == 1
+    assert results["ct"] == pytest.approx(0, abs=1e-6)  # all are copies, the held-out images, too
+    assert len(results) == 4 + 3 * 2 + 2 + 2 + 4 * (4 + 1 + 2 + 1 + 2)
 
 
 @pytest.mark.parametrize("verbose", [False, True])
@@ -82,6 +93,8 @@ def test_few_images_are_warned_of(verbose):
         (["prdc_pixels"], "no features for prdc_pixels"),
         (["is"], "no logits for is"),
         (["fid"], "no statistics for fid"),
+        (["balance_pixels"], "the reference has no classes for balance_pixels"),
+        (["ct_pixels"], "the set of held-out images has no features for ct_pixels"),
     ],
 )
 def test_statistics_that_lack_something(metrics, fragment):

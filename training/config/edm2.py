@@ -6,7 +6,7 @@ from typing import ClassVar
 from dnnlib.errors import UserError
 from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY
 from training.config.fields import FROM_PRESET, Config, option
-from training.config.metrics import METRIC_FILES
+from training.config.metrics import METRIC_FILES, METRICS
 from training.config.names import unknown_preset
 from training.config.training import PIXEL_CHANNELS, Ki, Mi, Preset, RunConfig, TrainConfig, parse_ints
 
@@ -416,8 +416,8 @@ def files_for(name: str) -> list[str]:
     Raises:
         UserError: no such preset, metric or model.
     """
-    if name in METRIC_FILES:
-        return METRIC_FILES[name]
+    if name in METRICS and METRICS[name].entry in METRIC_FILES:
+        return METRIC_FILES[METRICS[name].entry]
     if name in HUB_FILES:
         return [f"hf://{name}/{file}" for file in HUB_FILES[name]]
     preset = GENERATION_PRESETS.get(name)

@@ -15,8 +15,13 @@ METRIC_FILES = {
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
     ],
     "fd_dinov2": ["hf://facebook/dinov2-large/config.json", "hf://facebook/dinov2-large/model.safetensors"],
+    "fd_clip": [
+        "hf://openai/clip-vit-large-patch14-336/config.json",
+        "hf://openai/clip-vit-large-patch14-336/pytorch_model.bin",
+    ],
 }
-DETECTORS = ("inception", "dinov2", "pixels")
+DETECTORS = ("inception", "dinov2", "clip", "pixels")
+RESIZABLE = ("dinov2", "clip")  # the detectors that know both resize modes
 RESIZE_MODES = ("torch", "pil")
 DEFAULT_METRICS = ("fid", "fd_dinov2")
 
@@ -40,21 +45,56 @@ class Metric:
     @property
     def compares(self) -> bool:
         """Whether it takes a reference."""
-        return self.kind != "inception score"
+        return self.kind not in ("inception score", "vendi")
 
+    @property
+    def needs_classes(self) -> bool:
+        """Whether the reference must say of which class its images are."""
+        return self.kind == "balance"
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it also takes images that training has not seen."""
+        return self.kind == "copying"
+
+
+SUFFIXES = {"fid": "", "fd_dinov2": "_dinov2", "fd_clip": "_clip", "fd_pixels": "_pixels"}  # of metrics, by their entry
+_OF_ALL_FEATURES = {
+    "prdc": "neighbours",
+    "vendi": "vendi",
+    "memorisation": "memorisation",
+    "ct": "copying",
+    "balance": "balance",
+}
 
 METRICS = {
-    "fid": Metric("fid", "frechet"),
-    "fd_dinov2": Metric("fd_dinov2", "frechet"),
-    "fd_pixels": Metric("fd_pixels", "frechet"),
+    **{name: Metric(name, "frechet") for name in SUFFIXES},
     "kid": Metric("fid", "kernel"),
     "kd_dinov2": Metric("fd_dinov2", "kernel"),
     "kd_pixels": Metric("fd_pixels", "kernel"),
+    "cmmd": Metric("fd_clip", "gaussian kernel"),
     "is": Metric("fid", "inception score"),
-    "prdc": Metric("fid", "neighbours"),
-    "prdc_dinov2": Metric("fd_dinov2", "neighbours"),
-    "prdc_pixels": Metric("fd_pixels", "neighbours"),
+    **{
+        f"{name}{suffix}": Metric(entry, kind)
+        for name, kind in _OF_ALL_FEATURES.items()
+        for entry, suffix in SUFFIXES.items()
+    },
 }
+
+
+def parse_weights(values: Iterable[str]) -> dict[str, str]:
+    """Files of weights by detector, from NAME=PATH.
+
+    Raises:
+        UserError: an unknown detector, or no path.
+    """
+    weights = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if name not in DETECTORS or not path:
+            raise UserError(f"--detector-weights: {value!r} is not NAME=PATH with a NAME of {', '.join(DETECTORS)}")
+        weights[name] = path
+    return weights
 
 
 def parse_metrics(text: str) -> list[str]:

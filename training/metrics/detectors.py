@@ -1,4 +1,4 @@
-"""The detectors of all metrics, loaded by name: Inception-v3, DINOv2 and plain pixels."""
+"""The detectors of all metrics, loaded by name: Inception-v3, DINOv2, CLIP and plain pixels."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from dnnlib.errors import UserError
-from training.config.metrics import DETECTORS, METRICS, RESIZE_MODES
+from training.config.metrics import DETECTORS, METRICS, RESIZABLE, RESIZE_MODES
 from training.metrics.base import Detector
+from training.metrics.clip import CLIPDetector
 from training.metrics.dinov2 import DINOv2Detector
 from training.metrics.files import ENTRIES
 from training.metrics.inception import InceptionDetector
@@ -40,13 +41,13 @@ class PixelDetector(Detector):
 def load_detector(
     name: str, device: torch.device | str, weights: str | Path | None = None, resize: str = "torch"
 ) -> Detector:
-    """The detector called 'inception', 'dinov2' or 'pixels', ready for use.
+    """The detector called 'inception', 'dinov2', 'clip' or 'pixels', ready for use.
 
     Args:
         device: where it computes.
-        weights: file (inception) or folder (dinov2) of the weights; None = those of the published metrics, which are
-            downloaded once.
-        resize: how dinov2 resizes its images, 'torch' or 'pil'; the others have one way only.
+        weights: file (inception) or folder (dinov2, clip) of the weights; None = those of the published metrics, which
+            are downloaded once.
+        resize: how dinov2 and clip resize their images, 'torch' or 'pil'; the others have one way only.
 
     Raises:
         UserError: an unknown detector or resize mode, or weights that are missing, damaged or of another network.
@@ -56,13 +57,15 @@ def load_detector(
         raise UserError(f"unknown detector {name!r} (known: {', '.join(DETECTORS)})")
     if resize not in RESIZE_MODES:
         raise UserError(f"unknown resize mode {resize!r} (known: {', '.join(RESIZE_MODES)})")
-    if resize != "torch" and name != "dinov2":
-        raise UserError(f"resize mode {resize!r} is for the detector dinov2, not for {name}")
+    if resize != "torch" and name not in RESIZABLE:
+        raise UserError(f"resize mode {resize!r} is for the detectors {' and '.join(RESIZABLE)}, not for {name}")
     device = torch.device(device)
     if name == "inception":
         return InceptionDetector(device, weights)
     if name == "dinov2":
         return DINOv2Detector(device, weights, resize)
+    if name == "clip":
+        return CLIPDetector(device, weights, resize)
     if weights is not None:
         raise UserError(f"{weights}: the detector pixels has no weights")
     return PixelDetector(device)
@@ -74,13 +77,13 @@ def load_detectors(
     weights: Mapping[str, str | Path] | None = None,
     resize: str = "torch",
 ) -> dict[str, Detector]:
-    """The detectors that metrics need, by the entry of the statistics ('fid', 'fd_dinov2', 'fd_pixels').
+    """The detectors that metrics need, by the entry of the statistics ('fid', 'fd_dinov2', ...).
 
     Args:
         metrics: names of METRICS.
         device: where the detectors compute.
         weights: files of weights, by name of the detector; those not given are downloaded once.
-        resize: how images are resized for DINOv2, 'torch' or 'pil'.
+        resize: how images are resized for DINOv2 and CLIP, 'torch' or 'pil'.
 
     Raises:
         UserError: weights or a resize mode that no metric uses; also as `load_detector`.
@@ -91,9 +94,9 @@ def load_detectors(
     for name in weights:
         if name not in names.values():
             raise UserError(f"--detector-weights={name}: no metric of --metrics uses it: leave it out")
-    if resize != "torch" and "dinov2" not in names.values():
-        raise UserError(f"--resize={resize}: no metric of --metrics uses DINOv2: leave it out")
+    if resize != "torch" and not set(RESIZABLE) & set(names.values()):
+        raise UserError(f"--resize={resize}: no metric of --metrics uses DINOv2 or CLIP: leave it out")
     return {
-        entry: load_detector(name, device, weights.get(name), resize if name == "dinov2" else "torch")
+        entry: load_detector(name, device, weights.get(name), resize if name in RESIZABLE else "torch")
         for entry, name in names.items()
     }

@@ -1,20 +1,17 @@
 """DINOv2, the detector of FD-DINOv2, through the transformers library (optional)."""
 
-import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import PIL.Image
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import UserError
 from dnnlib.files import file_sha256
 from training.metrics.base import Detector
-from training.metrics.weights import check_finite, check_fit, fetch_weights
+from training.metrics.pretrained import build, file_of, read_safetensors, read_settings, resize_bicubic
+from training.metrics.weights import fetch_weights
 
 SETTINGS = (  # those of config.json that determine the features
     "hidden_size",
@@ -50,7 +47,10 @@ class DINOv2Detector(Detector):
 
     def __init__(self, device: torch.device, weights: str | Path | None = None, resize: str = "torch"):
         super().__init__(device)
-        config, tensors = fetch_weights("fd_dinov2") if weights is None else _files_in(Path(weights))
+        if weights is None:
+            config, tensors = fetch_weights("fd_dinov2")
+        else:
+            config, tensors = (file_of(Path(weights), (n,), self.name) for n in ("config.json", "model.safetensors"))
         self.resize, self.sha256 = resize, file_sha256(tensors)
         self.net = _load_dinov2(config, tensors)
         self.feature_dim = self.net.config.hidden_size
@@ -68,17 +68,7 @@ class DINOv2Detector(Detector):
 
     def resized(self, images: torch.Tensor) -> torch.Tensor:
         """float32 [N, 3, 224, 224] of uint8 [N, 3, H, W], both from 0 to 255."""
-        if self.resize == "pil":
-            out = np.empty([len(images), self.size, self.size, 3], dtype=np.uint8)
-            for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
-                picture = PIL.Image.fromarray(np.ascontiguousarray(image))
-                out[i] = np.asarray(picture.resize((self.size, self.size), PIL.Image.Resampling.BICUBIC))
-            return torch.from_numpy(out).permute(0, 3, 1, 2).to(self.device).float()
-        x = images.float()
-        if self.device.type == "mps":
-            x = x.cpu()  # torch 2.6 has no antialiased interpolation on MPS
-        size = (self.size, self.size)
-        return F.interpolate(x, size=size, mode="bicubic", antialias=True).to(self.device)
+        return resize_bicubic(images, self.size, self.resize)
 
     def _fit_positions(self) -> None:
         """Resample the position embeddings from the grid of the training images to that of 224x224.
@@ -96,57 +86,12 @@ class DINOv2Detector(Detector):
         embeddings.position_embeddings = nn.Parameter(fitted, requires_grad=False)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """config.json and model.safetensors.
-
-    Raises:
-        UserError: one is missing.
-    """
-    paths = [folder / "config.json", folder / "model.safetensors"]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(
-                f"{path}: no such file: the weights of dinov2 are a folder with config.json and model.safetensors"
-            )
-    return paths
-
-
 def _load_dinov2(config: Path, tensors: Path) -> Any:
     """The network of config.json and model.safetensors, float32, in evaluation mode."""
     try:
         from transformers import Dinov2Config, Dinov2Model
-        from transformers.utils import logging
     except ImportError:
         raise UserError("the detector dinov2 needs transformers: pip install transformers") from None
-    try:
-        settings = json.loads(config.read_text())
-        if type(settings) is not dict or settings.get("model_type") != "dinov2":
-            raise ValueError("its model_type is not dinov2")
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{config}: not the config.json of a DINOv2 ({one_line(err)})") from None
-    try:
-        state = safetensors.torch.load_file(tensors)
-    except (safetensors.SafetensorError, ValueError) as err:
-        raise UserError(f"{tensors}: damaged or truncated ({one_line(err)}): copy it again") from None
-    # transformers would warn of what does not fit; that is checked below.
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        net, found = cast(Any, Dinov2Model).from_pretrained(
-            None,
-            config=Dinov2Config(**{key: settings[key] for key in SETTINGS if key in settings}),
-            state_dict=state,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as err:  # wrong values raise all kinds of errors
-        raise UserError(f"{config}: does not describe a DINOv2 ({one_line(err)})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    wrong = [f"{name} has another shape" for name, *_ in found["mismatched_keys"]]
-    check_fit(tensors, found["missing_keys"], found["unexpected_keys"], wrong)
-    check_finite(tensors, net)
-    return net.eval().requires_grad_(False).float()
+    settings = read_settings(config, "dinov2", "DINOv2")
+    known = {key: settings[key] for key in SETTINGS if key in settings}
+    return build(Dinov2Model, lambda: Dinov2Config(**known), read_safetensors(tensors), config, tensors, "DINOv2")

@@ -1,19 +1,19 @@
 """Distances between sets of features, and scores of them, computed in float64."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from dnnlib.errors import UserError
 from dnnlib.progress import Progress
+from training.metrics.arrays import Array, blocks, checked_pair, double, nearest
 
-Array = np.ndarray | torch.Tensor
-ROWS, COLUMNS = 1024, 4096  # of a block of distances: 32 MiB
 SUBSET_SIZE = 1000  # of the kernel distance
 SPLITS = 10  # of the inception score
 K_PRECISION, K_DENSITY = 3, 5  # which neighbours
+CMMD_BANDWIDTH, CMMD_SCALE = 10, 1000  # as published
 PROGRESS_DELAY = 2  # seconds until a progress bar appears
 
 
@@ -37,7 +37,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     Raises:
         UserError: the shapes do not match, or a value is NaN or infinite.
     """
-    mu1, sigma1, mu2, sigma2 = (_double(x) for x in (mu1, sigma1, mu2, sigma2))
+    mu1, sigma1, mu2, sigma2 = (double(x) for x in (mu1, sigma1, mu2, sigma2))
     if not (mu1.ndim == 1 and mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
         raise UserError(
             f"statistics of different features cannot be compared: means {list(mu1.shape)} and {list(mu2.shape)}, "
@@ -77,10 +77,10 @@ def frechet_error(groups: Sequence[tuple[int, Array, Array]], mu: Array, sigma: 
         raise UserError(
             f"an error bar needs 2 or more groups of images, none empty, and 2 images outside each; these are {counts}"
         )
-    sums = [_double(x) for _, x, _ in groups]
-    products = [_double(xx) for _, _, xx in groups]
+    sums = [double(x) for _, x, _ in groups]
+    products = [double(xx) for _, _, xx in groups]
     sum_of_all, product_of_all = sum(sums[1:], sums[0]), sum(products[1:], products[0])
-    mu, sigma = _double(mu), _double(sigma)
+    mu, sigma = double(mu), double(sigma)
     root = _root(sigma)  # that of the reference, as it is the same for all groups
     distances = []
     parts = zip(counts, sums, products, strict=True)
@@ -138,7 +138,7 @@ def kernel_distance(
     Raises:
         UserError: one of the sets has no more than `subset_size` images, or holds NaN or infinity.
     """
-    x, y = _checked_pair(x, y)
+    x, y = checked_pair(x, y)
     smaller = min(len(x), len(y))
     if smaller <= subset_size:
         raise UserError(f"KID over subsets of {subset_size} images needs more than {subset_size}; there are {smaller}")
@@ -146,7 +146,7 @@ def kernel_distance(
 
     def draw(features: torch.Tensor) -> torch.Tensor:
         chosen = torch.randperm(len(features), generator=generator)[:subset_size]
-        return _double(features[chosen.to(features.device)])
+        return double(features[chosen.to(features.device)])
 
     values = [unbiased_mmd(draw(x), draw(y)) for _ in range(subsets)]
     variance = np.var(values, ddof=1) * (subset_size / (smaller - subset_size) + 1 / subsets)
@@ -169,6 +169,41 @@ def unbiased_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(within - 2 * kernel(x, y).mean())
 
 
+def gaussian_mmd(
+    x: Array, y: Array, bandwidth: float = CMMD_BANDWIDTH, scale: float = CMMD_SCALE
+) -> tuple[float, float]:
+    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603): squared maximum mean discrepancy under a Gaussian kernel.
+
+    With k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), it is scale (E k(x, x') + E k(y, y') - 2 E k(x, y)). The first
+    estimate is unbiased, as the paper defines it: it leaves out an image's kernel with itself, k(x_i, x_i) = 1, and may
+    be negative. The second one keeps it, as the tool of the paper does, and is never negative: it is larger by
+    scale ((1 - mean k(x, x')) / N + (1 - mean k(y, y')) / M), where the means are those of the first.
+
+    Returns:
+        The unbiased estimate, and the biased one.
+
+    Args:
+        x, y: features [N, D] and [M, D].
+        bandwidth: sigma.
+        scale: what the distance is multiplied by.
+
+    Raises:
+        UserError: one of the sets has fewer than 2 images, or holds NaN or infinity.
+    """
+    x, y = checked_pair(x, y)
+    if min(len(x), len(y)) < 2:
+        raise UserError(f"CMMD needs 2 or more images of each set; there are {len(x)} and {len(y)}")
+
+    def total(a: torch.Tensor, b: torch.Tensor) -> float:
+        parts = (float((squares / (-2 * bandwidth**2)).exp_().sum()) for _, _, squares in blocks(a, b))
+        return math.fsum(parts)
+
+    n, m = len(x), len(y)
+    xx, yy, between = total(x, x), total(y, y), total(x, y) / (n * m)
+    unbiased = (xx - n) / (n * (n - 1)) + (yy - m) / (m * (m - 1)) - 2 * between
+    return scale * unbiased, scale * (xx / n**2 + yy / m**2 - 2 * between)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Inception score
 
@@ -187,7 +222,7 @@ def inception_score(logits: Array, splits: int = SPLITS) -> tuple[float, float]:
         raise UserError(f"the inception score over {splits} splits needs {splits} or more images, not {len(logits)}")
     scores = []
     for part in torch.as_tensor(logits).tensor_split(splits):
-        log_p = _double(part).log_softmax(dim=1)
+        log_p = double(part).log_softmax(dim=1)
         log_mean = log_p.logsumexp(dim=0) - math.log(len(part))
         scores.append(float((log_p.exp() * (log_p - log_mean)).sum(dim=1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -223,19 +258,19 @@ def neighbour_scores(
     Raises:
         UserError: a set has no more than k images, or holds NaN or infinity.
     """
-    real, fake = _checked_pair(real, fake)
+    real, fake = checked_pair(real, fake)
     largest = max(k_precision, k_density)
     for name, features, k in [("real", real, largest), ("generated", fake, k_precision)]:
         if len(features) <= k:
             raise UserError(f"{k} nearest neighbours need more than {k} {name} images; there are {len(features)}")
-    near_real = _nearest(real, largest)
+    near_real, _ = nearest(real, real, largest, itself=False)
     radius, density_radius = near_real[:, k_precision - 1], near_real[:, k_density - 1]
-    fake_radius = _nearest(fake, k_precision)[:, -1]
+    fake_radius = nearest(fake, fake, k_precision, itself=False)[0][:, -1]
 
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool, device=real.device) for _ in range(2))
     inside = 0
-    for rows, columns, squares in _blocks(real, fake):
+    for rows, columns, squares in blocks(real, fake):
         precise[columns] |= (squares <= radius[rows, None]).any(dim=0)
         recalled[rows] |= (squares <= fake_radius[columns]).any(dim=1)
         in_ball = squares <= density_radius[rows, None]
@@ -247,52 +282,3 @@ def neighbour_scores(
         "density": inside / (k_density * len(fake)),
         "coverage": float(covered.double().mean()),
     }
-
-
-def _nearest(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Squared distances of each image to its k nearest others, float64 [N, k], ascending."""
-    best = torch.full([len(x), k], math.inf, dtype=torch.float64, device=x.device)
-    for rows, columns, squares in _blocks(x, x):
-        squares.diagonal(rows.start - columns.start).fill_(math.inf)  # the image itself
-        best[rows] = torch.cat([best[rows], squares], dim=1).topk(k, dim=1, largest=False).values
-    return best
-
-
-def _blocks(x: torch.Tensor, y: torch.Tensor) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Blocks of the squared distances between rows of x and of y: rows of x, rows of y, float64 values."""
-    for i in range(0, len(x), ROWS):
-        a = _double(x[i : i + ROWS])
-        for j in range(0, len(y), COLUMNS):
-            b = _double(y[j : j + COLUMNS])
-            lengths = a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1)
-            yield slice(i, i + len(a)), slice(j, j + len(b)), torch.addmm(lengths, a, b.mT, alpha=-2).clamp_(min=0)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Arrays
-
-
-def _double(x: Array) -> torch.Tensor:
-    """The array as a float64 tensor, on the CPU if its device has no float64.
-
-    Raises:
-        UserError: a value is NaN or infinite.
-    """
-    tensor = torch.as_tensor(x)
-    if not tensor.isfinite().all():
-        raise UserError("features or their statistics hold NaN or infinity: check the images and the detector")
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
-def _checked_pair(x: Array, y: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of features, [N, D] and [M, D], on a device that has float64.
-
-    Raises:
-        UserError: other shapes.
-    """
-    a, b = torch.as_tensor(x), torch.as_tensor(y)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise UserError(
-            f"sets of features must be of shapes [N, D] and [M, D], not {list(a.shape)} and {list(b.shape)}"
-        )
-    return (a.cpu(), b.cpu()) if a.device.type == "mps" else (a, b)

@@ -2,26 +2,23 @@
 
 import datetime
 import json
-import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dnnlib.download import is_url, open_url
 from dnnlib.errors import UserError
-from dnnlib.files import append_line, file_sha256
-from dnnlib.util import EasyDict, code_version
+from dnnlib.files import append_line
+from dnnlib.util import code_version
 from torch_utils import distributed
 from training.config.metrics import METRICS
 from training.dataset.decoding import Transform
 from training.metrics.detectors import load_detectors
-from training.metrics.files import load_stats
-from training.metrics.images import FileBatches, content_hash, open_images
+from training.metrics.reference import Reference
 from training.metrics.statistics import calculate_stats_for_iterable, last_stats
 from training.metrics.values import (
+    HELD_OUT,
     check_numbers,
     check_reference,
     metric_values,
@@ -36,17 +33,18 @@ class Evaluation:
 
     Args:
         metrics: names of METRICS.
-        ref: statistics, as a file or URL (see `load_stats`), or images: a folder, a ZIP file, or an .npz file of images
-            as ADM publishes them.
+        ref: statistics, as a file or URL, or images (see `Reference`).
         device: where the detectors compute.
         weights, resize: of the detectors, see `load_detectors`.
         groups: number of groups of images for error bars (see `frechet_error`); 1 = no error bars.
         force: compare even if another detector or resolution makes the figures incomparable.
         fit: of the images of the reference, see `open_images`.
         workers: processes that load these.
+        held_out: images that training has not seen, as `ref`; None = there are none.
 
     Raises:
-        UserError: the reference lacks what a metric needs, or a file is missing or damaged.
+        UserError: a reference lacks what a metric needs, there is none where one needs it, or a file is missing or
+            damaged.
         RunError: a download failed.
     """
 
@@ -61,46 +59,16 @@ class Evaluation:
         force: bool = False,
         fit: Transform | None = None,
         workers: int = 2,
+        held_out: str | None = None,
     ):
-        self.metrics, self.ref, self.groups, self.force = metrics, ref, groups, force
+        self.metrics, self.groups, self.force = metrics, groups, force
         with distributed.fail_together():
-            is_dataset = os.path.isdir(ref) or (ref.lower().endswith(".zip") and not is_url(ref))
-            path = Path(ref) if is_dataset else Path(open_url(ref, return_filename=True))
-            arrays = _arrays_of_npz(path)
-            holds_images = is_dataset or "arr_0.npy" in arrays
-            # Like ADM's own tool, prefer statistics in such a file to its images: they may be of more images.
-            self.stats = EasyDict() if holds_images and "mu.npy" not in arrays else load_stats(ref)
-            images = open_images(path, fit=fit) if is_dataset else None
-            self.ref_identity: dict[str, Any] = (
-                {"ref_sha256": file_sha256(path)}
-                if images is None
-                else {"ref_hash": content_hash(images), "ref_found": images.summary()}
-            )
-            lacking = [metric for metric in metrics if not self._is_stored(metric, holds_images)]
+            unseen = _that_need_held_out(metrics, held_out)
+            self.reference = Reference(ref, metrics, "the reference", fit)
+            self.held_out = None if held_out is None else Reference(held_out, unseen, HELD_OUT, fit)
             self.detectors = load_detectors(metrics, device, weights, resize)
-        self.stored = {metric for metric in metrics if metric not in lacking and METRICS[metric].compares}
-        if lacking:
-            self._measure_reference(FileBatches(images or open_images(path), num_workers=workers), lacking)
-
-    def _is_stored(self, metric: str, holds_images: bool) -> bool:
-        """Whether the file of the reference holds what a metric needs; if not, it must hold images."""
-        try:
-            check_reference(metric, self.stats)
-        except UserError:
-            if not holds_images:
-                raise
-            return False
-        return True
-
-    def _measure_reference(self, images: FileBatches, lacking: Sequence[str]) -> None:
-        """Add what metrics need and the file does not store, from its images."""
-        detectors = {METRICS[metric].entry: self.detectors[METRICS[metric].entry] for metric in lacking}
-        computed = last_stats(calculate_stats_for_iterable(images, lacking, detectors=detectors))
-        if self.stored:
-            del computed["num_images"]  # stored statistics may be of more images than the file holds
-        for entry in detectors:
-            computed[entry] = EasyDict({**computed[entry], **self.stats.get(entry, {})})
-        self.stats.update(computed)
+        for reference in filter(None, (self.reference, self.held_out)):
+            reference.measure(self.detectors, workers)
 
     def check(self, num_images: int, resolution: int) -> None:
         """Refuse images that cannot be compared, before they are generated or read.
@@ -112,10 +80,17 @@ class Evaluation:
             if distributed.get_rank() == 0:  # the others have no features
                 for metric in self.metrics:
                     detector = self.detectors[METRICS[metric].entry]
-                    check_reference(metric, self.stats, detector.feature_dim)
-                    check_numbers(metric, num_images, self.stats, self.groups)
-                    if not self.force:
-                        refuse(mismatches(metric, detector.describe(), resolution, self.stats))
+                    for reference in self._references(metric):
+                        check_reference(metric, reference.stats, detector.feature_dim, reference.what)
+                    check_numbers(metric, num_images, self.reference.stats, self.groups)
+                    for reference in self._references(metric):
+                        found = mismatches(metric, detector.describe(), resolution, reference.stats, reference.what)
+                        refuse([] if self.force else found)
+
+    def _references(self, metric: str) -> list[Reference]:
+        """All that a metric compares images with."""
+        held_out = [self.held_out] if self.held_out is not None and METRICS[metric].needs_held_out else []
+        return [self.reference, *held_out]
 
     def __call__(self, images: Iterable[Any], provenance: Mapping[str, Any], verbose: bool = True) -> list[dict]:
         """Records of the results, one per metric, on the first process; none on the others.
@@ -137,35 +112,42 @@ class Evaluation:
         return records
 
     def _record(self, metric: str, stats: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
-        results = metric_values(stats, self.stats, [metric], self.force)
+        held_out = None if self.held_out is None else self.held_out.stats
+        results = metric_values(stats, self.reference.stats, [metric], self.force, held_out)
         entry = METRICS[metric].entry
         record = {"metric": metric, "results": results, "num_images": stats["num_images"]}
-        note = small_sample_note(metric, stats, self.stats)
+        note = small_sample_note(metric, stats, self.reference.stats)
         if note:
             record["note"] = note
         record |= {**provenance, "resolution": stats["resolution"], **stats[entry]["detector"]}
-        if METRICS[metric].compares:
-            record |= {
-                "ref": self.ref,
-                **self.ref_identity,
-                "ref_statistics": "stored" if metric in self.stored else "computed from its images",
-                "ref_detector": self.stats[entry].get("detector"),
-            }
-            different = mismatches(metric, stats[entry]["detector"], stats["resolution"], self.stats)
-            if different:
-                record["forced"] = different
+        different = []
+        for reference in self._references(metric) if METRICS[metric].compares else []:
+            facts = reference.describe(metric)
+            if reference is self.held_out:
+                facts = {key.replace("ref", "held_out", 1): value for key, value in facts.items()}
+            record |= facts
+            different += mismatches(
+                metric, stats[entry]["detector"], stats["resolution"], reference.stats, reference.what
+            )
+        if different:
+            record["forced"] = different
         record["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         record["code_version"] = code_version()
         return record
 
 
-def _arrays_of_npz(path: Path) -> set[str]:
-    """Names of the files in an .npz archive; empty for any other file, or a damaged archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return set(archive.namelist())
-    except Exception:  # zipfile raises all kinds of errors for damaged archives
-        return set()
+def _that_need_held_out(metrics: Sequence[str], held_out: str | None) -> list[str]:
+    """The metrics that compare images with held-out ones, too.
+
+    Raises:
+        UserError: there are some without such images, or such images without them.
+    """
+    unseen = [metric for metric in metrics if METRICS[metric].needs_held_out]
+    if unseen and held_out is None:
+        raise UserError(f"{unseen[0]} needs images that training has not seen: calculate_metrics.py --held-out")
+    if held_out is not None and not unseen:
+        raise UserError("--held-out: no metric of --metrics uses it: leave it out")
+    return unseen
 
 
 def save_records(outdir: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """Files of feature statistics: ours, the published ones, and those of other tools.
 
 As in the published tools, statistics are a dictionary with an entry for each of 'fid' (Inception-v3), 'fd_dinov2'
-(DINOv2) and 'fd_pixels', which holds, as far as known or asked for:
+(DINOv2), 'fd_clip' (CLIP) and 'fd_pixels', which holds, as far as known or asked for:
 
 - `mu`, `sigma`: mean [D] and unbiased covariance [D, D] of the features, float64,
 - `features`: of all images, float32 [N, D],
@@ -9,7 +9,8 @@ As in the published tools, statistics are a dictionary with an entry for each of
 - `detector`: what determines the features (`Detector.describe`),
 - `groups`: for each group of images its size, the sum of x [D] and of x x^T [D, D]; for error bars, never in files.
 
-Beside the entries are `num_images`, `resolution` (height and width), and `facts` about the origin of the images.
+Beside the entries are `num_images`, `resolution` (height and width), `facts` about the origin of the images, and, where
+a metric needs them, `classes` of all images, int64 [N].
 """
 
 import io
@@ -34,7 +35,8 @@ from torch_utils.safe_pickle import StoredArray
 
 FORMAT, VERSION = "OpenEDM2 feature statistics", 1
 MAX_FEATURES = 1 << 13
-ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_pixels": "pixels"}  # detector of each entry
+# Detector of each entry.
+ENTRIES = {"fid": "inception", "fd_dinov2": "dinov2", "fd_clip": "clip", "fd_pixels": "pixels"}
 ARRAYS = {"mu": 1, "sigma": 2, "features": 2}  # number of dimensions
 DESCRIPTION = {"detector", "resize", "weights"}  # see `Detector.describe`
 POOL = "pool_3.npy"  # features in the files of score_sde
@@ -63,6 +65,8 @@ def save_stats(path: str | Path, stats: Mapping[str, Any]) -> None:
         for key in ARRAYS
         if key in entry
     }
+    if "classes" in stats:
+        arrays["classes"] = np.ascontiguousarray(stats["classes"])
     metadata = json.dumps(
         {
             "format": FORMAT,
@@ -215,6 +219,10 @@ def _ours(path: Path, text: str, shapes: Mapping[str, tuple[int, ...]], read: An
             if array.dtype.kind != "f":
                 raise UserError(f"{path}: {name}/{key} is not an array of real numbers")
             stats[name][key] = array if key == "features" else _finite(array, str(path))
+    if "classes" in shapes:
+        stats.classes = read("classes")
+        if stats.classes.dtype.kind != "i" or stats.classes.shape != (stats.num_images,):
+            raise UserError(f"{path}: classes is not one whole number for each image")
     return stats
 
 

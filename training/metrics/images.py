@@ -57,22 +57,30 @@ StoredImages = ImageFolderDataset | ArrayImages
 
 
 def open_images(
-    path: str | Path, num_images: int | None = None, seed: int = 0, fit: Transform | None = None
+    path: str | Path,
+    num_images: int | None = None,
+    seed: int = 0,
+    fit: Transform | None = None,
+    classes: bool = False,
 ) -> StoredImages:
     """The uint8 images of a folder, a ZIP file, or an .npz file of ADM; transparent ones on white, as converted.
 
     Args:
         num_images: how many; of more, `seed` draws a subset. None = all.
         fit: makes images of one size of those in folders and ZIP files, see `ImageFolderDataset`; None = they are.
+        classes: look up the classes of the images, too.
 
     Raises:
-        UserError: the path is missing or damaged, holds latents or fewer images, or they differ in size.
+        UserError: the path is missing or damaged, holds latents or fewer images, they differ in size, or have no
+            classes.
     """
     path = Path(path)
     if path.suffix == ".npz":
         images = ArrayImages(path, num_images, seed)
     else:
-        images = ImageFolderDataset(path, use_labels=False, max_size=num_images, random_seed=seed, opaque=True, fit=fit)
+        images = ImageFolderDataset(
+            path, use_labels=classes, max_size=num_images, random_seed=seed, opaque=True, fit=fit
+        )
         if images.dtype != np.uint8:
             raise UserError(f"{path}: holds latents, not images: decode them first (dataset_tool.py decode)")
         images.verify()
@@ -80,7 +88,14 @@ def open_images(
         raise UserError(
             f"{path}: holds {len(images)} images, fewer than --num={num_images}: generate more, or lower --num"
         )
+    if classes and not has_classes(images):
+        raise UserError(f"{path}: says no classes of its images, which balance needs: label them, or leave it out")
     return images
+
+
+def has_classes(images: StoredImages) -> bool:
+    """Whether each image is of a class."""
+    return isinstance(images, ImageFolderDataset) and images.has_labels and isinstance(images.get_stored_label(0), int)
 
 
 def content_hash(images: StoredImages) -> str:
@@ -90,6 +105,8 @@ def content_hash(images: StoredImages) -> str:
 
 class FileBatches:
     """This process's share of stored images, in batches.
+
+    Batches are records of `images` and `indices`, and of `classes`, int64 [N], where the images were opened with them.
 
     Args:
         images: of `open_images`.
@@ -101,7 +118,7 @@ class FileBatches:
     def __init__(self, images: StoredImages, max_batch_size: int = 64, num_workers: int = 2, prefetch_factor: int = 2):
         if isinstance(images, ArrayImages):
             num_workers = 0  # they are in memory
-        self.num_images = len(images)
+        self.num_images, self.with_classes = len(images), has_classes(images)
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         batches = [range(i, min(i + max_batch_size, len(images))) for i in range(0, len(images), max_batch_size)]
         self.batches = batches[rank::world_size]
@@ -120,5 +137,8 @@ class FileBatches:
 
     def __iter__(self) -> Iterator[EasyDict]:
         batches = zip(self.batches, start_loading(self.loader), strict=True)
-        for batch_idx, (indices, (images, _labels)) in enumerate(batches):
-            yield EasyDict(images=images, indices=np.array(indices), batch_idx=batch_idx, num_batches=len(self))
+        for batch_idx, (indices, (images, labels)) in enumerate(batches):
+            r = EasyDict(images=images, indices=np.array(indices), batch_idx=batch_idx, num_batches=len(self))
+            if self.with_classes:
+                r.classes = labels.argmax(dim=1)
+            yield r

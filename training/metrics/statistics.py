@@ -90,16 +90,22 @@ class Accumulator:
             arrays = {METRICS[name].array for name in metrics if METRICS[name].entry == entry}
             self.parts[entry] = FeatureSums(detector, "mu" in arrays, "features" in arrays, groups)
         self.indices = torch.zeros(0, dtype=torch.int64)
+        self.classes = torch.zeros(0, dtype=torch.int64)  # of all images, or of none
         self.resolution: int | None = None
 
-    def add(self, images: torch.Tensor, indices: torch.Tensor | None) -> None:
-        """Add a batch of this process; without indices, process r of R has the images r, R + r, 2R + r, ..."""
+    def add(self, images: torch.Tensor, indices: torch.Tensor | None, classes: torch.Tensor | None = None) -> None:
+        """Add a batch of this process; without indices, process r of R has the images r, R + r, 2R + r, ...
+
+        Args:
+            classes: of the images, int64 [N]; None = not known.
+        """
         if indices is None:
             first, end = len(self.indices), len(self.indices) + len(images)
             indices = torch.arange(first, end) * distributed.get_world_size() + distributed.get_rank()
         for part in self.parts.values():
             part.add(images, indices)
         self.indices = torch.cat([self.indices, indices])
+        self.classes = self.classes if classes is None else torch.cat([self.classes, classes])
         self.resolution = images.shape[-1] if len(images) else self.resolution
 
     def statistics(self) -> EasyDict:
@@ -108,13 +114,15 @@ class Accumulator:
         Raises:
             UserError: fewer than two images.
         """
-        every = distributed.gather_to_first(self.indices)
+        every, classes = distributed.gather_to_first(self.indices), distributed.gather_to_first(self.classes)
         order = torch.cat(every).argsort() if every else None
         num_images = distributed.from_first(len(order) if order is not None else 0)
         if num_images < 2:
             raise UserError(f"statistics need 2 or more images, not {num_images}")
         stats = EasyDict({name: part.entry(order) for name, part in self.parts.items()})
         stats.update(num_images=num_images, resolution=distributed.from_first(self.resolution), facts={})
+        if order is not None and sum(map(len, classes)) == num_images:
+            stats.classes = torch.cat(classes)[order].numpy()
         return stats
 
 
@@ -147,7 +155,7 @@ class StatsIterable:
                 held = r
                 r.stats = None
                 indices = r.get("indices")
-                accumulator.add(r.images, None if indices is None else torch.as_tensor(indices))
+                accumulator.add(r.images, None if indices is None else torch.as_tensor(indices), r.get("classes"))
                 count = min(len(r.images) * world_size, total - done if total else len(r.images))
                 done += count
                 progress.update(count)

@@ -26,11 +26,11 @@ def fetch_weights(metric: str) -> list[Path]:
         raise UserError(f"{err}{hint}") from None
 
 
-def read_state(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict in a file of `torch.save`, with the names and shapes of `wanted`.
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save`.
 
     Raises:
-        UserError: the file is damaged, holds something else, or other names or shapes.
+        UserError: the file is damaged, or holds something else.
     """
     try:
         state = load_checked(path, mmap=True)
@@ -40,6 +40,16 @@ def read_state(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torc
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: not weights saved by torch.save: it holds more than named tensors")
+    return state
+
+
+def read_state(path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict in a file of `torch.save`, with the names and shapes of `wanted`.
+
+    Raises:
+        UserError: the file is damaged, holds something else, or other names or shapes.
+    """
+    state = read_tensors(path)
     shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
     wrong = [
         f"{name} is {list(state[name].shape)} instead of {shape}"

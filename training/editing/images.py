@@ -1,24 +1,22 @@
-"""Images edited by a denoiser: filled in, coloured, encoded as noise, and blended.
+"""Images edited by a denoiser: filled in, coloured, restored, encoded as noise, and blended.
 
 What is known of an image is put back after each update of a sampler (`control`), so this works with every solver.
 Encoding follows the probability flow from an image to noise (Song et al. 2021, arXiv 2011.13456, Section 4.3), and
 decoding follows it back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 
-from dnnlib.errors import UserError, one_line
+from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.control import Control, KnownGrey, KnownPixels
 from training.dataset.images import ImageFolderDataset
-from training.denoiser import schedule_of, without_steps
+from training.denoiser import Denoiser, schedule_of, without_steps
 from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
 from training.generation import LoadedGenerator
@@ -110,7 +108,9 @@ class Editor:
         """
         latents = self.latents(images.pixels)
         masks = mask.to(self.device).expand(len(latents), -1, -1, -1)
-        return self._fill(images, fills, seed, lambda part: KnownPixels(latents[part], masks[part]))
+        return self._fill(
+            images, fills, seed, lambda part, *of: self.sample(KnownPixels(latents[part], masks[part]), *of)
+        )
 
     def colorize(self, images: Images, fills: int, seed: int) -> torch.Tensor:
         """Images with the brightness of the given ones and colours of the network, uint8 [N, fills, C, H, W].
@@ -121,17 +121,44 @@ class Editor:
         if self.net.spec.channels != 3:
             raise UserError(f"colouring needs a network of 3 channels, and this one has {self.net.spec.channels}")
         latents = self.latents(images.pixels)
-        return self._fill(images, fills, seed, lambda part: KnownGrey(latents[part]))
+        return self._fill(images, fills, seed, lambda part, *of: self.sample(KnownGrey(latents[part]), *of))
 
-    def _fill(self, images: Images, fills: int, seed: int, control: Any) -> torch.Tensor:
-        """Samples under the control of each image; `control` makes that of some images, named by their positions."""
+    def restore(
+        self, images: Images, wrap: Callable[[torch.Tensor], Callable[[Denoiser], Denoiser]], fills: int, seed: int
+    ) -> torch.Tensor:
+        """Images by a denoiser that knows something of the given ones, uint8 [N, fills, C, H, W].
+
+        Args:
+            wrap: makes, for images that are named by their positions, what makes that denoiser of the network's.
+            fills, seed: as for `inpaint`.
+        """
+        generator = self.loaded.generator(None)  # which can be differentiated
+        assert isinstance(generator, DiffusionGenerator)
+
+        def sample(part: torch.Tensor, cond: Cond, seeds: Sequence[int]) -> torch.Tensor:
+            rnd = StackedRandomGenerator(self.device, seeds)
+            noise, drawn = generator.noise(rnd), generator.condition(rnd)
+            with torch.no_grad():
+                x = generator(noise, drawn if cond is None else cond, rnd, wrap=wrap(part))
+                return self.encoder.decode(x)
+
+        return self._fill(images, fills, seed, sample)
+
+    def _fill(
+        self,
+        images: Images,
+        fills: int,
+        seed: int,
+        sample: Callable[[torch.Tensor, Cond, Sequence[int]], torch.Tensor],
+    ) -> torch.Tensor:
+        """Samples for each image, by a function of positions of images, their classes, and a seed for each."""
         rows = [i for i in range(len(images.indices)) for _ in range(fills)]
         seeds = [seed + images.indices[i] * fills + k % fills for k, i in enumerate(rows)]
         parts = []
         for start in range(0, len(rows), self.batch):
             chosen = torch.tensor(rows[start : start + self.batch], device=self.device)
             cond = None if images.cond is None else images.cond[chosen]
-            parts.append(self.sample(control(chosen), cond, seeds[start : start + self.batch]))
+            parts.append(sample(chosen, cond, seeds[start : start + self.batch]))
         filled = torch.cat(parts)
         return filled.reshape(len(images.indices), fills, *filled.shape[1:])
 
@@ -206,49 +233,3 @@ def between(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     left = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
     right = torch.where(straight, t, (t * angle).sin() / sine)
     return (left * x + right * y).reshape(a.shape).float()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Masks: 1 = known, float32 [N or 1, 1, H, W]
-
-
-def mask_of_file(path: Path, resolution: int) -> torch.Tensor:
-    """White pixels of a picture are known, black ones are to be filled in.
-
-    Raises:
-        UserError: it cannot be read, or is of another size.
-    """
-    try:
-        with PIL.Image.open(path) as picture:
-            mask = np.asarray(picture.convert("L")) >= 128
-    except Exception as err:  # a damaged file can fail in any way
-        raise UserError(f"--mask={path}: cannot be read as a picture ({one_line(err)})") from None
-    if mask.shape != (resolution, resolution):
-        height, width = mask.shape
-        raise UserError(f"--mask={path}: is {width}x{height}, and the images are {resolution}x{resolution}")
-    return torch.from_numpy(mask).float()[None, None]
-
-
-def mask_of_box(box: Sequence[int], resolution: int) -> torch.Tensor:
-    """All is known but a box of pixels (left, top, right, bottom), without the last two.
-
-    Raises:
-        UserError: it is empty, or reaches beyond the images.
-    """
-    left, top, right, bottom = box
-    if not (0 <= left < right <= resolution and 0 <= top < bottom <= resolution):
-        raise UserError(
-            f"--box={left},{top},{right},{bottom}: must lie within 0,0,{resolution},{resolution} and not be empty"
-        )
-    mask = torch.ones(1, 1, resolution, resolution)
-    mask[..., top:bottom, left:right] = 0
-    return mask
-
-
-def mask_of_ratio(ratio: float, indices: Sequence[int], seed: int, resolution: int) -> torch.Tensor:
-    """That share of all pixels is unknown, at places that depend on seed and image."""
-    masks = []
-    for index in indices:
-        order = np.random.default_rng([seed, index]).permutation(resolution**2)
-        masks.append(torch.from_numpy(order >= round(ratio * resolution**2)).float())
-    return torch.stack(masks).reshape(-1, 1, resolution, resolution)

@@ -16,7 +16,7 @@ from dnnlib.errors import UserError
 from torch_utils import pictures
 from torch_utils.device import select_device, set_up_device
 from training.dataset.images import ImageFolderDataset
-from training.editing import between, check_images
+from training.editing.images import between, check_images
 from training.encoders import StandardRGBEncoder
 from training.guides import load_image_network
 from training.networks.nvae import NVAE

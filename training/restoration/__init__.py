@@ -1,0 +1,1 @@
+"""Inverse problems: what is known of an image is a linear function of it with noise, and a denoiser finds the rest."""
