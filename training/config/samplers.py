@@ -138,15 +138,6 @@ class RungeKutta(Config):
     )
 
 
-def parse_levels(text: str) -> tuple[float, ...]:
-    """Noise levels such as '20,0.8'.
-
-    Raises:
-        ValueError: they are no numbers.
-    """
-    return tuple(float(part) for part in text.split(","))
-
-
 @dataclass(frozen=True, kw_only=True)
 class ConsistencySteps(Config):
     """The noise levels at which a consistency model is evaluated (Song et al. 2023, arXiv 2303.01469, Algorithm 1)."""
