@@ -6,6 +6,7 @@ callers find the published functions here.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +16,25 @@ import click
 from dnnlib.cli import (
     CommandGroup,
     device_option,
+    given_options,
     imported_when_used,
     offline_option,
-    parse_resolution,
-    parsed_by,
     with_options,
 )
 from dnnlib.errors import UserError
 from dnnlib.files import check_not_input
-from training.config.data import TRANSFORMS
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
-from training.config.metrics import DEFAULT_METRICS, METRICS, RESIZE_MODES, parse_metrics, parse_weights
+from training.config.metric_options import (
+    BATCH_OPTION,
+    DETECTOR_OPTIONS,
+    FIT_OPTIONS,
+    MEASURING_OPTIONS,
+    METRICS_OPTION,
+    WORKERS_OPTION,
+)
+from training.config.metrics import METRICS
 
 if TYPE_CHECKING:
     from training.conversion.transforms import Fit
@@ -55,104 +62,6 @@ __all__ = [
 __getattr__ = imported_when_used(
     dict.fromkeys(__all__, "training.metrics") | dict.fromkeys(OF_RELEASE, "training.release")
 )
-
-
-METRICS_OPTION = click.option(
-    "--metrics",
-    help=f"Metrics: {', '.join(METRICS)}",
-    metavar="LIST",
-    default=",".join(DEFAULT_METRICS),
-    show_default=True,
-    callback=parsed_by(parse_metrics),
-)
-BATCH_OPTION = click.option(
-    "--batch",
-    help="Images per batch and process",
-    metavar="INT",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-)
-WORKERS_OPTION = click.option(
-    "--workers",
-    help="Worker processes that load images",
-    metavar="INT",
-    type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-)
-DETECTOR_OPTIONS = [
-    click.option(
-        "--resize",
-        help="How images are resized for DINOv2 and CLIP; pil = as in dgm-eval",
-        type=click.Choice(RESIZE_MODES),
-        default="torch",
-        show_default=True,
-    ),
-    click.option(
-        "--detector-weights",
-        help="Weights of a detector: a file (inception) or folder (dinov2, clip)  [default: downloaded once]",
-        metavar="NAME=PATH",
-        multiple=True,
-        callback=lambda _ctx, _param, values: parse_weights(values),
-    ),
-]
-MEASURING_OPTIONS = [
-    click.option(
-        "--num",
-        "--num-images",
-        "num_images",
-        help="Number of images (torchrun takes --num for an option of its own: there, write --num-images)",
-        metavar="INT",
-        type=click.IntRange(min=2),
-        default=50000,
-        show_default=True,
-    ),
-    click.option(
-        "--seed",
-        help="First seed (gen), or seed of the random subset if there are more images than --num (calc)",
-        metavar="INT",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-    ),
-    click.option(
-        "--repeat",
-        help="Measure several times with different seeds, and also print mean and minimum",
-        metavar="INT",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-    ),
-    click.option(
-        "--held-out",
-        help="Images of the same kind as --ref that training has not seen, for ct: statistics or images, as --ref",
-        metavar="PATH",
-    ),
-    click.option("--error-bars", help="Standard errors of Frechet distances (jackknife)", is_flag=True),
-    click.option(
-        "--force", help="Compare even if another detector or resolution makes the figures incomparable", is_flag=True
-    ),
-    click.option(
-        "--outdir",
-        help="Also append the results, with all that made them, to metric-NAME.jsonl in this folder",
-        metavar="DIR",
-        type=click.Path(file_okay=False, path_type=Path),
-    ),
-    click.option("--json", "as_json", help="Also print what --outdir would get, as JSON lines", is_flag=True),
-]
-FIT_OPTIONS = [
-    click.option(
-        "--resolution",
-        help="Size that images are brought to as by dataset_tool.py convert, such as 256x256 (or 256): for folders of "
-        "images of all sizes  [default: they are of one size]",
-        metavar="WxH",
-        callback=parsed_by(parse_resolution),
-    ),
-    click.option(
-        "--transform", help="How --resolution makes images square  [default: resize]", type=click.Choice(TRANSFORMS)
-    ),
-]
 
 
 @click.group(cls=CommandGroup)
@@ -291,6 +200,93 @@ def gen(
             f"published: {published.metric} {published.value:.2f} (with the preset's options, the minimum of 3 x 50000 "
             f"images)"
         )
+
+
+@main.command(after_interrupt="what has been measured is kept; repeat the command to continue")
+@click.option(
+    "--vary",
+    help="What is varied, and its values: ema-std, guide-std (EMA widths, made of the runs --net and --gnet), kimg "
+    "(their time), or any option of generate_images.py, such as guidance=1,1.5,2 or "
+    "guidance-interval='0.2,1;0.2,3'; may be repeated",
+    metavar="NAME=LIST",
+    multiple=True,
+    required=True,
+)
+@click.option(
+    "--search",
+    help="grid = all settings; coordinate = one axis after the other from the middle of all, until none improves",
+    type=click.Choice(["grid", "coordinate"]),
+    default="grid",
+    show_default=True,
+)
+@click.option("--budget", help="Stop before more images than this are made", metavar="INT", type=click.IntRange(min=1))
+@click.option(
+    "--outdir",
+    help="Where results (sweep.jsonl), the picture and reconstructed networks go",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+)
+@click.option(
+    "--ref",
+    help="Reference: statistics (a file or URL), or a folder or ZIP file of images",
+    metavar="PATH",
+    required=True,
+)
+@METRICS_OPTION
+@click.option(
+    "--num",
+    "--num-images",
+    "num_images",
+    help="Number of images of each setting",
+    metavar="INT",
+    type=click.IntRange(min=2),
+    default=5000,
+    show_default=True,
+)
+@click.option("--seed", help="First seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True)
+@BATCH_OPTION
+@with_options(click_options(NetworksConfig))
+@with_options(click_options(SamplingConfig))
+@offline_option
+@with_options(DETECTOR_OPTIONS)
+@click.pass_context
+def sweep(
+    ctx: click.Context,
+    vary: tuple[str, ...],
+    search: str,
+    budget: int | None,
+    outdir: Path,
+    ref: str,
+    metrics: list[str],
+    num_images: int,
+    seed: int,
+    batch: int,
+    resize: str,
+    detector_weights: Mapping[str, str],
+    **opts: Any,
+) -> None:
+    """Metrics of a run at many settings, the best of them, and a picture.
+
+    \b
+    Example:
+      python calculate_metrics.py sweep --net=out/digits --vary=ema-std=0.03,0.05,0.10 --vary=guidance=1,1.25,1.5 \\
+          --ref=datasets/digits.zip --metrics=fd_pixels --num=1000 --steps=12 --outdir=out/sweep
+    """
+    from training.metrics.session import begin
+    from training.sweep import Axis, Sweep, run
+
+    check_seed(seed + num_images - 1)
+    axes = [Axis.parse(text) for text in vary]
+    if len({axis.name for axis in axes}) < len(axes):
+        raise UserError("--vary: the same name twice")
+    generation = [param.name for param in ctx.command.params if param.name in opts]
+    fixed = [word for text in given_options(ctx, set(ctx.params) - set(generation)) for word in shlex.split(text)]
+    settings = {"metrics": metrics, "ref": ref, "resize": resize, "detector_weights": detector_weights}
+    rest = {"device": opts["device"] or "auto", "outdir": outdir, "error_bars": False, "force": False, "held_out": None}
+    evaluation = begin({**settings, **rest})
+    facts = {"ref": ref, "metrics": metrics, "resize": resize}
+    run(Sweep(axes, fixed, evaluation, num_images, seed, batch, outdir, facts), search, budget)
 
 
 @main.command()

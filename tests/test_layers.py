@@ -54,7 +54,7 @@ ORDER = [
     {"training.prompts", "training.guides", "training.tuning"},
     {"training.generation"},
     {"training.editing", "training.dataset_likelihood"},
-    {"training.monitoring"},
+    {"training.monitoring", "training.sweep"},
     {"training.training_loop"},
     {"training.launch"},
     {"training.advice", "training.release"},
