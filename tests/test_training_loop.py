@@ -351,6 +351,7 @@ def test_training_on_a_gpu(tmp_path, precision):
     assert stats[-1]["gpu_mem_gb"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")
 def test_compiled_and_checkpointed_training_is_the_same_training(finished, tmp_path):
     # Weights are no measure: Adam takes steps of full size along gradients that are only rounding errors at first.
