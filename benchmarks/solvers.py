@@ -185,6 +185,7 @@ def draw(path: Path, results: dict[str, dict[str, list[Point]]], floor: float) -
     import matplotlib.pyplot as plt
     from matplotlib.ticker import ScalarFormatter
 
+    colors = plt.get_cmap("tab20")  # in pairs, of which the strong ones come first here
     shown = [name for name in results if "autoguidance" not in name]
     size = (5.5 * len(shown), 11)
     fig, axes = plt.subplots(
@@ -194,7 +195,7 @@ def draw(path: Path, results: dict[str, dict[str, list[Point]]], floor: float) -
         for number, (solver, points) in enumerate(results[name].items()):
             line = "--" if solver in BY_TOLERANCE else "-"
             style: dict[str, Any] = dict(
-                linestyle=line, marker="os^vDP"[number % 6], color=f"C{number % 10}", markersize=5
+                linestyle=line, marker="os^vDP"[number % 6], color=colors(2 * number % 20 + number // 10), markersize=5
             )
             column[0].loglog([p.evaluations for p in points], [p.rms for p in points], label=solver, **style)
             with_fd = [p for p in points if p.fd_pixels is not None]

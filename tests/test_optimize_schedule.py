@@ -9,7 +9,7 @@ from conftest import fails_with, images_in, run_cli
 from generate_images import main as generate
 
 
-@pytest.mark.parametrize("solver", ["heun", "sqrt-3m"])
+@pytest.mark.parametrize("solver", ["heun"])
 def test_levels_that_a_search_has_found(snapshot_file, tmp_path, solver):
     args = [f"--net={snapshot_file}", f"--sampler={solver}", f"--outdir={tmp_path / 'levels'}", "--steps=2,3"]
     result = run_cli(optimize_schedule.main, *args, "--images=4", "--candidates=6", "--device=cpu")
