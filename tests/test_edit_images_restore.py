@@ -131,7 +131,7 @@ def test_families(nets, tmp_path, name):
 def test_every_solver(nets, tmp_path, solver):
     args = [f"--net={nets['edm2']}", f"--data={DIGITS}", "--indices=1", "--fills=1", *TASKS["deblur"]]
     few = {"rk45": ["--rtol=0.5", "--atol=0.5"], "dpm-adaptive": ["--adaptive-rtol=2", "--adaptive-atol=0.1"]}
-    options = few.get(solver, ["--steps=4"])
+    options = few.get(solver, ["--steps=12"])
     result = run_cli(edit, "restore", *args, *options, f"--sampler={solver}", f"--outdir={tmp_path}")
     assert result.exit_code == 0, result.output
     assert restored(tmp_path)["000001-00.png"].std() > 0

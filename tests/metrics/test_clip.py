@@ -9,6 +9,7 @@ from conftest import write_clip
 from measuring import uint8_images
 
 from dnnlib.errors import UserError
+from training.config.metrics import METRIC_FILES
 from training.metrics.detectors import load_detector
 
 
@@ -67,3 +68,17 @@ def test_what_is_refused(tmp_path):
     refused(folder, "model.safetensors: no such file")
     (folder / "pytorch_model.bin").write_bytes(b"junk")
     refused(folder, "pytorch_model.bin: not weights saved by torch.save, or damaged")
+
+
+def test_published_weights_are_fetched(clip_folder, tmp_path, monkeypatch):
+    """From the hub, as a file of torch."""
+    folder, asked = write_clip(tmp_path / "hub", "pytorch_model.bin"), []
+
+    def open_url(url, **_kwargs):
+        asked.append(url)
+        return str(folder / url.rsplit("/", 1)[1])
+
+    monkeypatch.setattr("training.metrics.weights.open_url", open_url)
+    images = uint8_images(1, 3, 30, 30)
+    assert torch.equal(load_detector("clip", "cpu")(images), load_detector("clip", "cpu", clip_folder)(images))
+    assert asked == METRIC_FILES["fd_clip"] and all(url.startswith("hf://openai/") for url in asked)

@@ -60,7 +60,7 @@ class RestorationConfig(Config):
     task: str | None = option(None, "What is undone", choices=TASKS, default_text=REQUIRED)
     method: str = option(
         METHODS[0],
-        "How the network learns of the damaged image: PiGDM and DPS differentiate it, which takes about three times as "
+        "How the network learns of the damaged image: PiGDM and DPS differentiate it, which takes about twice as "
         "long, and DPS wants 100 steps or more; DiffPIR does not",
         choices=METHODS,
     )
