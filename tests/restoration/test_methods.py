@@ -82,7 +82,7 @@ def test_pigdm_is_exact(name, noise):
     assert (mean - MEAN.flatten()).abs().max() > 0.1 and covariance.trace() < 0.96 * PIXELS * STD**2
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver != "consistency"])  # takes D for no mean
 def test_every_solver_finds_the_posterior(solver):
     operator, noise = OPERATORS["mask"], 0.2
     y = measurement(operator, noise)
