@@ -131,7 +131,7 @@ def export(source: str, dest: Path, license_id: str | None, dtype: str | None, a
 def prefetch(names: tuple[str, ...]) -> None:
     """Fetch what is needed later without a network, and print where it is kept.
 
-    NAME is a preset of generate_images.py, a metric (fid, fd_dinov2), a model (stabilityai/sd-vae-ft-mse,
+    NAME is a preset of generate_images.py, a metric (fid, cmmd), a model (stabilityai/sd-vae-ft-mse,
     openai/clip-vit-large-patch14), or a URL.
     """
     for name in names:

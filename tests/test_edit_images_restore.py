@@ -130,20 +130,26 @@ def test_families(nets, tmp_path, name):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver(nets, tmp_path, solver):
     args = [f"--net={nets['edm2']}", f"--data={DIGITS}", "--indices=1", "--fills=1", *TASKS["deblur"]]
-    few = {"rk45": ["--rtol=0.5", "--atol=0.5"], "dpm-adaptive": ["--adaptive-rtol=2", "--adaptive-atol=0.1"]}
-    options = few.get(solver, ["--steps=4"])
+    few = {
+        "rk45": ["--rtol=0.5", "--atol=0.5"],
+        "dpm-adaptive": ["--adaptive-rtol=2", "--adaptive-atol=0.1"],
+        "consistency": [],  # has levels of its own
+    }
+    options = few.get(solver, ["--steps=12"])
     result = run_cli(edit, "restore", *args, *options, f"--sampler={solver}", f"--outdir={tmp_path}")
     assert result.exit_code == 0, result.output
     assert restored(tmp_path)["000001-00.png"].std() > 0
 
 
-def test_with_guidance(nets, tmp_path):
-    """The guided denoiser is restored with, not the network alone."""
+@pytest.mark.parametrize(
+    "rule", [[], ["--guidance-method=apg", "--apg-momentum=-0.5"], ["--guidance-method=cfg-zero"]], ids=str
+)
+def test_with_guidance(nets, tmp_path, rule):
+    """The guided denoiser is restored with, not the network alone, whatever the rule remembers of earlier steps."""
     args = [f"--net={nets['edm2']}", f"--data={DIGITS}", "--indices=1", "--fills=1", *TASKS["mask"], *FAST]
-    for name, options in {"plain": [], "guided": [f"--gnet={nets['edm2']}", "--guidance=3", "--class=3"]}.items():
-        if name == "guided":
-            options[0] = f"--gnet={nets['vp']}"
-        assert run_cli(edit, "restore", *args, *options, f"--outdir={tmp_path / name}").exit_code == 0
+    for name, options in {"plain": [], "guided": [f"--gnet={nets['vp']}", "--guidance=3", *rule]}.items():
+        result = run_cli(edit, "restore", *args, *options, f"--outdir={tmp_path / name}")
+        assert result.exit_code == 0, result.output
     assert (restored(tmp_path / "plain")["000001-00.png"] != restored(tmp_path / "guided")["000001-00.png"]).any()
 
 

@@ -492,6 +492,7 @@ def test_prefetch(server, monkeypatch):
     assert urls.count("https://nvlabs-fi-cdn.nvidia.com/edm2/dataset-refs/img512.pkl") == 1
     assert sum("dinov2" in url for url in urls) == 2
     assert not any("vae" in url for url in files_for("edm2-img64-s-fid"))
+    assert files_for("cmmd") == files_for("fd_clip") != files_for("fd_dinov2")
     fails_with(
         run_cli(snapshot_tool, "prefetch", "edm2-img512-s-guid-fidd"), "unknown preset", "edm2-img512-s-guid-fid"
     )

@@ -9,6 +9,7 @@ from conftest import write_clip
 from measuring import uint8_images
 
 from dnnlib.errors import UserError
+from training.config.metrics import METRIC_FILES
 from training.metrics.detectors import load_detector
 
 
@@ -30,11 +31,11 @@ def test_embeddings_are_those_of_the_whole_model(clip_folder, check):
     check(features.norm(dim=1), torch.ones(3), 1e-6)
 
 
-def test_files_of_torch(clip_folder, tmp_path):
+def test_files_of_torch(clip_folder, tmp_path, check):
     """The published weights are such a file."""
     older = load_detector("clip", "cpu", write_clip(tmp_path / "older", "pytorch_model.bin"))
     images = uint8_images(2, 3, 40, 30)
-    assert torch.equal(older(images), load_detector("clip", "cpu", clip_folder)(images))
+    check(older(images), load_detector("clip", "cpu", clip_folder)(images), 1e-6)
 
 
 def test_resize_modes_are_distinguished(clip_folder):
@@ -67,3 +68,17 @@ def test_what_is_refused(tmp_path):
     refused(folder, "model.safetensors: no such file")
     (folder / "pytorch_model.bin").write_bytes(b"junk")
     refused(folder, "pytorch_model.bin: not weights saved by torch.save, or damaged")
+
+
+def test_published_weights_are_fetched(clip_folder, tmp_path, monkeypatch, check):
+    """From the hub, as a file of torch."""
+    folder, asked = write_clip(tmp_path / "hub", "pytorch_model.bin"), []
+
+    def open_url(url, **_kwargs):
+        asked.append(url)
+        return str(folder / url.rsplit("/", 1)[1])
+
+    monkeypatch.setattr("training.metrics.weights.open_url", open_url)
+    images = uint8_images(1, 3, 30, 30)
+    check(load_detector("clip", "cpu")(images), load_detector("clip", "cpu", clip_folder)(images), 1e-6)
+    assert asked == METRIC_FILES["fd_clip"] and all(url.startswith("hf://openai/") for url in asked)

@@ -12,7 +12,7 @@ from conftest import GOLDEN, npy
 from dnnlib.errors import UserError
 from dnnlib.util import EasyDict
 from torch_utils import safe_pickle
-from training.metrics.files import load_stats
+from training.metrics.files import load_stats, save_stats
 
 NETWORK = GOLDEN / "official" / "network-snapshot-0008388-0.050.pkl"
 
@@ -52,6 +52,24 @@ def test_bad_statistics(tmp_path):
         load_stats(tmp_path / "objects.npz")
     with pytest.raises(UserError, match="no such file"):
         load_stats(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("classes", [np.arange(4), np.zeros(5), np.zeros([5, 1], int), None])
+def test_classes_of_images(classes, suffix, tmp_path):
+    """One whole number for each image, or none."""
+    features = np.zeros([5, 3], np.float32)
+    stats = {
+        "fd_pixels": {"features": features},
+        "num_images": 5,
+        "classes": np.arange(5) if classes is None else classes,
+    }
+    save_stats(tmp_path / f"a{suffix}", stats)
+    if classes is None:
+        assert load_stats(tmp_path / f"a{suffix}").classes.tolist() == [0, 1, 2, 3, 4]
+    else:
+        with pytest.raises(UserError, match="classes is not one whole number for each image"):
+            load_stats(tmp_path / f"a{suffix}")
 
 
 def npz_member(name: str, data: bytes, path: Path, compression=zipfile.ZIP_DEFLATED) -> Path:

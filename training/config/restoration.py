@@ -60,7 +60,7 @@ class RestorationConfig(Config):
     task: str | None = option(None, "What is undone", choices=TASKS, default_text=REQUIRED)
     method: str = option(
         METHODS[0],
-        "How the network learns of the damaged image: PiGDM and DPS differentiate it, which takes about three times as "
+        "How the network learns of the damaged image: PiGDM and DPS differentiate it, which takes about twice as "
         "long, and DPS wants 100 steps or more; DiffPIR does not",
         choices=METHODS,
     )
@@ -71,7 +71,7 @@ class RestorationConfig(Config):
         high=10,
     )
     factor: int = option(2, "Super-resolution: pixels of which the mean is known, each way", low=2, high=64)
-    blur: str = option("gaussian", "Deblurring: of what; images are blurred as on a torus", choices=tuple(BLURS))
+    blur: str = option("gaussian", "Deblurring: kind of blur; beyond their edges, images repeat", choices=tuple(BLURS))
     blur_width: float | None = option(
         None,
         "Standard deviation of a Gaussian blur, width of a box or length of a motion, in pixels",
