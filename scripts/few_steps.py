@@ -65,6 +65,8 @@ def main(net: str, tuned: tuple[str, ...], num: int, out: Path | None) -> None:
     shown = {"real digits": Digits(reals.images, reals.classes)}
     print(f"{'':32s} fd_pixels  agreement  ratio  diversity")
     print(f"{'real digits':32s} {0:9.3f}  {reals.agreement:9.3f}  {1:5.3f}  {reals.diversity:9.0f}", flush=True)
+    drawn = reals.images[torch.randint(len(reals.images), [num], generator=torch.Generator().manual_seed(0))]
+    print(f"{f'{num} of them drawn at random':32s} {reals.compare(drawn)['fd_pixels']:9.3f}", flush=True)
     runs = [(name, net, sampler) for name, sampler in OF_DENOISER.items()]
     runs += [(name, network, sampler) for network in tuned for name, sampler in OF_TUNED.items()]
     for name, network, sampler in runs:

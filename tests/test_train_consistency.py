@@ -1,11 +1,14 @@
 """train_consistency.py: every option, exact resume, what its snapshots say, and bad input."""
 
 import json
+import sys
 
+import PIL.Image
 import pytest
 import torch
 from conftest import (
     DIGITS,
+    ROOT,
     assert_all_options,
     fails_with,
     images_in,
@@ -26,6 +29,8 @@ from training.config.score_sde_presets import SCORE_PRESETS
 from training.encoders import StandardRGBEncoder
 from training.families import preset_network, trained_by
 from training.snapshot import load_network, save_network
+
+sys.path.insert(0, str(ROOT / "scripts"))
 
 RUN = ["--preset=digits-ect", "--batch=64", "--status=64", "--snapshot=1024", "--checkpoint=1024", "--stage=64", "--preview=0", "--device=cpu"]  # fmt: skip
 
@@ -143,6 +148,19 @@ def test_images(tuned, tmp_path, snapshot_file):
         generate, f"--net={snapshot_file}", f"--outdir={tmp_path / 'plain'}", "--seeds=0", "--sampler=consistency"
     )
     assert plain.exit_code == 0 and "--sampler=consistency is for networks of train_consistency.py" in plain.output
+
+
+def test_table_and_picture_of_the_docs(tuned, tmp_path, snapshot_file):
+    from few_steps import main as few_steps
+
+    out = tmp_path / "few.png"
+    result = run_cli(few_steps, f"--net={snapshot_file}", f"--tuned={tuned}", f"--out={out}", "--num=250")
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.output.splitlines() if not line.startswith("Note")]
+    names = ["real digits", "250 of them", "heun, 63", "sqrt-3m, 6", "sqrt-3m, 2", "consistency, 1", "consistency, 2"]
+    assert [row.startswith(name) for row, name in zip(rows[1:], names, strict=True)] == [True] * 7
+    with PIL.Image.open(out) as image:
+        assert image.width > 500
 
 
 def test_pictures_and_metrics_of_a_run_are_by_consistency_sampling(tmp_path, start, digits_ref):

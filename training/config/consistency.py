@@ -121,8 +121,8 @@ class ConsistencyTraining(TrainConfig):
 def _digits() -> Preset:
     """The EDM2 network of the preset digits, for images by one or two evaluations, in 70 CPU seconds of one thread.
 
-    docs/few_steps.md has what it gives. Half of the images, a constant learning rate and lower noise levels (P_mean =
-    -0.8) were each worse.
+    Of 1,797 images, fd_pixels is 0.18 by one evaluation (three seeds: 0.181 to 0.187) and 0.14 by two (0.132 to 0.140);
+    by 63 evaluations of the network before, 0.093. docs/few_steps.md has more.
     """
     config = ConsistencyTraining(
         network=TRAINING_PRESETS["digits"].config.network,

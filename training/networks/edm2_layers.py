@@ -122,7 +122,7 @@ class MPFourier(nn.Module):
 
 
 class MPPositional(nn.Module):
-    """Cosines and sines of fixed frequencies, of unit magnitude: [N] -> [N, num_channels].
+    """Cosines and sines of fixed frequencies, of unit magnitude where they come in pairs: [N] -> [N, num_channels].
 
     Frequencies fall geometrically from 1 to 1e-4 (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5), so that features
     change slowly from one noise level to the next.
