@@ -13,7 +13,7 @@ from conftest import DIGITS, make_dataset, npy, random_images, run_cli
 from sources import check
 
 from dataset_tool import main as dataset_tool
-from training.config.families import MACHINES, TRAINED_FAMILIES
+from training.config.advice import FAMILIES, MACHINES
 from training.config.training import Ki
 from training.dataset.images import ImageFolderDataset
 
@@ -69,12 +69,12 @@ KINDS = {
 NONE = {("RGBA", "nvae"): "use normal", ("latents", "nvae"): "", ("latents with classes", "nvae"): ""}
 
 
-@pytest.mark.parametrize("family", TRAINED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_runs(kind, family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = KINDS[kind](tmp_path)
-    result = run_cli(dataset_tool, "check", data, f"--family={family}", "--no-timing", "--machine=cpu")
+    result = run_cli(dataset_tool, "check", data, f"--family={family}", "--timing=0", "--machine=cpu")
     assert result.exit_code == 0, result.output
     if (kind, family) in NONE:
         assert f"--family={family}: no command for {data}: " in result.output
