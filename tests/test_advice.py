@@ -134,8 +134,8 @@ def test_few_images_get_small_networks_and_short_trainings(tmp_path):
     ("family", "follows"),
     [
         ("edm2", ["--decay=25"]),
-        ("score_sde", ["--decay-from=5324", "--decay-to=8Ki", "--warmup=819"]),
-        ("uvit", ["--decay-to=8Ki", "--warmup=819"]),
+        ("score_sde", ["--decay-from=5324", "--decay-to=8Ki", "--warmup=819", "--ema-rate=0.936"]),
+        ("uvit", ["--decay-to=8Ki", "--warmup=819", "--ema-rate=0.952"]),
         ("nvae", []),
     ],
 )

@@ -235,4 +235,7 @@ def _length(data: Data, config: TrainConfig, asked: int | None) -> list[Choice]:
         choices.append(Choice(key, scaled, "in proportion to the duration"))
     if optimizer.get("warmup", 0) > duration // 10:
         choices.append(Choice("warmup", duration // 10, "a tenth of the duration at most"))
+    if rate := getattr(config.ema, "ema_rate", 0):
+        scaled = max(1 - (1 - rate) * run.duration / duration, 0)
+        choices.append(Choice("ema_rate", round(scaled, 6), "an average over as large a part of the training"))
     return choices
