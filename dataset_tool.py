@@ -9,9 +9,10 @@ import click
 
 from dnnlib.cli import CommandGroup, device_option, offline_option, parse_resolution, parsed_by, with_options
 from dnnlib.errors import UserError
+from training.config.advice import AdviceConfig
 from training.config.conversion import parse_range, parse_scale
 from training.config.data import TRANSFORMS
-from training.config.families import MACHINES, TRAINED_FAMILIES
+from training.config.fields import click_options
 from training.config.metrics import PRECISIONS, SPLITS
 
 
@@ -400,20 +401,8 @@ def features(source: Path, dest: Path, scale: float | None, resume: bool) -> Non
     "--grid", help="Save a contact sheet with labels", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--json", "as_json", help="Print JSON", is_flag=True)
-@click.option(
-    "--family",
-    help="Models that the training command is for",
-    type=click.Choice(TRAINED_FAMILIES),
-    default=TRAINED_FAMILIES[0],
-    show_default=True,
-)
-@click.option(
-    "--machine", help="Machine that the training command is for  [default: this one]", type=click.Choice([*MACHINES])
-)
-@click.option(
-    "--timing/--no-timing", help="Time a few training steps, to say how long it takes", default=True, show_default=True
-)
-def check(data: str, grid: Path | None, as_json: bool, family: str, machine: str | None, timing: bool) -> None:
+@with_options(click_options(AdviceConfig))
+def check(data: str, grid: Path | None, as_json: bool, **opts: Any) -> None:
     """Inspect a dataset: sizes, labels, duplicates, statistics. Exit code 1 if training would fail on it.
 
     Ends with a command that trains on it, and the reason for each of its options.
@@ -421,15 +410,17 @@ def check(data: str, grid: Path | None, as_json: bool, family: str, machine: str
     \b
     Examples:
       python dataset_tool.py check datasets/digits.zip --grid=out/sheet.png
-      # A command for a U-ViT on a GPU elsewhere
-      python dataset_tool.py check datasets/digits.zip --family=uvit --machine=gpu
+      # A command for a short training of a U-ViT
+      python dataset_tool.py check datasets/digits.zip --family=uvit --duration=16Ki
     """
+    wanted = AdviceConfig.from_flat({name: value for name, value in opts.items() if value is not None})
+
     from training.advice import advice_on
     from training.conversion.check import check_dataset
     from training.dataset.advice import BY
 
     facts, problems = check_dataset(data, grid)
-    advice = advice_on(data, facts, family, machine, timing) if not problems else None
+    advice = advice_on(data, facts, wanted) if not problems else None
     if as_json:
         print(json.dumps({**facts, "problems": problems, "training": None if advice is None else advice.to_json()}))
     else:

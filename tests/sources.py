@@ -79,7 +79,7 @@ def convert(tmp_path: Path, *sources, dest: str = "out.zip", ok: bool = True, op
 
 
 def check(path: Path, *options, exit_code: int = 0) -> dict:
-    result = run_cli(dataset_tool, "check", path, "--json", "--no-timing", *options)
+    result = run_cli(dataset_tool, "check", path, "--json", "--timing=0", *options)
     assert result.exit_code == exit_code, result.output
     return json.loads(result.output)
 

@@ -13,7 +13,7 @@ from conftest import DIGITS, make_dataset, npy, random_images, run_cli
 from sources import check
 
 from dataset_tool import main as dataset_tool
-from training.config.families import MACHINES, TRAINED_FAMILIES
+from training.config.advice import FAMILIES, MACHINES
 from training.config.training import Ki
 from training.dataset.images import ImageFolderDataset
 
@@ -69,12 +69,12 @@ KINDS = {
 NONE = {("RGBA", "nvae"): "use normal", ("latents", "nvae"): "", ("latents with classes", "nvae"): ""}
 
 
-@pytest.mark.parametrize("family", TRAINED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_runs(kind, family, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = KINDS[kind](tmp_path)
-    result = run_cli(dataset_tool, "check", data, f"--family={family}", "--no-timing", "--machine=cpu")
+    result = run_cli(dataset_tool, "check", data, f"--family={family}", "--timing=0", "--machine=cpu")
     assert result.exit_code == 0, result.output
     if (kind, family) in NONE:
         assert f"--family={family}: no command for {data}: " in result.output
@@ -130,10 +130,31 @@ def test_few_images_get_small_networks_and_short_trainings(tmp_path):
     assert advice["seconds"] is None and "not timed" in advice["note"]
 
 
+@pytest.mark.parametrize(
+    ("family", "follows"),
+    [
+        ("edm2", ["--decay=25"]),
+        ("score_sde", ["--decay-from=5324", "--decay-to=8Ki", "--warmup=819", "--ema-rate=0.936"]),
+        ("uvit", ["--decay-to=8Ki", "--warmup=819", "--ema-rate=0.952"]),
+        ("nvae", []),
+    ],
+)
+def test_a_short_training_has_a_schedule_of_its_length(family, follows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = make_dataset(tmp_path / "d", random_images(6, size=32))
+    result = run_cli(dataset_tool, "check", data, f"--family={family}", "--duration=8Ki", "--timing=0", "--machine=cpu")
+    (command,) = commands(result.output)
+    assert command[command.index("--duration=8Ki") + 1 :] == follows
+    assert run(command, "-n").exit_code == 0
+    refused = run_cli(dataset_tool, "check", data, "--duration=0")
+    assert refused.exit_code == 2 and "--duration must be at least 1" in refused.output
+
+
 def test_from_images_to_a_figure_by_printed_commands(tmp_path, monkeypatch):
     """A folder of photos of all sizes -> check -> convert -> check -> train -> images and their quality."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.advice.timing.SECONDS", 0)
+    monkeypatch.setattr("training.advice.timing.STEPS", 1)
     files = random_images(12, size=40) | {"00000/z.png": random_images(1, size=36, seed=1).popitem()[1]}
     make_dataset(tmp_path / "photos", files)
     result = run_cli(dataset_tool, "check", "photos")
@@ -162,6 +183,7 @@ def test_from_images_to_a_figure_by_printed_commands(tmp_path, monkeypatch):
 
 def test_the_time_is_that_of_the_duration(tmp_path, monkeypatch):
     monkeypatch.setattr("training.advice.timing.SECONDS", 0)
+    monkeypatch.setattr("training.advice.timing.STEPS", 1)
     result = run_cli(dataset_tool, "check", make_dataset(tmp_path / "d", random_images(300)), "--json")
     advice = json.loads(result.output)["training"]
     speed = float(re.search(r"([\d.e+]+) images per second in (\d+) timed steps of 32 images", advice["note"])[1])

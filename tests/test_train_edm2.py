@@ -99,9 +99,10 @@ def test_without_a_preset_only_data_of_the_default_are_trained_on(tmp_path):
     assert result.exit_code == 0 and 'preset:           "edm2-img512-s"' in result.output, result.output
     fails_with(dry(DIGITS), "the default, edm2-img512-s, is for 64x64x4, not for images of 8x8x1", "does: digits")
     pixels = make_dataset(tmp_path / "pixels", random_images(1, size=64))
-    fails_with(
-        dry(pixels), "give one that does: edm2-img64-xs, edm2-img64-s, edm2-img64-m, edm2-img64-l, edm2-img64-xl"
-    )
+    published = "edm2-img64-xs, edm2-img64-s, edm2-img64-m, edm2-img64-l, edm2-img64-xl"
+    fails_with(dry(pixels), f"give one that does: {published}, pixels64-cpu, pixels64-gpu, pixels64-8gpus;")
+    gray = make_dataset(tmp_path / "gray", random_images(1, size=32, channels=None))
+    fails_with(dry(gray), "give one that does: pixels32-cpu,", f"python dataset_tool.py check {gray} proposes")
     others = make_dataset(tmp_path / "others", random_images(1, size=16))
     fails_with(dry(others), "no preset does (they are for ", "64x64x3, 64x64x4, 8x8x1)", "--list-presets")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,7 +211,8 @@ def check_default(dataset: ImageFolderDataset, presets: Mapping[str, Preset], de
         )
     raise UserError(
         f"--preset is not given, and the default, {default}, is for {presets[default].size}, not for {found} such as "
-        f"--data={dataset.path} has: {advice}"
+        f"--data={dataset.path} has: {advice}; python dataset_tool.py check {shlex.quote(str(dataset.path))} "
+        f"proposes a whole command"
     )
 
 

@@ -15,7 +15,7 @@ from dnnlib.errors import OUT_OF_MEMORY, UserError
 from dnnlib.progress import format_time
 from training.advice.families import FAMILIES, Choice, Data, nearest_preset
 from training.advice.timing import images_per_second
-from training.config.families import MACHINES
+from training.config.advice import MACHINES, AdviceConfig
 from training.config.fields import Field, all_fields, show
 from training.config.training import Ki, Mi, Preset, TrainConfig
 from training.dataset.images import ImageFolderDataset
@@ -108,52 +108,51 @@ class Advice:
         return {**command, "seconds": self.seconds, "note": self.text}
 
 
-def advice_on(data: str, facts: Mapping[str, Any], family: str, machine: str | None, timing: bool) -> Advice:
+def advice_on(data: str, facts: Mapping[str, Any], wanted: AdviceConfig) -> Advice:
     """What to do with a dataset.
 
     Args:
         data: folder or ZIP file.
         facts: what `training.conversion.check.check_dataset` found out about it.
-        family, machine: see `propose`.
-        timing: whether to time a few steps, if it is for this machine.
+        wanted: what the command is to be like.
     """
     noise = (facts["suggested_P_mean"], facts["suggested_P_std"], facts["suggestion_because"])
     try:
-        proposal = propose(data, noise, family, machine)
+        proposal = propose(data, noise, wanted)
     except UserError as err:
         return Advice(None, None, str(err))
-    return Advice(proposal, *(estimate(proposal) if timing else (None, "not timed (--timing)")))
+    return Advice(proposal, *(estimate(proposal) if wanted.timing else (None, "not timed, as --timing=0 asks for")))
 
 
-def propose(data: str, noise: tuple[float, float, str], family: str = "edm2", machine: str | None = None) -> Proposal:
+def propose(data: str, noise: tuple[float, float, str], config: AdviceConfig) -> Proposal:
     """The command that suits a dataset.
 
     Args:
         data: folder or ZIP file.
         noise: P_mean and P_std that suit it, and why.
-        family: name of FAMILIES.
-        machine: where to train, a name of MACHINES; None = here.
+        config: what the command is to be like.
 
     Raises:
         UserError: the family has no networks for such data; says why.
     """
+    family = config.family
     captions = family == "uvit" and _has_captions(data)
     dataset = ImageFolderDataset(data, use_labels=not captions, use_captions=captions)
-    names, wanted = list(MACHINES), machine or this_machine()
+    names, wanted = list(MACHINES), config.machine or this_machine()
     fitting = [name for name in names[: names.index(wanted) + 1] if len(dataset) >= MACHINES[name]]
     chosen, entry = Data(dataset, *noise, machine=fitting[-1]), FAMILIES[family]
     name = nearest_preset(chosen, entry)
     preset = entry.presets[name]
-    choices = [*entry.choose(chosen, preset), *_length(chosen, preset.config)]
+    choices = [*entry.choose(chosen, preset), *_length(chosen, preset.config, config.duration)]
     options = {"preset": name, "data": data, **{choice.key: choice.value for choice in choices}}
     try:
-        config, dataset = make_config(entry.config, entry.presets, options)
-        choices.insert(0, Choice("preset", name, _why_preset(chosen, preset, wanted, _parameters(config, dataset))))
+        training, dataset = make_config(entry.config, entry.presets, options)
+        choices.insert(0, Choice("preset", name, _why_preset(chosen, preset, wanted, _parameters(training, dataset))))
     except UserError as err:
         raise UserError(f"--family={family}: no command for {data}: {err}") from None
     outdir = f"out/{Path(os.path.normpath(data)).name.removesuffix('.zip')}-{family}"
     here = wanted == this_machine()
-    return Proposal(family, outdir, data, choices, processes_for(chosen.machine), here, config, dataset)
+    return Proposal(family, outdir, data, choices, processes_for(chosen.machine), here, training, dataset)
 
 
 def this_machine() -> str:
@@ -219,17 +218,24 @@ def _why_preset(data: Data, preset: Preset, wanted: str, parameters: str) -> str
     return ", ".join(filter(None, reasons))
 
 
-def _length(data: Data, config: TrainConfig) -> list[Choice]:
+def _length(data: Data, config: TrainConfig, asked: int | None) -> list[Choice]:
     """Batch and duration, and what follows from it."""
     run, images = config.run, len(data.dataset)
-    duration = min(run.duration, -(-MAX_PASSES * images // run.batch) * run.batch)
-    batch = Choice("batch", run.batch, f"of the preset: {duration // run.batch} steps")
+    most = -(-MAX_PASSES * images // run.batch) * run.batch
+    duration = min(run.duration, most) if asked is None else asked
+    batch = Choice("batch", run.batch, f"of the preset: {-(-duration // run.batch)} steps")
     passes = f"{duration / images:.4g} passes over {many(images, 'image')}"
     if duration == run.duration:
         return [batch, Choice("duration", duration, f"of the preset: {passes}")]
-    choices = [batch, Choice("duration", duration, f"{passes}; the preset's {run.duration} images would be more still")]
-    for key, value in config.optimizer.to_json().items():
-        if key in ("decay", "decay_from", "decay_to", "warmup") and value:
-            shortened = type(value)(value * duration / run.duration)
-            choices.append(Choice(key, shortened, "in proportion to the duration"))
+    why = f"{passes}, as asked for" if asked else f"{passes}; the preset's {run.duration} images would be more still"
+    choices = [batch, Choice("duration", duration, why)]
+    optimizer = config.optimizer.to_json()
+    for key in (key for key in ("decay", "decay_from", "decay_to") if optimizer.get(key)):
+        scaled = type(optimizer[key])(optimizer[key] * duration / run.duration)
+        choices.append(Choice(key, scaled, "in proportion to the duration"))
+    if optimizer.get("warmup", 0) > duration // 10:
+        choices.append(Choice("warmup", duration // 10, "a tenth of the duration at most"))
+    if rate := getattr(config.ema, "ema_rate", 0):
+        scaled = max(1 - (1 - rate) * run.duration / duration, 0)
+        choices.append(Choice("ema_rate", round(scaled, 6), "an average over as large a part of the training"))
     return choices

@@ -374,7 +374,8 @@ class Preset:
         published: results of the published network, such as 'FID 2.20'; '' = none.
         sampler: of the published results; None = the default one.
         speed: images per second, where it was measured, and on what.
-        cost: time and machines that it is meant for; '' = those of the published model, or a minute or two.
+        cost: of presets for own images, which may have any number of channels: the time and machines that they are
+            meant for; '' = it is of a published model or of the digits.
     """
 
     config: TrainConfig
@@ -399,4 +400,5 @@ class Preset:
             channels: stored ones; those of latents may be mean and standard deviation.
         """
         wanted = (self.channels, 2 * self.channels) if latents else (self.channels,)
-        return resolution == self.resolution and channels in wanted and latents == (self.channels not in PIXEL_CHANNELS)
+        same_kind = resolution == self.resolution and latents == (self.channels not in PIXEL_CHANNELS)
+        return same_kind and (bool(self.cost) or channels in wanted)

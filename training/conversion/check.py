@@ -185,9 +185,8 @@ def _noise(dataset: ImageFolderDataset, encoder: Encoder, indices: list[int]) ->
     if pixels:
         larger = max(dataset.resolution / 64, 1.0)
         P_mean, P_std = -0.8 + shift + math.log(larger), 1.6
-        reason = (
-            f"EDM2's values for 64x64 pixels, shifted by ln(sigma_data / 0.5) and ln({larger:g}) for the resolution"
-        )
+        reason = "EDM2's values for 64x64 pixels, shifted by ln(sigma_data / 0.5)"
+        reason += f" and ln({larger:g}) for the resolution" if larger > 1 else ""
     else:
         P_mean, P_std = -0.4 + shift, 1.0
         reason = "EDM2's values for latents, shifted by ln(sigma_data / 0.5)"
