@@ -14,7 +14,7 @@ from quickstart import DATA, ROOT, class_rows, picture
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
-from training.config.samplers import ConsistencySteps, GridConfig, SamplerConfig
+from training.config.samplers import GridConfig, SamplerConfig
 from training.generation import load
 from training.metrics.small_images import RealImages
 
@@ -29,7 +29,7 @@ def multistep(steps: int, sigma_min: float) -> SamplerConfig:
 
 
 def consistency(*levels: float) -> SamplerConfig:
-    return SamplerConfig(solver="consistency", consistency=ConsistencySteps(levels=levels))
+    return SamplerConfig(solver="consistency", grid=GridConfig(sigmas=levels))
 
 
 OF_DENOISER = {

@@ -134,12 +134,12 @@ def test_images(tuned, tmp_path, snapshot_file):
     for levels in ("20", "20,0.8"):
         out = tmp_path / levels
         result = run_cli(
-            generate, f"--net={tuned}", f"--outdir={out}", "--seeds=0-3", "--sampler=consistency", f"--levels={levels}"
+            generate, f"--net={tuned}", f"--outdir={out}", "--seeds=0-3", "--sampler=consistency", f"--sigmas={levels}"
         )
         assert result.exit_code == 0 and "no denoiser" not in result.output and "is none" not in result.output
         record = json.loads((out / "generation.json").read_text())
         assert record["sampler"]["solver"] == "consistency"
-        assert record["sampler"]["levels"] == [float(level) for level in levels.split(",")]
+        assert record["sampler"]["sigmas"] == [float(level) for level in levels.split(",")]
         made[levels] = images_in(out)
     assert any((made["20"][name] != made["20,0.8"][name]).any() for name in made["20"])
     other = run_cli(generate, f"--net={tuned}", f"--outdir={tmp_path / 'heun'}", "--seeds=0", "--steps=2")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dnnlib.errors import UserError
-from training.config.samplers import ConsistencySteps, SamplerConfig
+from training.config.samplers import GridConfig, SamplerConfig
 from training.samplers.grids import grid_for
 from training.samplers.noise import StackedRandomGenerator
 from training.samplers.sampler import Sampler
@@ -18,7 +18,7 @@ def of_gaussian(x, sigma, labels=None):
 
 
 def config(*levels: float) -> SamplerConfig:
-    return SamplerConfig(solver="consistency", consistency=ConsistencySteps(levels=levels))
+    return SamplerConfig(solver="consistency", grid=GridConfig(sigmas=levels))
 
 
 @pytest.mark.parametrize("levels", [(20.0,), (20.0, 0.8), (80.0, 5.0, 1.0, 0.2)])
@@ -57,16 +57,16 @@ def test_noise_depends_on_the_seed_alone():
 
 def test_the_sampler_says_its_levels():
     facts = Sampler(config(20.0, 0.8)).describe()
-    assert facts == {"solver": "consistency", "levels": [20.0, 0.8], "sigma_min": 0.8, "sigma_max": 20.0}
+    assert facts == {"solver": "consistency", "sigmas": [20.0, 0.8], "sigma_min": 0.8, "sigma_max": 20.0}
     assert Sampler(SamplerConfig(solver="consistency")).describe() == facts
 
 
 def test_levels_are_checked():
     for levels, message in [
-        ((0.8, 20.0), "--levels=0.8,20.0: must fall"),
+        ((0.8, 20.0), "--sigmas=0.8,20.0: noise levels must fall"),
         ((2.0, 2.0), "must fall"),
-        ((1.0, 0.0), "--levels must be positive"),
-        ((), "--levels must have 1 to 1000 values"),
+        ((1.0, 0.0), "--sigmas must be positive"),
+        ((), "--sigmas must have 1 to 10000 values"),
     ]:
         with pytest.raises(UserError, match=message):
             config(*levels)
@@ -74,7 +74,7 @@ def test_levels_are_checked():
     class Limited:
         sigma_min, sigma_max = 0.01, 10.0
 
-    with pytest.raises(UserError, match="--levels: 20 is beyond the noise levels of the network, 0.01 to 10"):
+    with pytest.raises(UserError, match="--sigmas: 20 is beyond the noise levels of the network, 0.01 to 10"):
         grid_for(config(20.0, 0.8), Limited())
     assert grid_for(SamplerConfig(solver="consistency"), Limited()).sigmas.tolist() == [10, 0.8, 0]
 
@@ -82,4 +82,3 @@ def test_levels_are_checked():
 @pytest.mark.parametrize("name", ["steps", "sigma_min", "sigma_max", "rho", "spacing", "schedule", "S_churn", "rtol"])
 def test_other_options_have_no_effect(name):
     assert config(20.0, 0.8).without_effect([name]) == [f"--{name}"]
-    assert SamplerConfig().without_effect(["levels"]) == ["--levels"]

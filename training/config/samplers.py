@@ -32,8 +32,8 @@ def parse_levels(text: str) -> tuple[float, ...]:
         levels = [sigma for (sigma,) in read_numbers(text, columns=1)]
     if levels[-1] == 0:
         del levels[-1]
-    if not levels or levels[-1] <= 0 or any(a <= b for a, b in zip(levels[:-1], levels[1:], strict=True)):
-        raise UserError(f"{text!r}: noise levels must be positive, and fall from each to the next")
+    if not levels:
+        raise UserError(f"{text!r}: no noise level but 0")
     return tuple(levels)
 
 
@@ -70,7 +70,8 @@ class GridConfig(Config):
     sigmas: tuple[float, ...] | None = option(
         None,
         "Noise levels to visit, from the highest to the lowest, in place of --steps and the like: numbers with commas "
-        "between, or a file with one per line (scripts/optimize_schedule.py makes such files)",
+        "between, or a file with one per line (scripts/optimize_schedule.py makes such files). With "
+        f"--sampler=consistency, {show(CONSISTENCY_LEVELS)} by default, or the network's highest where that is lower",
         parse=parse_levels,
         metavar="FILE|LIST",
         above=0,
@@ -82,6 +83,8 @@ class GridConfig(Config):
         low, high = self.sigma_min or SIGMA_MIN, self.sigma_max or SIGMA_MAX
         if None not in (self.sigma_min, self.sigma_max) and low > high:
             raise UserError(f"--sigma_min={low:g} is above --sigma_max={high:g}")
+        if any(low >= high for high, low in itertools.pairwise(self.sigmas or ())):
+            raise UserError(f"--sigmas={show(self.sigmas)}: noise levels must fall from each to the next")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,30 +141,11 @@ class RungeKutta(Config):
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConsistencySteps(Config):
-    """The noise levels at which a consistency model is evaluated (Song et al. 2023, arXiv 2303.01469, Algorithm 1)."""
-
-    levels: tuple[float, ...] | None = option(
-        None,
-        "Noise levels of --sampler=consistency, from high to low: one evaluation each",
-        parse=parse_levels,
-        above=0,
-        items=(1, 1000),
-        default_text=f"{show(CONSISTENCY_LEVELS)}, or the network's highest where that is lower",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(low >= high for high, low in itertools.pairwise(self.levels or ())):
-            raise UserError(f"--levels={show(self.levels)}: must fall from each to the next")
-
-
 class SolverKind(NamedTuple):
     """A solver: the section of `SamplerConfig` with its own options, and the grid that it takes.
 
     `grid` is 'levels' (any), 'inner' (with levels inside of steps), 'times' (of a schedule, evenly spaced), 'ends' (of
-    a schedule, the first and the last, with steps of the solver's own) or 'listed' (levels of its own section).
+    a schedule, the first and the last, with steps of the solver's own) or 'listed' (--sigmas only).
     """
 
     section: str | None
@@ -181,7 +165,7 @@ SOLVERS: dict[str, SolverKind] = {
     "euler-maruyama": SolverKind("euler_maruyama", "times"),
     "pc": SolverKind("pc", "times"),
     "rk45": SolverKind("rk45", "ends"),
-    "consistency": SolverKind("consistency", "listed"),
+    "consistency": SolverKind(None, "listed"),
 }
 
 
@@ -207,7 +191,6 @@ class SamplerConfig(Config):
     euler_maruyama: EulerMaruyama = EulerMaruyama()
     pc: PredictorCorrector = PredictorCorrector()
     rk45: RungeKutta = RungeKutta()
-    consistency: ConsistencySteps = ConsistencySteps()
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -218,7 +201,7 @@ class SamplerConfig(Config):
                 f"S_churn={self.churn.S_churn:g} adds noise, which {self.solver} cannot follow: it relies on earlier "
                 f"steps; use heun or euler"
             )
-        if self.grid.sigmas is not None and self.kind.grid != "levels":
+        if self.grid.sigmas is not None and self.kind.grid not in ("levels", "listed"):
             raise UserError(
                 f"--sigmas: {self.solver} takes no list of noise levels: use one of {', '.join(LEVEL_SOLVERS)}"
             )
@@ -252,7 +235,7 @@ class SamplerConfig(Config):
         unused += ["spacing"] if self.kind.grid in ("times", "ends") else []
         unused += ["steps"] if self.kind.grid == "ends" else []
         if self.kind.grid == "listed":
-            unused = [field.key for field in all_fields(GridConfig)]
+            unused = [field.key for field in all_fields(GridConfig) if field.key != "sigmas"]
         elif self.grid.sigmas is not None:
             unused += ["steps", "sigma_min", "sigma_max", "rho", "spacing", "schedule"]
         return [field.flag for field in fields if field.key in given] + [

@@ -2,7 +2,6 @@
 
 import torch
 
-from training.config.samplers import ConsistencySteps
 from training.samplers.grids import Grid
 from training.samplers.ode import AfterUpdate, RandnLike, Solution
 
@@ -11,7 +10,7 @@ def consistency(
     D: Solution,
     x: torch.Tensor,
     grid: Grid,
-    options: ConsistencySteps,
+    options: None,
     *,
     randn_like: RandnLike,
     after_update: AfterUpdate,

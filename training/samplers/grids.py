@@ -57,18 +57,16 @@ def grid_for(config: SamplerConfig, denoiser: Any = None) -> Grid:
         UserError: the levels are not in order, or beyond those that the denoiser is made for.
     """
     if config.kind.grid == "listed":
-        return _listed_grid(config.options.levels, denoiser)
+        return _listed_grid(config.grid.sigmas, denoiser)
     return _time_grid_for(config, denoiser) if config.in_time else _edm_grid_for(config, denoiser)
 
 
 def _listed_grid(levels: Sequence[float] | None, denoiser: Any) -> Grid:
     """These levels, and 0 at the end; None = those by default, as far as the denoiser is made for them."""
-    low, high = noise_range(denoiser)
     if levels is None:
-        levels = [min(sigma, high) for sigma in CONSISTENCY_LEVELS]
+        levels = [min(sigma, noise_range(denoiser)[1]) for sigma in CONSISTENCY_LEVELS]
     for sigma in levels:
-        if not low / CLOSE <= sigma <= high * CLOSE:
-            raise UserError(f"--levels: {sigma:g} is beyond the noise levels of the network, {low:.4g} to {high:.4g}")
+        _check_level("sigmas", sigma, denoiser)
     return Grid(torch.tensor([*levels, 0.0], dtype=torch.float64))
 
 

@@ -57,7 +57,7 @@ class Sampler:
         levels = self.grid.sigmas[self.grid.sigmas > 0].tolist()
         facts = self.config.describe()
         if self.config.kind.grid == "listed":
-            facts["levels"] = levels
+            facts["sigmas"] = levels
         facts |= {"sigma_min": float(f"{levels[-1]:.6g}"), "sigma_max": float(f"{levels[0]:.6g}")}
         return facts if self.grid.schedule is None else facts | {"schedule": repr(self.grid.schedule)}
 
