@@ -74,7 +74,7 @@ def test_levels_are_checked():
     class Limited:
         sigma_min, sigma_max = 0.01, 10.0
 
-    with pytest.raises(UserError, match="--sigmas: 20 is beyond the noise levels of the network, 0.01 to 10"):
+    with pytest.raises(UserError, match="--sigmas=20 is beyond the noise levels of the network, 0.01 to 10"):
         grid_for(config(20.0, 0.8), Limited())
     assert grid_for(SamplerConfig(solver="consistency"), Limited()).sigmas.tolist() == [10, 0.8, 0]
 
