@@ -331,10 +331,9 @@ def _groups(groups: Sequence[int], least: int = 1) -> dict[str, Any]:
     )
 
 
-def _digits(duration: int, **network: Any) -> Preset:
-    """Handwritten digits, 8x8 grayscale (datasets/digits.zip)."""
+def _small(duration: int, interval: int, **network: Any) -> NVAETraining:
+    """A network of 16 channels at two scales for a processor, with what worked best on the digits."""
     options: dict[str, Any] = dict(
-        levels=17,
         num_latent_scales=2,
         num_groups_per_scale=2,
         ada_groups=True,
@@ -349,40 +348,23 @@ def _digits(duration: int, **network: Any) -> Preset:
         use_se=True,
         res_dist=True,
     )
-    config = NVAETraining(
+    return NVAETraining(
         network=NVAENetwork(**{**options, **network}),
         objective=NVAEObjective(weight_decay_norm=0.01),
         optimizer=NVAEOptimizer(lr=0.01, warmup_portion=0.05),
-        run=RunConfig(duration=duration, batch=64, status=4 * Ki, snapshot=duration // 2, checkpoint=duration // 2),
+        run=RunConfig(duration=duration, batch=64, status=4 * Ki, snapshot=interval, checkpoint=interval),
     )
-    return Preset(config, resolution=8, channels=1, classes=0)
+
+
+def _digits(duration: int, **network: Any) -> Preset:
+    """Handwritten digits, 8x8 grayscale (datasets/digits.zip)."""
+    return Preset(_small(duration, duration // 2, levels=17, **network), resolution=8, channels=1, classes=0)
 
 
 def _own_images() -> Preset:
     """Own images of 32x32 pixels, gray or RGB: 0.57 M parameters, latents of 16x16 and 8x8: an evening on two
     CPU cores."""
-    duration = 256 * Ki
-    network = NVAENetwork(
-        num_latent_scales=2,
-        num_groups_per_scale=4,
-        ada_groups=True,
-        num_latent_per_group=8,
-        num_channels_enc=16,
-        num_channels_dec=16,
-        num_preprocess_blocks=1,
-        num_preprocess_cells=1,
-        num_postprocess_blocks=1,
-        num_postprocess_cells=1,
-        num_mixture_dec=5,
-        use_se=True,
-        res_dist=True,
-    )
-    config = NVAETraining(
-        network=network,
-        objective=NVAEObjective(weight_decay_norm=0.01),
-        optimizer=NVAEOptimizer(lr=0.01, warmup_portion=0.05),
-        run=RunConfig(duration=duration, batch=64, status=4 * Ki, snapshot=32 * Ki, checkpoint=32 * Ki),
-    )
+    config = _small(256 * Ki, 32 * Ki, num_groups_per_scale=4)
     return Preset(
         config, resolution=32, channels=3, classes=0, speed="34 on 1 CPU core", cost="an evening on 2 CPU cores"
     )
