@@ -50,6 +50,11 @@ def whole(images: float, multiple: int = 256) -> int:
     return max(round(images / multiple), 1) * multiple
 
 
+def warmup(duration: int) -> str:
+    """That of the digits presets, less where a training is very short."""
+    return f"--warmup={min(3200, whole(0.1 * duration))}"
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family is trained.
@@ -74,9 +79,15 @@ FAMILIES = {
         "score-SDE (VP)",
         "train_score_sde.py",
         "digits-vp",
-        lambda duration: [f"--decay-from={whole(0.65 * duration)}", f"--decay-to={duration}"],
+        lambda duration: [warmup(duration), f"--decay-from={whole(0.65 * duration)}", f"--decay-to={duration}"],
     ),
-    "uvit": Family("U-ViT", "train_uvit.py", "digits-uvit", lambda duration: [f"--decay-to={duration}"], classes=True),
+    "uvit": Family(
+        "U-ViT",
+        "train_uvit.py",
+        "digits-uvit",
+        lambda duration: [warmup(duration), f"--decay-to={duration}"],
+        classes=True,
+    ),
     "nvae": Family("NVAE", "train_nvae.py", "digits-nvae", lambda _: ["--ema-std=0.050,0.100"], bound=True),
 }
 
