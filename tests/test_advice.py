@@ -14,8 +14,10 @@ from sources import check
 
 from dataset_tool import main as dataset_tool
 from training.config.advice import FAMILIES, MACHINES
+from training.config.score_sde_presets import SCORE_PRESETS
 from training.config.training import Ki
 from training.dataset.images import ImageFolderDataset
+from training.monitoring.outdir import next_steps
 
 
 def commands(text: str) -> list[list[str]]:
@@ -188,3 +190,19 @@ def test_the_time_is_that_of_the_duration(tmp_path, monkeypatch):
     advice = json.loads(result.output)["training"]
     speed = float(re.search(r"([\d.e+]+) images per second in (\d+) timed steps of 32 images", advice["note"])[1])
     assert advice["seconds"] == pytest.approx(512 * Ki / speed, rel=1e-3) and math.isfinite(speed)
+
+
+def test_a_finished_run_is_sampled_as_its_preset_says():
+    dataset = ImageFolderDataset(DIGITS)
+    for preset, options in [(SCORE_PRESETS["pixels32-vp-cpu"], ["--sampler=pc", "--steps=100"]), (None, [])]:
+        images, quality = commands("\n".join(next_steps(Path("out/my run"), dataset, preset)))
+        assert images[2:] == [
+            "--net=out/my run",
+            "--outdir=out/my run-images",
+            "--seeds=0-63",
+            "--grid=out/my run-images.png",
+            *options,
+        ]
+        assert (
+            quality[2] == "gen" and f"--ref={DIGITS}" in quality and quality[-len(options) or len(quality) :] == options
+        )

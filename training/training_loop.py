@@ -221,8 +221,9 @@ class TrainingRun:
             journal.log(f"Suspended at {self.nimg} images{limit and f' by {limit}'}; repeat the command to continue")
             return
         journal.log(f"Done: {self.nimg} images in {self.outdir}. A longer --duration continues it.")
-        for line in next_steps(self.outdir, self.dataset) if self.architecture.makes_images else []:
-            journal.log(line)
+        if self.architecture.makes_images:
+            for line in next_steps(self.outdir, self.dataset, self.architecture.presets.get(config.preset)):
+                journal.log(line)
 
     def limit_reached(self, nimg: int, seconds: float) -> str:
         """The option that ends this start after so many images and seconds of it; '' = none does."""

@@ -131,9 +131,12 @@ def _own_images() -> Preset:
             duration=duration, batch=batch, batch_gpu=32, status=4 * Ki, snapshot=64 * Ki, checkpoint=64 * Ki
         ),
     )
+    # After short trainings the corrector mends what the probability flow gets wrong.
+    sampler = SamplerConfig(solver="pc", grid=GridConfig(num_steps=100))
     return Preset(
-        config, resolution=32, channels=3, classes=0, speed="40 on 1 CPU core", cost="an evening on 2 CPU cores"
-    )
+        config, resolution=32, channels=3, classes=0, sampler=sampler, speed="40 on 1 CPU core",
+        cost="an evening on 2 CPU cores",
+    )  # fmt: skip
 
 
 DISCRETE = {"continuous": False}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dnnlib.errors import UserError
 from torch_utils import checkpoint, distributed
-from training.config.training import OPTIONS_NAME, TrainConfig
+from training.config.training import OPTIONS_NAME, Preset, TrainConfig
 from training.dataset.images import ImageFolderDataset
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"
@@ -25,14 +25,19 @@ def state_name(nimg: int) -> str:
     return f"training-state-{nimg // 1000:07d}.pt"
 
 
-def next_steps(outdir: Path, dataset: ImageFolderDataset) -> list[str]:
-    """What to do with the networks of a finished run on a dataset: commands, a line each."""
-    net, images = shlex.quote(str(outdir)), shlex.quote(f"{outdir}-images")
-    grid = shlex.quote(f"{outdir}-images.png")
-    lines = [f"Images: python generate_images.py --net={net} --outdir={images} --seeds=0-63 --grid={grid}"]
+def next_steps(outdir: Path, dataset: ImageFolderDataset, preset: Preset | None) -> list[str]:
+    """What to do with the networks of a finished run: commands, a line each.
+
+    Args:
+        preset: of the run, whose sampler is used; None = there was none.
+    """
+    sampler = preset.sampler.as_options() if preset is not None and preset.sampler is not None else []
+    net, out = f"--net={outdir}", f"{outdir}-images"
+    generate = [net, f"--outdir={out}", "--seeds=0-63", f"--grid={out}.png", *sampler]
+    lines = [f"Images: python generate_images.py {shlex.join(generate)}"]
     if dataset.dtype.kind != "f":
-        options = f"--ref={shlex.quote(str(dataset.path))} --metrics={MEASURED} --num={MEASURED_IMAGES}"
-        lines.append(f"Quality: python calculate_metrics.py gen --net={net} {options}")
+        measure = [net, f"--ref={dataset.path}", f"--metrics={MEASURED}", f"--num={MEASURED_IMAGES}", *sampler]
+        lines.append(f"Quality: python calculate_metrics.py gen {shlex.join(measure)}")
     return lines
 
 
