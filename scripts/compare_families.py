@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import matplotlib
+import matplotlib.ticker
 import torch
 from tqdm import tqdm
 
@@ -240,12 +241,18 @@ def draw(path: Path, results: dict[str, dict[str, Any]], out: Path, reals: RealI
     for place in (by_ema, by_cost):
         place.axhline(floor, color="gray", linestyle="--", label=f"as many real digits: {floor:.2f}")
         place.set_ylabel("fd_pixels, lower is better", fontsize=13)
-        place.legend(fontsize=12)
+        for axis in (place.xaxis, place.yaxis):
+            axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    by_ema.set_yticks([0.1, 0.2, 0.5, 1])
+    by_cost.set_yticks([0.1, 0.2, 0.5, 1])
+    by_cost.set_xticks([0.1, 0.2, 0.5, 1, 2, 5])
     by_ema.set_title("EMA chosen after the training", fontsize=16)
     by_ema.set_xlabel("width of the EMA profile (share of the training)", fontsize=13)
     by_cost.set_title(f"Steps: {', '.join(map(str, STEPS))} (NVAE: 1)", fontsize=16)
     by_cost.set_xlabel("seconds for 1,000 images on this machine", fontsize=13)
     spread.set_title("Precision and recall", fontsize=16)
+    spread.legend(*by_ema.get_legend_handles_labels(), fontsize=12, loc="lower left")
     spread.set(
         xlim=(0, 1), ylim=(0, 1), xlabel="precision: samples among real digits", ylabel="recall: real among samples"
     )
