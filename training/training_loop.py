@@ -235,7 +235,9 @@ class TrainingRun:
     def is_state_old(self) -> bool:
         """Whether --checkpoint-minutes have passed since the last training state, or the start."""
         minutes = self.config.run.checkpoint_minutes
-        return minutes > 0 and distributed.any_rank(self.states.age() >= 60 * minutes)
+        if minutes == 0:
+            return False
+        return distributed.any_rank(distributed.get_rank() == 0 and self.states.age() >= 60 * minutes)  # it writes them
 
     @property
     def preview_interval(self) -> int:

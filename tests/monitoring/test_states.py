@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch_utils.checkpoint import load_state
 from train_edm2 import main as train
 from training.monitoring import states
 from training.monitoring.states import StateWriter, on_cpu
+from training.training_loop import TrainingRun
 
 
 @pytest.fixture
@@ -130,6 +132,16 @@ def test_time_limits(tmp_path):
     assert re.search(r"Suspended at (0|256|512|768) images by --max-time=1e-06; repeat the command", result.output)
     result = run_cli(train, *common, "--checkpoint-minutes=1e-9", "--keep-checkpoints=9", "--slice=512")
     assert result.output.count("Saving a training state") == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_minutes_are_those_of_the_process_that_writes(rank, monkeypatch):
+    """On the others, the last state never gets younger."""
+    monkeypatch.setattr("torch_utils.distributed.get_rank", lambda: rank)
+    run: Any = SimpleNamespace(states=SimpleNamespace(age=lambda: 61.0))
+    for minutes, old in {0.0: False, 1.0: rank == 0, 2.0: False}.items():
+        run.config = SimpleNamespace(run=SimpleNamespace(checkpoint_minutes=minutes))
+        assert TrainingRun.is_state_old(run) is old
 
 
 def test_milestones_are_states_that_are_saved(tmp_path):
