@@ -32,7 +32,9 @@ from training.config.metric_options import (
     FIT_OPTIONS,
     MEASURING_OPTIONS,
     METRICS_OPTION,
+    REF_OPTION,
     WORKERS_OPTION,
+    num_option,
 )
 from training.config.metrics import METRICS
 
@@ -82,12 +84,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--images", help="Images: a folder, a ZIP file, or an .npz file of ADM", metavar="PATH", required=True)
-@click.option(
-    "--ref",
-    help="Reference: statistics (a file or URL), or a folder or ZIP file of images",
-    metavar="PATH",
-    required=True,
-)
+@REF_OPTION
 @METRICS_OPTION
 @with_options(MEASURING_OPTIONS)
 @with_options(FIT_OPTIONS)
@@ -227,23 +224,9 @@ def gen(
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
 )
-@click.option(
-    "--ref",
-    help="Reference: statistics (a file or URL), or a folder or ZIP file of images",
-    metavar="PATH",
-    required=True,
-)
+@REF_OPTION
 @METRICS_OPTION
-@click.option(
-    "--num",
-    "--num-images",
-    "num_images",
-    help="Number of images of each setting",
-    metavar="INT",
-    type=click.IntRange(min=2),
-    default=5000,
-    show_default=True,
-)
+@num_option("Number of images of each setting", 5000)
 @click.option("--seed", help="First seed", metavar="INT", type=click.IntRange(min=0), default=0, show_default=True)
 @BATCH_OPTION
 @with_options(click_options(NetworksConfig))

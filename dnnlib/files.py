@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from dnnlib.errors import UserError
 
@@ -107,6 +108,15 @@ def append_line(path: str | os.PathLike, line: str) -> None:
     """
     with naming_errors(path), open(path, "a") as f:
         f.write(line + "\n")
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; without those lines that a full disk or a power failure has spoiled."""
+    records = []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def check_not_input(option: str, path: Path, inputs: Mapping[str, str | os.PathLike | None]) -> None:

@@ -18,7 +18,7 @@ import matplotlib
 
 from dnnlib.cli import CommandLine
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, read_records
 from dnnlib.util import code_version
 from training.config.training import OPTIONS_NAME
 
@@ -31,14 +31,8 @@ Point = tuple[float, float]
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """The undamaged lines of a file of JSON lines."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in found if isinstance(record, dict) and "nimg" in record]
+    """What a run has reported in a file, with the images seen till then."""
+    return [record for record in read_records(path) if "nimg" in record]
 
 
 class Run:

@@ -27,6 +27,11 @@ class Denoiser(Protocol):
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None, /) -> torch.Tensor: ...
 
 
+def per_image(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Numbers [N] in the form that multiplies images, [N, 1, ...], and in their type."""
+    return value.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
 def noise_range(denoiser: Any) -> tuple[float, float]:
     """Noise levels that a denoiser is made for: 0 and infinity where it does not say so."""
     return getattr(denoiser, "sigma_min", 0.0), getattr(denoiser, "sigma_max", math.inf)

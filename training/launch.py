@@ -278,7 +278,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
 
     encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, distributed.print0)
     with torch.device("meta"):  # only counted
-        net = build_network(config, dataset, encoder)
+        parameters = count_parameters(build_network(config, dataset, encoder))
     data = config.dataset
     assert data is not None
     for line in dataset.summary():
@@ -288,6 +288,6 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     distributed.print0(f"Dataset:          {dataset.size_text()}")
     distributed.print0(f"Encoder:          {encoder.describe()}")
     distributed.print0(f"Classes:          {data.label_dim}")
-    distributed.print0(f"Network:          {count_parameters(net)} parameters")
-    distributed.print0(f"Disk:             {disk_needs(config, count_parameters(net), 0, outdir)}")
+    distributed.print0(f"Network:          {parameters} parameters")
+    distributed.print0(f"Disk:             {disk_needs(config, parameters, 0, outdir)}")
     distributed.print0(f"Processes:        {distributed.get_world_size()} on {select_device(config.run.device).type}")

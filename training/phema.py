@@ -64,6 +64,15 @@ def power_function_beta(std, t_next, t_delta):
     return (1 - t_delta / t_next) ** (std_to_exp(std) + 1)
 
 
+def _products(in_ofs, in_std, out_ofs, out_std):
+    """Inner products of stored profiles with each other [n, n], with those wanted [n, m], and of these [m]."""
+    in_ofs, in_std = (x.flatten() for x in np.broadcast_arrays(np.float64(in_ofs), np.float64(in_std)))
+    out_ofs, out_std = (x.flatten() for x in np.broadcast_arrays(np.float64(out_ofs), np.float64(out_std)))
+    A = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs[None], in_std[None])
+    B = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs[None], out_std[None])
+    return A, B, power_function_correlation(out_ofs, out_std, out_ofs, out_std)
+
+
 def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
     """Least-squares weights that turn stored averages into averages of other profiles (Algorithm 3).
 
@@ -74,10 +83,7 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
     Returns:
         float64 [n, m]; every column sums to 1.
     """
-    in_ofs, in_std = (x.flatten() for x in np.broadcast_arrays(np.float64(in_ofs), np.float64(in_std)))
-    out_ofs, out_std = (x.flatten() for x in np.broadcast_arrays(np.float64(out_ofs), np.float64(out_std)))
-    A = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs[None], in_std[None])
-    B = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs[None], out_std[None])
+    A, B, _ = _products(in_ofs, in_std, out_ofs, out_std)
     X = np.linalg.solve(A, B)
     return X / X.sum(axis=0)
 
@@ -95,11 +101,7 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, coefs):
     Returns:
         float64 [m].
     """
-    in_ofs, in_std = (x.flatten() for x in np.broadcast_arrays(np.float64(in_ofs), np.float64(in_std)))
-    out_ofs, out_std = (x.flatten() for x in np.broadcast_arrays(np.float64(out_ofs), np.float64(out_std)))
-    A = power_function_correlation(in_ofs[:, None], in_std[:, None], in_ofs[None], in_std[None])
-    B = power_function_correlation(in_ofs[:, None], in_std[:, None], out_ofs[None], out_std[None])
-    wanted = power_function_correlation(out_ofs, out_std, out_ofs, out_std)
+    A, B, wanted = _products(in_ofs, in_std, out_ofs, out_std)
     squares = (coefs * (A @ coefs)).sum(axis=0) - 2 * (coefs * B).sum(axis=0) + wanted
     return np.sqrt(np.maximum(squares, 0) / wanted)
 

@@ -17,7 +17,7 @@ import click
 import torch
 
 from dnnlib.errors import UserError
-from dnnlib.files import append_line, atomic_write
+from dnnlib.files import append_line, atomic_write, read_records
 from dnnlib.util import code_version
 from torch_utils import distributed
 from torch_utils.pictures import image_grid
@@ -101,15 +101,6 @@ def read_options(words: Sequence[str]) -> GenerationConfig:
         raise UserError(err.format_message()) from None
 
 
-def _undamaged(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Records of those lines that a full disk or a power failure has not cut off."""
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
 class Sweep:
     """Measures settings, each once, and keeps what it finds in {outdir}/sweep.jsonl.
 
@@ -155,15 +146,13 @@ class Sweep:
 
     def _read(self, task: Mapping[str, Any]) -> None:
         self.outdir.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        records = list(_undamaged(lines))
-        if records and records[0].get("task") != task:
+        found = read_records(self.file) if self.file.is_file() else []
+        records = found or [{"task": task, "code_version": code_version()}]
+        if records[0].get("task") != task:
             raise UserError(f"{self.file} is of another sweep: choose another --outdir, or remove it")
-        if len(records) < len(lines) or not records:
-            records = records or [{"task": task, "code_version": code_version()}]
-            if distributed.get_rank() == 0:
-                with atomic_write(self.file, "w") as f:
-                    f.writelines(json.dumps(record) + "\n" for record in records)
+        if distributed.get_rank() == 0:  # without lines that are spoiled
+            with atomic_write(self.file, "w") as f:
+                f.writelines(json.dumps(record) + "\n" for record in records)
         for record in records[1:]:
             if record["setting"].keys() == {axis.name for axis in self.axes}:
                 self.results[self.key(record["setting"])] = record

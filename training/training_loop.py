@@ -199,7 +199,7 @@ class TrainingRun:
             if due(run.snapshot):
                 self.save_snapshots()
                 if validation is not None:
-                    self.validate(validation)
+                    self.measure_snapshots(validation)
             saved = due(run.checkpoint) or (self.nimg > start_nimg and self.is_state_old())
             if saved:
                 self.save_state()
@@ -385,18 +385,11 @@ class TrainingRun:
         interval, left = self.preview_interval, self.config.run.duration - self.nimg
         return -(-left // interval) * self.preview_seconds if interval > 0 else 0.0
 
-    def measure_snapshots(self, evaluation: SnapshotEvaluation) -> None:
-        """Measure the snapshots that were just saved."""
-        for ema_net, suffix in self.ema.get():
-            results = evaluation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
-            self.journal.report_metrics(self.nimg, f"EMA{suffix}", results)
-        self.tick.time = time.time()
-
-    def validate(self, validation: Validation) -> None:
-        """Say the loss of the snapshots that were just saved on other images; to be called by all processes."""
+    def measure_snapshots(self, evaluation: SnapshotEvaluation | Validation) -> None:
+        """Measure the snapshots that were just saved; to be called by all processes."""
         begin = time.time()
         for ema_net, suffix in self.ema.get():
-            results = validation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
+            results = evaluation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
             self.journal.report_metrics(self.nimg, f"EMA{suffix}", results)
         self.tick.time += time.time() - begin
 

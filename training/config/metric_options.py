@@ -1,5 +1,6 @@
 """Options that commands of calculate_metrics.py share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -8,6 +9,12 @@ from dnnlib.cli import parse_resolution, parsed_by
 from training.config.data import TRANSFORMS
 from training.config.metrics import DEFAULT_METRICS, METRICS, RESIZE_MODES, parse_metrics, parse_weights
 
+REF_OPTION = click.option(
+    "--ref",
+    help="Reference: statistics (a file or URL), or a folder or ZIP file of images",
+    metavar="PATH",
+    required=True,
+)
 METRICS_OPTION = click.option(
     "--metrics",
     help=f"Metrics: {', '.join(METRICS)}",
@@ -48,17 +55,24 @@ DETECTOR_OPTIONS = [
         callback=lambda _ctx, _param, values: parse_weights(values),
     ),
 ]
-MEASURING_OPTIONS = [
-    click.option(
+
+
+def num_option(text: str, default: int) -> Callable:
+    """--num, with this help."""
+    return click.option(
         "--num",
         "--num-images",
         "num_images",
-        help="Number of images (torchrun takes --num for an option of its own: there, write --num-images)",
+        help=text,
         metavar="INT",
         type=click.IntRange(min=2),
-        default=50000,
+        default=default,
         show_default=True,
-    ),
+    )
+
+
+MEASURING_OPTIONS = [
+    num_option("Number of images (torchrun takes --num for an option of its own: there, write --num-images)", 50000),
     click.option(
         "--seed",
         help="First seed (gen), or seed of the random subset if there are more images than --num (calc)",

@@ -211,10 +211,14 @@ class SamplerConfig(Config):
         return SOLVERS[self.solver]
 
     @property
+    def listed(self) -> bool:
+        """Whether the noise levels are a list, --sigmas or the solver's own, and no other option chooses them."""
+        return self.kind.grid == "listed" or self.grid.sigmas is not None
+
+    @property
     def in_time(self) -> bool:
         """Whether the noise levels are those of times of a schedule."""
-        listed = self.kind.grid == "listed" or self.grid.sigmas is not None
-        return self.kind.grid in ("times", "ends") or (self.grid.spacing != "edm" and not listed)
+        return self.kind.grid in ("times", "ends") or (self.grid.spacing != "edm" and not self.listed)
 
     @property
     def options(self) -> Any:
@@ -234,10 +238,8 @@ class SamplerConfig(Config):
         unused = ["rho"] if self.in_time else ["schedule"]
         unused += ["spacing"] if self.kind.grid in ("times", "ends") else []
         unused += ["steps"] if self.kind.grid == "ends" else []
-        if self.kind.grid == "listed":
+        if self.listed:
             unused = [field.key for field in all_fields(GridConfig) if field.key != "sigmas"]
-        elif self.grid.sigmas is not None:
-            unused += ["steps", "sigma_min", "sigma_max", "rho", "spacing", "schedule"]
         return [field.flag for field in fields if field.key in given] + [
             f"--{name}" for name in unused if name in given
         ]

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from training.denoiser import Denoiser
-from training.guidance.rules import per_image
+from training.denoiser import Denoiser, per_image
 from training.guidance.weights import EVERYWHERE, Weight, as_weight, inside
 from training.schedules import wide
 

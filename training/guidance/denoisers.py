@@ -4,8 +4,8 @@ import torch
 
 from dnnlib.errors import UserError
 from training.config.guidance import GuidanceConfig
-from training.denoiser import Denoiser
-from training.guidance.rules import Projected, Rule, extrapolated, per_image, scaled_guide
+from training.denoiser import Denoiser, per_image
+from training.guidance.rules import Projected, Rule, extrapolated, scaled_guide
 from training.guidance.weights import EVERYWHERE, Weight, as_weight, inside, weight_of
 from training.schedules import wide
 

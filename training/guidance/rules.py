@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from training.denoiser import per_image
+
 Weighting = float | torch.Tensor  # one weight for all images, or shaped so that it multiplies them
 
 
@@ -29,11 +31,6 @@ class Rule(Protocol):
         x: torch.Tensor,
         sigma: torch.Tensor,
     ) -> torch.Tensor: ...
-
-
-def per_image(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Numbers [N] in the form that multiplies images, [N, 1, ...], and in their type."""
-    return value.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from training.dataset.images import ImageFolderDataset
+from training.dataset.order import collate
 from training.metrics.statistics import calculate_stats_for_iterable, last_stats
 from training.metrics.values import calculate_metrics_from_stats
 
@@ -19,8 +20,8 @@ AT_A_TIME = 500
 def everything(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All images or latents of a dataset [N, C, H, W], and their classes, int64 [N]."""
     dataset = ImageFolderDataset(path)
-    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(labels)).argmax(dim=1)
+    images, labels = collate([dataset[i] for i in range(len(dataset))])
+    return images, labels.argmax(dim=1)
 
 
 class RealImages:

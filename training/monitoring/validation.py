@@ -59,6 +59,7 @@ class Validation:
                 )
         self.architecture = trained_by(config)
         assert self.architecture.objective is not None
+        self.levels = self._levels(net)
         self.objective = self.architecture.objective(net, config)
         self.encoder, self.device = encoder, device
         self.indices = evenly_spaced(len(self.dataset), min(config.run.val_images, len(self.dataset)))
@@ -84,7 +85,7 @@ class Validation:
                 if chosen := self.indices[first : first + BATCH].tolist():
                     self._measure(net, chosen, stats, nimg)
         net.train(training)
-        names = {"val_loss", *(f"val_error_{sigma:.2g}" for sigma in self._levels(net))}
+        names = {"val_loss", *(f"val_error_{sigma:.2g}" for sigma in self.levels)}
         for name in names - stats.moments.keys():  # a process without images
             stats.report(name, torch.zeros(0, device=self.device))
         results = {name: value for name, value in stats.collect().items() if name in names}
@@ -105,7 +106,7 @@ class Validation:
         images, cond, rnd = self._batch(indices)
         loss = self.objective(net, images, cond, rnd=rnd, nimg=nimg)
         stats.report("val_loss", loss.flatten(1).mean(dim=1) if loss.ndim > 1 else loss)
-        for sigma in self._levels(net):
+        for sigma in self.levels:
             D = net(images + sigma * rnd.randn_like(images), torch.full([len(images)], sigma, device=self.device), cond)
             linear = sigma**2 * self.variance / (sigma**2 + self.variance)
             stats.report(f"val_error_{sigma:.2g}", (D - images).square().flatten(1).mean(dim=1) / linear)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from training.denoiser import Denoiser
+from training.denoiser import Denoiser, per_image
 from training.restoration.operators import Operator
 
 Sigma = torch.Tensor
@@ -33,11 +33,6 @@ def with_pullback(
             return torch.autograd.grad(D, image, v.clone().to(D))[0]
 
     return D.detach(), pull
-
-
-def per_image(sigma: Sigma, x: torch.Tensor) -> torch.Tensor:
-    """Noise levels in the form that multiplies images x: [N or 1, 1, 1, 1]."""
-    return sigma.to(x.dtype).to(x.device).reshape(-1, 1, 1, 1)
 
 
 class PiGDM:

@@ -56,13 +56,13 @@ def grid_for(config: SamplerConfig, denoiser: Any = None) -> Grid:
     Raises:
         UserError: the levels are not in order, or beyond those that the denoiser is made for.
     """
-    if config.kind.grid == "listed":
+    if config.listed:
         return _listed_grid(config.grid.sigmas, denoiser)
     return _time_grid_for(config, denoiser) if config.in_time else _edm_grid_for(config, denoiser)
 
 
 def _listed_grid(levels: Sequence[float] | None, denoiser: Any) -> Grid:
-    """These levels, and 0 at the end; None = those by default, as far as the denoiser is made for them."""
+    """These levels, and 0 at the end; None = those of consistency sampling, as far as the denoiser is made for them."""
     if levels is None:
         levels = [min(sigma, noise_range(denoiser)[1]) for sigma in CONSISTENCY_LEVELS]
     for sigma in levels:
@@ -71,13 +71,9 @@ def _listed_grid(levels: Sequence[float] | None, denoiser: Any) -> Grid:
 
 
 def _edm_grid_for(config: SamplerConfig, denoiser: Any) -> Grid:
-    """Levels of EDM, or those asked for. Of solvers with inner levels, the steps are evaluations, the last of which is
+    """Levels of EDM. Of solvers with inner levels, the steps are evaluations, the last of which is
     D at the end."""
     grid, (low, high) = config.grid, _levels_for(config.grid, denoiser)
-    if grid.sigmas is not None:
-        for sigma in (grid.sigmas[0], grid.sigmas[-1]):
-            _check_level("sigmas", sigma, denoiser)
-        return Grid(torch.tensor([*grid.sigmas, 0.0], dtype=torch.float64))
     sigma_min, sigma_max = max(low, SIGMA_MIN) if grid.sigma_min is None else low, high
     if grid.sigma_max is None:
         sigma_max = min(high, SIGMA_MAX)

@@ -80,7 +80,7 @@ def draw_responses(path: Path, inputs: Sequence[StoredAverage], out_nimg: int, s
     chosen = [stds[i] for i in np.unique(np.linspace(0, len(stds) - 1, PANELS).round().astype(int))]
     times, widths = np.array([avg.nimg for avg in inputs]), [avg.std for avg in inputs]
     coefs = solve_posthoc_coefficients(times, widths, out_nimg, chosen)
-    errors = expected_errors(inputs, out_nimg, chosen)
+    errors = posthoc_error(times, widths, out_nimg, chosen, coefs)
     ends = times / out_nimg * (TIMES - 1)
     made = power_function_response(ends, widths, TIMES) @ coefs * TIMES
     wanted = power_function_response(np.full(len(chosen), TIMES - 1.0), chosen, TIMES) * TIMES
