@@ -377,7 +377,7 @@ def test_running_statistics_are_averaged_over_processes(tmp_path):
     script.write_text(
         "import torch\n"
         "from torch_utils import distributed\n"
-        "from training.training_loop import average_batch_statistics_\n"
+        "from training.monitoring.snapshots import average_batch_statistics_\n"
         "distributed.init()\n"
         "net = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm1d(1, track_running_stats=False))\n"
         "net[0].running_mean.fill_(distributed.get_rank())\n"

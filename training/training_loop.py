@@ -1,14 +1,11 @@
 """The training loop. It knows no family: what it trains comes from the registry."""
 
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from dnnlib.errors import RunError
@@ -19,22 +16,17 @@ from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import OPTIONS_NAME, TrainConfig
 from training.dataset.images import ImageFolderDataset
-from training.dataset.listing import many
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
-from training.flops import count_parameters
-from training.monitoring.health import Divergence, weight_beyond_float16
-from training.monitoring.journal import Journal, status_line
-from training.monitoring.outdir import STATE_PATTERN, check_outdir, next_steps, snapshot_name
-from training.monitoring.previews import Previews
-from training.monitoring.snapshot_metrics import SnapshotEvaluation
-from training.monitoring.states import StateWriter, disk_needs
-from training.monitoring.tracker import Tracker
-from training.monitoring.validation import Validation
+from training.monitoring.journal import Journal
+from training.monitoring.observers import Observers
+from training.monitoring.outdir import STATE_PATTERN, check_outdir, next_steps
+from training.monitoring.snapshots import SnapshotWriter
+from training.monitoring.states import StateWriter
+from training.monitoring.status import StatusReports, opening_lines
 from training.rounds import Share, image_seeds
 from training.samplers.noise import StackedRandomGenerator
-from training.snapshot import save_network
 from training.snapshot.initial import take_weights_
 
 SMALL_DATASET = 1 << 26  # bytes; decoded datasets up to this size are kept in memory in any case
@@ -112,7 +104,6 @@ class TrainingRun:
         self.stats = Collector(device)
         self.states = StateWriter(outdir, config.run.keep_checkpoints, config.run.milestones, journal.log)
         self.nimg, self.seconds = 0, 0.0
-        self.preview_seconds = 0.0  # that the last preview took
 
     def restore(self) -> bool:
         """Continue from the newest training state; False if there is nothing left to do."""
@@ -134,20 +125,9 @@ class TrainingRun:
             if config.run.init_from:
                 self.take_initial_weights(config.run.init_from)
         distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
-        dataset, share, world_size = self.dataset, self.share, distributed.get_world_size()
-        for line in dataset.summary():
-            journal.log(line)
-        if self.encoder.vae_name:
-            journal.log(f"Encoder: {self.encoder.describe()}")
-        assert config.dataset is not None
-        journal.log(
-            f"Training on {dataset.size_text()}, {many(config.dataset.label_dim, 'class')}: "
-            f"{count_parameters(self.net)} parameters, "
-            f"{self.net.precision}, {world_size} x {self.device.type}, "
-            f"{many(share.rounds, 'round')} of {many(share.batch_gpu, 'image')} per step"
-        )
         if distributed.get_rank() == 0:
-            journal.log(f"Disk: {disk_needs(config, count_parameters(self.net), self.nimg, outdir)}")
+            for line in opening_lines(config, self.dataset, self.encoder, self.net, self.share, self.nimg, outdir):
+                journal.log(line)
         return True
 
     def take_initial_weights(self, path: str) -> None:
@@ -162,29 +142,12 @@ class TrainingRun:
         """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""
         config, journal = self.config, self.journal
         run = config.run
-        evaluation = None
-        if run.metrics:
-            evaluation = SnapshotEvaluation(
-                run.metrics, run.metrics_ref, run.metrics_num, self.net, self.encoder, self.device, config.sampler()
-            )
-        validation = None
-        with distributed.fail_together():
-            if run.val_data:
-                validation = Validation(config, self.encoder, self.net, self.device)
-                journal.log(validation.describe())
-            if run.tracker != "none" and distributed.get_rank() == 0:
-                journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
-        previews = None
-        with distributed.fail_together():
-            if distributed.get_rank() == 0 and self.preview_interval != 0:
-                shown = (config.sampler(run.preview_steps), run.preview_images)
-                previews = Previews(self.dataset, self.encoder, self.device, self.outdir, journal.log, *shown)
-                journal.show(self.outdir / "reals.png", self.nimg)
+        observers = Observers(config, self.dataset, self.encoder, self.net, self.device, journal, self.nimg)
+        save_snapshots = SnapshotWriter(config, self.dataset, self.encoder, self.outdir)
         journal.start(self.nimg, run.duration)
         start_nimg, start = self.nimg, time.time()
-        self.start_time = start - self.seconds
-        self.tick = Tick(self.nimg, time.time(), int(self.optimizer.nonfinite))
-        self.diverged = Divergence(self.outdir)
+        watched = (self.optimizer, self.objective, self.stats)
+        self.status = status = StatusReports(config, journal, self.device, *watched, self.nimg, self.seconds)
         self.net.train()
         batches = self.load_batches()  # last, since loader processes do not like it when the start fails
 
@@ -195,19 +158,20 @@ class TrainingRun:
         while True:
             done = self.nimg >= run.duration
             if due(run.status):
-                self.report_status()
+                status.report(self.nimg, observers.seconds_of_previews_left(self.nimg))
             if due(run.snapshot):
-                self.save_snapshots()
-                if validation is not None:
-                    self.measure_snapshots(validation)
+                save_snapshots(self.net, self.ema, self.nimg, status.object_to)
+                if observers.validation is not None:
+                    status.pause(observers.measure(observers.validation, self.ema, self.nimg))
             saved = due(run.checkpoint) or (self.nimg > start_nimg and self.is_state_old())
             if saved:
                 self.save_state()
             # What takes long comes after the state, and is left where a signal asks to stop.
-            if self.preview_interval != 0 and due(self.preview_interval):
-                self.draw_preview(previews, suspend)
+            if observers.preview_interval != 0 and due(observers.preview_interval):
+                status.pause(observers.draw(self.ema, self.nimg, lambda: suspend.received))
+            evaluation = observers.evaluation
             if evaluation is not None and due(run.snapshot) and not distributed.any_rank(suspend.received):
-                self.measure_snapshots(evaluation)
+                status.pause(observers.measure(evaluation, self.ema, self.nimg))
             limit = self.limit_reached(self.nimg - start_nimg, time.time() - start)
             suspended = distributed.any_rank(suspend.received or bool(limit))
             if suspended and not saved and self.nimg > start_nimg:
@@ -238,12 +202,6 @@ class TrainingRun:
         if minutes == 0:
             return False
         return distributed.any_rank(distributed.get_rank() == 0 and self.states.age() >= 60 * minutes)  # it writes them
-
-    @property
-    def preview_interval(self) -> int:
-        """Images between previews; 0 = none."""
-        run = self.config.run
-        return run.snapshot if run.preview is None else run.preview
 
     def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels of each round from here on."""
@@ -298,101 +256,6 @@ class TrainingRun:
         cond = labels.to(device, non_blocking=True)
         return self.objective(self.net, images, cond, rnd=rnd, nimg=self.nimg)
 
-    def report_status(self) -> None:
-        """Report what happened since the last report."""
-        now = time.time()
-        tick, nonfinite = self.tick, int(self.optimizer.nonfinite)
-        on_gpu = self.device.type == "cuda"
-        fields = {
-            "nimg": self.nimg,
-            **self.stats.collect(),
-            "lr": self.optimizer.learning_rate(self.nimg),
-            "nonfinite_gradients": nonfinite - tick.nonfinite,
-            "images_per_second": (self.nimg - tick.nimg) / (now - tick.time),
-            "seconds": now - self.start_time,
-            "cpu_mem_gb": psutil.Process().memory_info().rss / 2**30,
-            "gpu_mem_gb": torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else 0.0,
-            "time": now,
-        }
-        self.journal.report(fields)
-        self.journal.log(status_line(fields, self.config.run.duration, self.seconds_of_previews_left()))
-        if details := ", ".join(f"{name} {fields[name]:.4g}" for name in self.objective.report()):
-            self.journal.log(f"  {details}")
-        if fields["nonfinite_gradients"] > 0:
-            self.journal.log(f"Warning: {self.optimizer.describe_nonfinite(fields['nonfinite_gradients'])}")
-        if math.isnan(fields["loss"]):
-            raise RunError(
-                f"the loss is not finite at {self.nimg} images: start in a new --outdir with a lower --lr or --ls; "
-                f"or repeat the command with --precision=bf16 or fp32 to continue from the last training state"
-            )
-        self.object_to(self.diverged(fields["loss"]))
-        self.tick = Tick(self.nimg, now, nonfinite)
-
-    def object_to(self, problem: str | None) -> None:
-        """Say that the run has gone wrong; with --on-divergence=stop, before anything more is saved of it.
-
-        Raises:
-            RunError: it has, and is to stop.
-        """
-        if problem is None:
-            return
-        text = f"training has diverged at {self.nimg} images: {problem}"
-        if self.config.run.on_divergence == "stop":
-            raise RunError(
-                f"{text}. The training state before that is kept; start in a new --outdir with a lower --lr, "
-                f"or continue regardless with --on-divergence=warn"
-            )
-        self.journal.log(f"Warning: {text}")
-
-    def save_snapshots(self) -> None:
-        """Write the averaged networks; on the first process."""
-        average_batch_statistics_(self.net)
-        averaged = list(zip(self.ema.stds, self.ema.get(), strict=True))
-        with distributed.fail_together():
-            for _, (ema_net, _) in averaged:
-                name = weight_beyond_float16(ema_net)
-                self.object_to(None if name is None else f"{name} holds values that float16 cannot")
-        if distributed.get_rank() != 0:
-            return
-        config = self.config
-        assert config.dataset is not None
-        for std, (ema_net, suffix) in averaged:
-            metadata = {
-                "nimg": self.nimg,
-                "ema_std": std,
-                "config": config.to_json(),
-                "dataset": config.dataset.to_json(),
-                "class_names": self.dataset.class_names,
-                "text_encoder": None if self.dataset.captions is None else self.dataset.captions.encoder,
-            }
-            path = self.outdir / snapshot_name(self.nimg, suffix)
-            dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32
-            save_network(path, ema_net, self.encoder, metadata, dtype)
-
-    def draw_preview(self, previews: Previews | None, suspend: distributed.SuspendSignals) -> None:
-        """Draw what the last averaged network makes; on the first process."""
-        if previews is not None:
-            ema_net, _ = self.ema.get()[-1]
-            begin = time.time()
-            path = self.outdir / f"fakes-{self.nimg // 1000:07d}.png"
-            previews.draw(ema_net, path, lambda: suspend.received)
-            self.journal.show(path, self.nimg)
-            self.preview_seconds = time.time() - begin
-            self.tick.time += self.preview_seconds
-
-    def seconds_of_previews_left(self) -> float:
-        """How long the previews still to come will take, going by the last one."""
-        interval, left = self.preview_interval, self.config.run.duration - self.nimg
-        return -(-left // interval) * self.preview_seconds if interval > 0 else 0.0
-
-    def measure_snapshots(self, evaluation: SnapshotEvaluation | Validation) -> None:
-        """Measure the snapshots that were just saved; to be called by all processes."""
-        begin = time.time()
-        for ema_net, suffix in self.ema.get():
-            results = evaluation(ema_net, self.outdir / snapshot_name(self.nimg, suffix), self.nimg)
-            self.journal.report_metrics(self.nimg, f"EMA{suffix}", results)
-        self.tick.time += time.time() - begin
-
     def save_state(self) -> None:
         """Write all that a resumed run needs; to be called by all processes."""
         state = self.state_dict()
@@ -409,7 +272,7 @@ class TrainingRun:
             "nonfinite": int(self.optimizer.nonfinite),
             **({"objective": objective} if objective else {}),
             "nimg": self.nimg,
-            "seconds": time.time() - self.start_time,
+            "seconds": self.status.seconds(),
             "code_version": code_version(),
         }
 
@@ -421,21 +284,3 @@ class TrainingRun:
         self.optimizer.nonfinite.fill_(state["nonfinite"])
         self.objective.load_state_dict(state.get("objective", {}))
         self.nimg, self.seconds = state["nimg"], state["seconds"]
-
-
-@dataclass
-class Tick:
-    """When the last status was reported, and what it reported."""
-
-    nimg: int
-    time: float
-    nonfinite: int
-
-
-def average_batch_statistics_(net: torch.nn.Module) -> None:
-    """Give all processes the mean of the running statistics that their batch norms have gathered."""
-    for module in net.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            for buffer in (module.running_mean, module.running_var):
-                if buffer is not None:
-                    distributed.all_reduce_sum_(buffer).div_(distributed.get_world_size())

@@ -1,0 +1,94 @@
+"""What looks at the averaged networks of a training run: pictures, metrics, losses on other images."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_utils import distributed
+from training.config.training import TrainConfig
+from training.dataset.images import ImageFolderDataset
+from training.encoders import Encoder
+from training.monitoring.journal import Journal
+from training.monitoring.outdir import snapshot_name
+from training.monitoring.previews import Previews
+from training.monitoring.snapshot_metrics import SnapshotEvaluation
+from training.monitoring.tracker import Tracker
+from training.monitoring.validation import Validation
+from training.optimizers import EMA
+
+
+class Observers:
+    """The observers that a configuration asks for; creating them checks what they need, and begins to report.
+
+    Args:
+        config: of the run.
+        dataset, encoder, net, device: of the run.
+        journal: where they report.
+        nimg: images seen before.
+
+    Raises:
+        UserError, RunError: what is asked for cannot be measured or reported.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: ImageFolderDataset,
+        encoder: Encoder,
+        net: Any,
+        device: torch.device,
+        journal: Journal,
+        nimg: int,
+    ):
+        run = config.run
+        self.journal, self.outdir, self.duration = journal, journal.outdir, run.duration
+        self.preview_interval = run.snapshot if run.preview is None else run.preview  # in images; 0 = none
+        self.preview_seconds = 0.0  # that the last preview took
+        self.evaluation: SnapshotEvaluation | None = None
+        self.validation: Validation | None = None
+        self.previews: Previews | None = None
+        if run.metrics:
+            measured = (run.metrics, run.metrics_ref, run.metrics_num)
+            self.evaluation = SnapshotEvaluation(*measured, net, encoder, device, config.sampler())
+        with distributed.fail_together():
+            if run.val_data:
+                self.validation = Validation(config, encoder, net, device)
+                journal.log(self.validation.describe())
+            if run.tracker != "none" and distributed.get_rank() == 0:
+                journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
+        with distributed.fail_together():
+            if distributed.get_rank() == 0 and self.preview_interval != 0:
+                shown = (config.sampler(run.preview_steps), run.preview_images)
+                self.previews = Previews(dataset, encoder, device, self.outdir, journal.log, *shown)
+                journal.show(self.outdir / "reals.png", nimg)
+
+    def measure(self, observer: SnapshotEvaluation | Validation, ema: EMA, nimg: int) -> float:
+        """Measure the snapshots that were just saved; returns the seconds it took. To be called by all processes."""
+        begin = time.time()
+        for ema_net, suffix in ema.get():
+            results = observer(ema_net, self.outdir / snapshot_name(nimg, suffix), nimg)
+            self.journal.report_metrics(nimg, f"EMA{suffix}", results)
+        return time.time() - begin
+
+    def draw(self, ema: EMA, nimg: int, stop: Callable[[], bool]) -> float:
+        """Draw what the last averaged network makes, on the first process; returns the seconds it took.
+
+        Args:
+            stop: asked in between whether to leave it.
+        """
+        if self.previews is None:
+            return 0.0
+        begin = time.time()
+        ema_net, _ = ema.get()[-1]
+        path = self.outdir / f"fakes-{nimg // 1000:07d}.png"
+        self.previews.draw(ema_net, path, stop)
+        self.journal.show(path, nimg)
+        self.preview_seconds = time.time() - begin
+        return self.preview_seconds
+
+    def seconds_of_previews_left(self, nimg: int) -> float:
+        """How long the previews still to come will take, going by the last one."""
+        interval, left = self.preview_interval, self.duration - nimg
+        return -(-left // interval) * self.preview_seconds if interval > 0 else 0.0
