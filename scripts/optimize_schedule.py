@@ -30,7 +30,7 @@ from training.config.samplers import SIGMA_MAX, SIGMA_MIN, GridConfig, SamplerCo
 from training.denoiser import Denoiser, noise_range
 from training.families import accelerated
 from training.guidance import GuidedDenoiser, Unconditional
-from training.guides import check_guide, load_image_network
+from training.guides import check_denoiser, check_guide, load_image_network
 from training.samplers import Sampler, StackedRandomGenerator
 from training.samplers.grids import grid_for
 from training.samplers.schedule_search import SOLVERS, ScheduleSearch, rms
@@ -56,6 +56,7 @@ def load(net: str, gnet: str | None, guidance: float, device: torch.device, batc
         UserError: it cannot be loaded, or has no guide.
     """
     snapshot = load_image_network(net, device)
+    check_denoiser(snapshot, net)
     spec, (low, high) = snapshot.net.spec, noise_range(snapshot.net)
     denoiser = accelerated(snapshot.net, batch)
     if guidance != 1:

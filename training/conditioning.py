@@ -46,6 +46,13 @@ class Conditioning(Config):
         """How many classes there are to choose from; 0 = conditions are no classes."""
         return 0 if self.kind == "tokens" else self.size
 
+    def describe(self) -> str:
+        """What images follow, in words."""
+        tokens = f"texts of {self.tokens} tokens of width {self.size}"
+        return {"none": "nothing", "classes": f"{self.size} classes", "tokens": tokens}.get(
+            self.kind, f"vectors of {self.size} numbers"
+        )
+
     def null(self, n: int, device: torch.device | str) -> torch.Tensor | None:
         """What stands for no condition: zeros [n, ...], or None where there are no conditions."""
         return None if self.kind == "none" else torch.zeros([n, *self.shape], device=device)

@@ -21,7 +21,7 @@ from training.config.likelihood import LikelihoodConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import StandardRGBEncoder
 from training.families import architecture_of
-from training.guides import load_image_network
+from training.guides import check_denoiser, load_image_network
 from training.likelihood import FlowLikelihood, Likelihood
 from training.likelihood_vae import VAELikelihood
 from training.samplers import StackedRandomGenerator
@@ -112,11 +112,8 @@ def prepare(
     architecture = architecture_of(snapshot.net)
     if architecture.likelihood is None:
         raise UserError(f"--net={net}: likelihoods of {architecture.family} networks are not computed here")
-    if snapshot.is_consistency_model:
-        raise UserError(
-            f"--net={net}: was tuned by train_consistency.py and is no denoiser any more, which likelihoods need: give "
-            f"the network that it was tuned from"
-        )
+    if architecture.is_denoiser:
+        check_denoiser(snapshot, net)
     if not isinstance(snapshot.encoder, StandardRGBEncoder):
         raise UserError(f"--net={net}: works on latents, and its encoder gives no density of pixels")
     snapshot.net.precision = config.precision

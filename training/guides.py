@@ -10,9 +10,9 @@ from torch_utils.device import resolve_precision
 from training.conditioning import DataSpec
 from training.config.generation import NetworksConfig, SamplingConfig
 from training.encoders import same_latents
-from training.families import architecture_of
+from training.families import ARCHITECTURES, architecture_of
 from training.networks.classifier import NoisyClassifier
-from training.snapshot import Snapshot, load_network
+from training.snapshot import Snapshot, load_network, open_snapshot
 
 
 def load_with_note(path_or_url: str | Path, device: torch.device | str, arch: str | None = None) -> Snapshot:
@@ -35,6 +35,33 @@ def load_image_network(
     if not architecture_of(snapshot.net).makes_images:
         raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
     return snapshot
+
+
+def check_makes_images(net: str, arch: str | None) -> None:
+    """Check the same before anything is read but what a file says of itself.
+
+    Raises:
+        UserError: it makes none, or cannot be read.
+    """
+    name = open_snapshot(net, preset=arch).description.architecture.name
+    if name in ARCHITECTURES and not ARCHITECTURES[name].makes_images:
+        raise UserError(f"{net}: holds a {ARCHITECTURES[name].network_class.__name__}, which makes no images")
+
+
+def check_denoiser(snapshot: Snapshot, net: str) -> None:
+    """Check that a network gives E[x0 | x], on which paths from noise to images, and likelihoods, rely.
+
+    Raises:
+        UserError: it does not.
+    """
+    architecture = architecture_of(snapshot.net)
+    if not architecture.is_denoiser:
+        raise UserError(f"--net={net}: {architecture.family} is no denoiser, which this needs")
+    if snapshot.is_consistency_model:
+        raise UserError(
+            f"--net={net}: was tuned by train_consistency.py and is no denoiser any more, which this needs: give the "
+            f"network that it was tuned from"
+        )
 
 
 def that_knows_classes(snapshot: Snapshot, guide: Snapshot | None) -> Snapshot:
@@ -126,6 +153,9 @@ def check_guide(spec: DataSpec, guide: DataSpec) -> None:
         UserError: their data differ.
     """
     _check_same_data("--gnet", spec, guide)
-    ours, theirs = spec.conditioning.size, guide.conditioning.size
-    if theirs not in (0, ours):
-        raise UserError(f"--gnet has {theirs} classes, but --net has {ours}: they must agree, or the guide have none")
+    ours, theirs = spec.conditioning, guide.conditioning
+    if theirs.kind != "none" and (ours.kind, ours.shape) != (theirs.kind, theirs.shape):
+        raise UserError(
+            f"--gnet follows {theirs.describe()}, but --net follows {ours.describe()}: they must agree, or the guide "
+            f"follow nothing"
+        )

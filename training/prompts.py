@@ -62,7 +62,7 @@ def prompts_for(config: GenerationConfig, snapshot: Snapshot, device: torch.devi
             raise UserError("--text-encoder has no effect without --prompt")
         return None
     if kind != "tokens":
-        follows = "classes" if snapshot.net.spec.conditioning.size else "nothing"
+        follows = snapshot.net.spec.conditioning.describe()
         raise UserError(f"--prompt is for networks that follow texts, and --net={networks.net} follows {follows}")
     texts = list(sampling.prompt)
     if sampling.prompts is not None:

@@ -25,6 +25,7 @@ from training.config.fields import all_fields, click_options
 from training.config.generation import GenerationConfig
 from training.config.training import parse_std_list
 from training.generation import LoadedGenerator, load
+from training.guides import check_makes_images
 from training.metrics.evaluation import Evaluation
 from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
@@ -113,7 +114,7 @@ class Sweep:
         facts: what else results depend on, as plain JSON values.
 
     Raises:
-        UserError: `outdir` holds another sweep, or an EMA width is asked for without a run.
+        UserError: `outdir` holds another sweep, an EMA width is asked for without a run, or a network makes no images.
     """
 
     def __init__(
@@ -142,6 +143,8 @@ class Sweep:
                 option = NETWORKS.get(axis.name)
                 if option is not None and not (self.runs[option] and Path(self.runs[option]).is_dir()):
                     raise UserError(f"--vary={axis.name}: needs --{option}=DIR, the folder of a training run")
+            if base.net is not None:
+                check_makes_images(base.net, base.arch)
             self._read(task)
 
     def _read(self, task: Mapping[str, Any]) -> None:

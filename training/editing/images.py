@@ -18,9 +18,9 @@ from training.control import Control, KnownGrey, KnownPixels
 from training.dataset.images import ImageFolderDataset
 from training.denoiser import Denoiser, schedule_of, without_steps
 from training.encoders import StandardRGBEncoder
-from training.families import architecture_of
 from training.generation import LoadedGenerator
 from training.generators import DiffusionGenerator
+from training.guides import check_denoiser
 from training.samplers import StackedRandomGenerator
 from training.samplers.adaptive import encode_by_flow
 
@@ -50,15 +50,16 @@ class Editor:
         batch: images at a time.
 
     Raises:
-        UserError: the network is no denoiser, or works on latents.
+        UserError: the network works on latents, or is no denoiser, nor a consistency model sampled as one.
     """
 
     def __init__(self, loaded: LoadedGenerator, batch: int = 32):
         self.loaded, self.batch, self.device = loaded, batch, loaded.device
         self.net: Any = loaded.snapshot.net
-        name, architecture = loaded.config.networks.net, architecture_of(self.net)
-        if not architecture.is_denoiser:
-            raise UserError(f"--net={name}: {architecture.family} is no denoiser, which this needs")
+        name = loaded.config.networks.net
+        assert name is not None
+        if not (loaded.snapshot.is_consistency_model and loaded.config.sampling.sampler.solver == "consistency"):
+            check_denoiser(loaded.snapshot, name)
         if not isinstance(loaded.snapshot.encoder, StandardRGBEncoder):
             raise UserError(f"--net={name}: works on latents; images are edited by networks that work on pixels")
         self.encoder = loaded.snapshot.encoder
