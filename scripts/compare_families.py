@@ -21,7 +21,7 @@ import matplotlib.ticker
 import torch
 from tqdm import tqdm
 
-from dnnlib.files import atomic_write
+from dnnlib.files import atomic_write, read_records
 from dnnlib.util import code_version
 from torch_utils.pictures import image_grid
 from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig
@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 DATA = "datasets/digits.zip"
 SECONDS, QUICK_SECONDS = 100, 25
-PROBE = 2048  # images of the run that says how fast a family trains here
+PROBE = 0.12  # of the seconds; how long the run takes that says how fast a family trains here
 SNAPSHOTS = 8
 SAMPLES, SHOWN = 1000, 100
 LIKELIHOODS = 100
@@ -101,23 +101,21 @@ def run(*args: str) -> None:
         sys.exit(done.returncode)
 
 
-def last_line(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text().splitlines()[-1])
-
-
 def train(family: Family, out: Path, seconds: float) -> dict[str, Any]:
     """Train for about so many seconds; gives duration in images, and the seconds that it took."""
     common = [family.script, f"--data={DATA}", f"--preset={family.preset}", "--preview=0"]
     plan = out / "plan.json"
     if not plan.is_file():
         probe = out / "probe"
-        run(*common, f"--outdir={probe}", f"--duration={PROBE}", f"--status={PROBE // 4}")
-        speed = last_line(probe / "stats.jsonl")["images_per_second"]
+        hours = max(PROBE * seconds, 6) / 3600
+        run(*common, f"--outdir={probe}", "--duration=1Mi", "--status=256", "--snapshot=0", f"--max-time={hours}")
+        stats = read_records(probe / "stats.jsonl")[-1]
+        speed = stats["nimg"] / stats["seconds"]
         plan.write_text(json.dumps({"duration": whole(seconds * speed, 256 * SNAPSHOTS)}))
     duration = json.loads(plan.read_text())["duration"]
     every = [f"--{what}={max(duration // SNAPSHOTS, 1024)}" for what in ("status", "snapshot", "checkpoint")]
     run(*common, f"--outdir={out / 'run'}", f"--duration={duration}", *every, *family.schedule(duration))
-    stats = last_line(out / "run" / "stats.jsonl")
+    stats = read_records(out / "run" / "stats.jsonl")[-1]
     if stats["nimg"] < duration:
         sys.exit("The training was interrupted: repeat the command to continue.")
     return {"duration": duration, "train_seconds": stats["seconds"]}
@@ -145,7 +143,7 @@ def bits_per_dim(net: Path, bound: bool, out: Path) -> dict[str, float]:
     command = ["calculate_likelihood.py", f"--net={net}", f"--data={DATA}", f"--num={LIKELIHOODS}"]
     accuracy = ["--samples=100"] if bound else ["--levels=17", "--rtol=1e-3", "--atol=1e-3"]
     run(*command, *accuracy, f"--out={out}")
-    summary = last_line(out)["summary"]
+    summary = read_records(out)[-1]["summary"]
     return {name: summary[name] for name in ("bits_per_dim", "bits_per_dim_error")}
 
 
