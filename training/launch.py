@@ -20,7 +20,7 @@ from dnnlib.files import check_not_input
 from training.config.consistency import ConsistencyTraining
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
-from training.config.training import INTERVALS, Preset, TrainConfig
+from training.config.training import INTERVALS, OPTIONS_NAME, Preset, TrainConfig
 
 if TYPE_CHECKING:
     from training.dataset.images import ImageFolderDataset
@@ -142,7 +142,7 @@ def make_config(
     Args:
         opts: values by the names of options; None = not given.
         default_preset: what is trained where no preset is given, if the data are such as it is meant for.
-        outdir: of the run; where it holds one that tunes a network, that says which.
+        outdir: of the run; where it has begun, it keeps its kind of dropout masks and the network that it tunes.
 
     Raises:
         UserError: an option or the data does not fit; the message names it.
@@ -161,6 +161,8 @@ def make_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
+    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
+        given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
     preset = presets[name].config
     batch = given.get("batch", preset.run.batch)
     check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))
