@@ -58,32 +58,74 @@ def forks(tmp_path_factory):
         yield forks
 
 
-def train_all(forks: Forks, processes: int, folder: Path, *more: str, families: Iterable[str] = SMALL) -> None:
+def train_all(forks: Forks, processes: int, folder: Path, *more: str, families: Iterable[str] = SMALL, **job) -> None:
     """Train families, one after the other, by the same processes."""
     commands = [(f"train_{family}", options_of(family, folder, *more)) for family in families]
-    assert forks.run(processes, commands) == [0] * processes, forks.log.read_text()
+    assert forks.run(processes, commands, **job) == [0] * processes, forks.log.read_text()
+
+
+def train_noting(forks: Forks, processes: int, folder: Path, *more: str) -> None:
+    """Three steps of all families, with what they draw, and what is summed over the processes."""
+    draws = folder / "draws"
+    draws.mkdir()
+    options = ["--batch=8", "--duration=24", *more]
+    train_all(forks, processes, folder, *options, draws=str(draws), count=str(folder / "sums") if processes > 1 else "")
 
 
 @pytest.fixture(scope="module")
 def layouts(forks, tmp_path_factory) -> dict[str, Path]:
-    """Three steps of 8 images: at once, in rounds of 2, and in two processes."""
+    """Three steps of 8 images: at once, in rounds of 2, and in rounds of 2 in each of two processes."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("whole", "rounds", "processes")}
-    train_all(forks, 1, folders["whole"], "--batch=8", "--duration=24")
-    train_all(forks, 1, folders["rounds"], "--batch=8", "--duration=24", "--batch-gpu=2")
-    train_all(forks, 2, folders["processes"], "--batch=8", "--duration=24")
+    train_noting(forks, 1, folders["whole"])
+    train_noting(forks, 1, folders["rounds"], "--batch-gpu=2")
+    train_noting(forks, 2, folders["processes"], "--batch-gpu=2")
     return folders
 
 
+NETWORK = {
+    "edm2": "Precond",
+    "score_sde": "ScoreSDE",
+    "uvit": "UViTDenoiser",
+    "nvae": "NVAE",
+    "classifier": "NoisyClassifier",
+}
+
+
+def draws(folder: Path, family: str) -> list[list[int]]:
+    """Number of each image of the run, how many tensors it met, and a digest of them."""
+    lines = [line for path in (folder / "draws").glob(f"{NETWORK[family]}-*") for line in path.read_text().splitlines()]
+    return sorted([int(word) for word in line.split()] for line in lines)
+
+
 @pytest.mark.parametrize("family", SMALL)
-def test_two_processes_are_the_same_training(layouts, family):
-    whole, other = (state(layouts[name], family) for name in ("whole", "processes"))
+@pytest.mark.parametrize("layout", ["rounds", "processes"])
+def test_draws_depend_on_the_image_alone(layouts, family, layout):
+    """Order, mirroring, noise, noise levels, labels, dropped labels and dropout masks, bit by bit."""
+    whole = draws(layouts["whole"], family)
+    assert [number for number, _, _ in whole] == list(range(24))
+    assert len({digest for _, _, digest in whole}) == 24
+    assert all(count >= (6 if "--dropout=0.3" in SMALL[family] else 2) for _, count, _ in whole)  # there are masks
+    assert draws(layouts[layout], family) == whole
+
+
+LIKE_ROUNDS = [family for family in SMALL if family != "nvae"]  # its batch norms look at a round of all processes
+
+
+@pytest.mark.parametrize("family", LIKE_ROUNDS)
+@pytest.mark.parametrize("layout", ["rounds", "processes"])
+def test_layouts_are_the_same_training(layouts, family, layout):
+    whole = state(layouts["whole"], family)
     assert vector(whole, "moments").count_nonzero() > 0.9 * len(vector(whole, "moments"))
-    assert difference(other, whole, "moments") < 1e-5
+    assert difference(state(layouts[layout], family), whole, "moments") < 1e-5
 
 
-@pytest.mark.parametrize("family", [family for family in SMALL if family != "nvae"])  # batch norm looks at a round
-def test_accumulation_rounds_are_the_same_training(layouts, family):
-    assert difference(state(layouts["rounds"], family), state(layouts["whole"], family), "moments") < 1e-5
+def test_gradients_are_summed_once_in_a_step(layouts):
+    """Not in each round; NVAE's batch norms have sums of their own."""
+    lines = [line.split(" ", 1) for line in (layouts["processes"] / "sums").read_text().splitlines()]
+    for family in LIKE_ROUNDS:
+        sizes = [json.loads(found) for name, found in lines if name == NETWORK[family]]
+        assert len(sizes) == 3 and all(len(found) == 1 for found in sizes), (family, sizes)
+        assert sizes[0][0] > 10_000
 
 
 @pytest.mark.slow

@@ -144,7 +144,8 @@ class TrainingRun:
         """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""
         config, journal = self.config, self.journal
         run = config.run
-        observers = Observers(config, self.dataset, self.encoder, self.net, self.device, journal, self.nimg)
+        of_run = (config, self.dataset, self.encoder, self.net, self.device)
+        observers = Observers(*of_run, journal, self.nimg, lambda: suspend.received)
         save_snapshots = SnapshotWriter(config, self.dataset, self.encoder, self.outdir)
         journal.start(self.nimg, run.duration)
         start_nimg, start = self.nimg, time.time()
@@ -170,10 +171,9 @@ class TrainingRun:
                 self.save_state()
             # What takes long comes after the state, and is left where a signal asks to stop.
             if observers.preview_interval != 0 and due(observers.preview_interval):
-                status.pause(observers.draw(self.ema, self.nimg, lambda: suspend.received))
-            evaluation = observers.evaluation
-            if evaluation is not None and due(run.snapshot) and not distributed.any_rank(suspend.received):
-                status.pause(observers.measure(evaluation, self.ema, self.nimg))
+                status.pause(observers.draw(self.ema, self.nimg))
+            if observers.evaluation is not None and due(run.snapshot):
+                status.pause(observers.measure(observers.evaluation, self.ema, self.nimg))
             limit = self.limit_reached(self.nimg - start_nimg, time.time() - start)
             suspended = distributed.any_rank(suspend.received or bool(limit))
             if suspended and not saved and self.nimg > start_nimg:
@@ -259,7 +259,12 @@ class TrainingRun:
         return self.objective(self.net, images, cond, rnd=rnd, nimg=self.nimg)
 
     def save_state(self) -> None:
-        """Write all that a resumed run needs; to be called by all processes."""
+        """Write all that a resumed run needs; to be called by all processes.
+
+        Raises:
+            RunError: they do not hold the same weights.
+        """
+        distributed.check_same(self.net.parameters(), f"weights at {self.nimg} images")
         state = self.state_dict()
         if distributed.get_rank() == 0:
             self.states.save(self.nimg, state)
