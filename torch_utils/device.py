@@ -27,7 +27,10 @@ def select_device(name: str) -> torch.device:
     if not available[name]:
         there = ", ".join(kind for kind, ok in available.items() if ok)
         raise UserError(f"--device={name} is not available on this machine (available: {there}): choose one of those")
-    return torch.device("cuda", distributed.get_local_rank()) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    # Where each process is shown one GPU only, as srun can do it, that is the first.
+    return torch.device("cuda", distributed.get_local_rank() if torch.cuda.device_count() > 1 else 0)
 
 
 def set_up_device(device: torch.device, huge_pages: bool = False) -> None:

@@ -4,9 +4,10 @@ import ctypes
 import datetime
 import itertools
 import os
+import re
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -31,24 +32,21 @@ LOST = (
 
 
 def init(timeout_minutes: float | None = None) -> None:
-    """Join the process group where torchrun started this process; otherwise, or if called again, do nothing.
+    """Join the process group where torchrun, or srun, started this process; otherwise, or if called again, do nothing.
 
     Args:
         timeout_minutes: how long processes wait for each other; None = `TIMEOUT_MINUTES`.
 
     Raises:
-        UserError: the environment names a rank, and not who else is there; or srun started several processes that know
-            nothing of each other.
+        UserError: the environment names a rank, and not who else is there.
     """
-    rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if dist.is_initialized():
         return
-    if not rank or not world_size:
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-            raise UserError(
-                "srun started several processes, which would all do the same: start one per machine, and torchrun in it"
-            )
-        return
+    if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+            return
+        _take_ranks_of_srun()
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing and world_size != "1":
         raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} are set, but not {missing[0]}: start with torchrun")
@@ -66,6 +64,31 @@ def init(timeout_minutes: float | None = None) -> None:
         dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=timeout)
     if get_world_size() > 1:
         _begin_roll_call(group)
+
+
+def _take_ranks_of_srun() -> None:
+    """Set the variables that torchrun sets from those of a process that srun started.
+
+    Where all find each other is the first machine, at a port made of the numbers of job and step; MASTER_ADDR and
+    MASTER_PORT, where they are set, say otherwise.
+
+    Raises:
+        UserError: one of Slurm's variables is missing.
+    """
+    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+    needed = [*names.values(), "SLURM_STEP_NODELIST", "SLURM_JOB_ID"]
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise UserError(f"srun started several processes, but {missing[0]} is not set: start them with torchrun")
+    os.environ.update({name: os.environ[theirs] for name, theirs in names.items()})
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+    job, step = (int(os.environ.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    os.environ.setdefault("MASTER_PORT", str(15000 + (job * 16 + step) % 15000))  # below those that systems hand out
+
+
+def first_host(hosts: str) -> str:
+    """The first of a list of hosts as Slurm writes it: 'gpu[03-06,9],login' -> 'gpu03'."""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", found[0]) if found else hosts
 
 
 # torchrun's store outlives a group: one that is formed by the same processes later must not meet the addresses in it.
@@ -115,6 +138,8 @@ def _missing_processes() -> str:
                 raise SystemExit(1)
             if missing:
                 return _roll_call.names(missing)
+        if not os.environ.get("TORCHELASTIC_RUN_ID"):  # without torchrun, it is the first process's store
+            return _roll_call.first
     return "another process of this job"
 
 
@@ -200,6 +225,16 @@ def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def sum_gradients_(gradients: torch.Tensor) -> None:
+    """The sum over all processes, which replaces a tensor that each of them has once in each step of training.
+
+    One that does not come within `roll_call.LATE` seconds of the others, or three of its longest steps, ends the job.
+    """
+    if _roll_call is not None:
+        _roll_call.arrive()
+    all_reduce_sum_(gradients)
+
+
 def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
     """Copy rank 0's values to all processes, in place."""
     if get_world_size() > 1:
@@ -227,24 +262,70 @@ def gather_to_first(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [] if parts is None else [part for part in parts if part is not None]
 
 
+def check_same(tensors: Iterable[torch.Tensor], what: str) -> None:
+    """Check that all processes hold the same numbers, by a digest of their bits.
+
+    Args:
+        what: the tensors are, for the message.
+
+    Raises:
+        RunError: one does not. On the first process, the others exit quietly.
+    """
+    if get_world_size() == 1:
+        return
+    digests = [torch.zeros(1, dtype=torch.int64) for _ in range(get_world_size())]
+    with _naming_lost_processes():
+        dist.all_gather(digests, _digest(tensors).cpu())
+    values = [int(digest) for digest in digests]
+    usual = max(values, key=values.count)  # the first process's where none is the most frequent
+    different = [rank for rank, value in enumerate(values) if value != usual]
+    if not different:
+        return
+    if get_rank() > 0:
+        raise SystemExit(1)
+    assert _roll_call is not None
+    raise RunError(
+        f"{_roll_call.names(different)}: holds other {what} than the rest, as faults of memory or network cause it; "
+        "nothing more was saved: check that machine, and repeat the command to continue from the last training state"
+    )
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """A number that nearly any change of float32 tensors changes, int64 [1], on their device."""
+    sums = torch.stack([x.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for x in tensors])
+    factors = 2 * torch.arange(len(sums), device=sums.device) + 1  # so that tensors cannot change places
+    return (sums * factors).sum().reshape(1)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any process; the answer is the same on all."""
     return bool(_exchange(int(flag), dist.ReduceOp.MAX))
 
 
 class SuspendSignals:
-    """Inside, SIGTERM, SIGUSR1 (cluster) and the first Ctrl-C ask to stop instead of killing the process.
+    """Inside, SIGTERM, SIGUSR1 (clusters) and the first Ctrl-C ask to stop instead of killing the process.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. One inside another has received what the outer one has.
+
+    Args:
+        message: what is said then.
+        signals: those that ask to stop.
     """
 
-    def __init__(self):
-        self.received = False
+    def __init__(
+        self,
+        message: str = "trying to save the state first. Ctrl-C again stops at once, unsaved.",
+        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT),
+    ):
+        self.received, self._message, self._signals = False, message, signals
 
     def __enter__(self) -> "SuspendSignals":
         self._previous = {}
-        for sig in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for sig in self._signals:
             self._previous[sig] = signal.signal(sig, self._handle)
+        outer = getattr(self._previous[signal.SIGTERM], "__self__", None)
+        if isinstance(outer, SuspendSignals):
+            self.received |= outer.received
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -253,7 +334,7 @@ class SuspendSignals:
 
     def _handle(self, sig: int, _frame) -> None:
         if not self.received and get_rank() == 0:
-            os.write(2, b"\nAsked to stop: trying to save the state first. Ctrl-C again stops at once, unsaved.\n")
+            os.write(2, f"\nAsked to stop: {self._message}\n".encode())
         self.received = True
         if sig == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

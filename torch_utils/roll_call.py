@@ -14,6 +14,7 @@ from dnnlib.errors import tell_torchrun
 
 BEAT = 4.0  # seconds between signs of life
 SILENT_BEATS = 10  # after which a process that gives none is lost
+LATE = 45.0  # seconds between processes at the sum of gradients after which one is lost
 ANSWER = 3.0  # seconds that all have to answer a roll call
 
 
@@ -38,13 +39,15 @@ class RollCall:
     """Signs of life of this process, and a watch over those of the next one. Each process of a job makes one.
 
     A process whose connection breaks is noticed by those who talk to it. This is for the others: those that hang, and
-    those whose machine is gone.
+    those whose machine is gone. A process may also hang while its thread still gives signs, waiting for a disk, say: it
+    is noticed because it does not come to where all others are, see `arrive`.
 
     Args:
         store: shared by all processes, and used by nothing else.
         rank, world_size: of this process.
         on_lost: called with a message when the next process gives no sign of life any more.
         beat: seconds between signs.
+        late: seconds that processes may be apart where they `arrive`.
     """
 
     def __init__(
@@ -54,11 +57,16 @@ class RollCall:
         world_size: int,
         on_lost: Callable[[str], object] = end_process,
         beat: float = BEAT,
+        late: float = LATE,
     ):
         self._store, self.rank, self.world_size = store, rank, world_size
-        self._on_lost, self._beat = on_lost, beat
+        self._on_lost, self._beat, self._late = on_lost, beat, late
+        self._arrivals, self._waited, self._longest = 0, 0.0, 0.0
         self._stopped = threading.Event()
         store.set(f"name/{rank}", f"{socket.gethostname()}, process id {os.getpid()}")
+        store.set(f"arrivals/{rank}", "0")
+        store.get("name/0")  # which is waited for
+        self.first = self.names([0])  # can be said when the store is gone
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         atexit.register(self.stop)  # a thread in torch's code while Python shuts down could end the process
@@ -68,6 +76,21 @@ class RollCall:
         self._stopped.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(2 * self._beat)
+
+    def arrive(self) -> None:
+        """Say that this process has come to a point that all come to, again and again, at about the same time."""
+        if self._arrivals > 1:  # the first times take longer, as kernels are chosen and compiled
+            self._longest = max(self._longest, self._waited)
+        self._waited = 0.0
+        self._arrivals += 1
+
+    def _late_ones(self) -> list[int]:
+        """Processes that have not come, for long, to where this one has, if it is the first that notices it."""
+        arrivals = self._arrivals
+        if arrivals < 2 or self._waited < max(self._late, 3 * self._longest):
+            return []
+        late = [rank for rank in range(self.world_size) if int(self._store.get(f"arrivals/{rank}")) < arrivals]
+        return late if self.rank == min(set(range(self.world_size)).difference(late)) else []
 
     def missing(self) -> list[int]:
         """Processes that do not say that they are there; to be called by all that notice that something is wrong."""
@@ -93,19 +116,28 @@ class RollCall:
         while not self._stopped.wait(self._beat):
             try:
                 count += 1
+                self._waited += self._beat
+                self._store.set(f"arrivals/{self.rank}", str(self._arrivals))
                 self._store.set(f"beat/{self.rank}", str(count))
+                if late := self._late_ones():
+                    self._lose(late, f"did not come within {self._late:.0f} seconds to where the others wait")
+                    return
                 heard = self._store.get(f"beat/{other}") if self._store.check([f"beat/{other}"]) else b""
                 silent = silent + 1 if heard == last else 0
                 last = heard
                 if silent < SILENT_BEATS or self._store.check([f"left/{other}"]):
                     continue
-                self._store.set(f"lost/{other}", "")
-                self._store.set(f"here/{self.rank}", "")
-                message = f"{self.names([other])} has given no sign of life for {SILENT_BEATS * self._beat:.0f} seconds"
+                self._lose([other], f"has given no sign of life for {SILENT_BEATS * self._beat:.0f} seconds")
             except RuntimeError:  # the store is gone
-                return
-            self._on_lost(message)
+                pass
             return
+
+    def _lose(self, ranks: Sequence[int], why: str) -> None:
+        """Give up processes, for a reason that their names are the beginning of."""
+        for rank in ranks:
+            self._store.set(f"lost/{rank}", "")
+        self._store.set(f"here/{self.rank}", "")
+        self._on_lost(f"{self.names(ranks)} {why}")
 
     def leave(self) -> None:
         """Say that this process ends as it should, and stop."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,10 @@ from dnnlib.files import check_not_input
 from training.config.consistency import ConsistencyTraining
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
-from training.config.training import INTERVALS, Preset, TrainConfig
+from training.config.training import INTERVALS, OPTIONS_NAME, Preset, TrainConfig
+
+# While there is nothing to save: what is said, and the signals. Ctrl-C then interrupts at once.
+UNTIL_TRAINING = ("there is nothing to save yet.", (signal.SIGTERM, signal.SIGUSR1))
 
 if TYPE_CHECKING:
     from training.dataset.images import ImageFolderDataset
@@ -76,22 +80,25 @@ def training_command(
         from training.monitoring.outdir import plan
         from training.training_loop import training_loop
 
-        distributed.init(opts["timeout"])
-        with distributed.fail_together():
-            check_not_input("--outdir", outdir, {"--data": opts["data"]})
-            config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
-        for note in config.notes():
-            distributed.print0(f"Note: {note}")
-        if dataset.compressed:
-            distributed.print0(f"Note: --data={config.data.data} is compressed: {COMPRESSED}")
-        if dry_run:
+        with distributed.SuspendSignals(*UNTIL_TRAINING) as suspend:
+            distributed.init(opts["timeout"])
             with distributed.fail_together():
-                print_config(config, outdir, dataset)
-                distributed.print0(f"Would {plan(config, outdir, resume)}")
-            distributed.print0("Dry run; exiting.")
-        else:
-            training_loop(config, dataset, outdir, resume)
-        distributed.shutdown()
+                check_not_input("--outdir", outdir, {"--data": opts["data"]})
+                config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
+            for note in config.notes():
+                distributed.print0(f"Note: {note}")
+            if dataset.compressed:
+                distributed.print0(f"Note: --data={config.data.data} is compressed: {COMPRESSED}")
+            if dry_run:
+                with distributed.fail_together():
+                    print_config(config, outdir, dataset)
+                    distributed.print0(f"Would {plan(config, outdir, resume)}")
+                distributed.print0("Dry run; exiting.")
+            elif distributed.any_rank(suspend.received):
+                distributed.print0("Asked to stop before training began: there is nothing to save")
+            else:
+                training_loop(config, dataset, outdir, resume)
+            distributed.shutdown()
 
     return main
 
@@ -142,7 +149,7 @@ def make_config(
     Args:
         opts: values by the names of options; None = not given.
         default_preset: what is trained where no preset is given, if the data are such as it is meant for.
-        outdir: of the run; where it holds one that tunes a network, that says which.
+        outdir: of the run; where it has begun, it keeps its kind of dropout masks and the network that it tunes.
 
     Raises:
         UserError: an option or the data does not fit; the message names it.
@@ -161,6 +168,8 @@ def make_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
+    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
+        given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
     preset = presets[name].config
     batch = given.get("batch", preset.run.batch)
     check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))

@@ -83,7 +83,7 @@ class ConsistencyLoss(Stateless):
         r = torch.where(clean, t, t - gap)  # networks know no level 0, and need none here
 
         def f(level: torch.Tensor) -> torch.Tensor:
-            torch.manual_seed(seed)  # the same dropout masks
+            torch.manual_seed(seed)  # the same dropout masks, where torch's generator draws them
             return net(images + level.to(images).reshape(-1, 1, 1, 1) * noise, level, labels)
 
         seed = int(torch.randint(1 << 31, []))

@@ -129,7 +129,7 @@ class AdamOptimizer:
 
     def step(self, nimg: int) -> None:
         """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
-        distributed.all_reduce_sum_(self.gradients)
+        distributed.sum_gradients_(self.gradients)
         if self.loss_scaling != 1:
             self.gradients /= self.loss_scaling
         self.nonfinite += replace_nonfinite_(self.gradients)
@@ -209,7 +209,7 @@ class AdamaxOptimizer:
 
     def step(self, nimg: int) -> None:
         """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
-        distributed.all_reduce_sum_(self.gradients)
+        distributed.sum_gradients_(self.gradients)
         if self.loss_scaling != 1:
             self.gradients /= self.loss_scaling
         # Whether to skip is decided here, and not on the device: waiting for it once is little beside a step of NVAE.

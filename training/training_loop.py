@@ -14,7 +14,7 @@ from torch_utils import checkpoint, distributed
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
 from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
-from training.config.training import OPTIONS_NAME, TrainConfig
+from training.config.training import BY_IMAGE, OPTIONS_NAME, TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
@@ -25,6 +25,7 @@ from training.monitoring.outdir import STATE_PATTERN, check_outdir, next_steps
 from training.monitoring.snapshots import SnapshotWriter
 from training.monitoring.states import StateWriter
 from training.monitoring.status import StatusReports, opening_lines
+from training.networks.dropout import ImageMasks, masks_of_round
 from training.rounds import Share, image_seeds
 from training.samplers.noise import StackedRandomGenerator
 from training.snapshot.initial import take_weights_
@@ -45,9 +46,9 @@ def training_loop(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path
     """Train until `config.run.duration` images, continuing what `outdir` holds.
 
     Progress is counted in images (nimg). Data order, noise levels and noise are functions of (seed, index of the
-    image in the run), so a resumed run continues as if it had never stopped, on any number of processes.
-    Dropout masks depend on the index of the first image of their round: to continue exactly with dropout on
-    another number of processes, keep `batch_gpu`.
+    image in the run), and so are dropout masks unless `dropout_masks` says otherwise; so a resumed run continues as if
+    it had never stopped, on any number of processes and with any `batch_gpu`, up to the rounding of sums. Batch norm
+    (NVAE) looks at the images of a round of all processes: there, the number of these has to stay.
 
     Raises:
         UserError: `outdir` holds another configuration, or a run although `resume` is False.
@@ -94,6 +95,7 @@ class TrainingRun:
         assert architecture.ema is not None and architecture.objective is not None
         assert architecture.optimizer is not None
         self.ema = architecture.ema(net, config)
+        self.masks = ImageMasks(net) if config.run.dropout_masks == BY_IMAGE else masks_of_round
         core: Any = architecture.core(net)
         core.checkpoint_activations = config.run.checkpoint_activations
         if config.run.compile:
@@ -142,7 +144,8 @@ class TrainingRun:
         """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""
         config, journal = self.config, self.journal
         run = config.run
-        observers = Observers(config, self.dataset, self.encoder, self.net, self.device, journal, self.nimg)
+        of_run = (config, self.dataset, self.encoder, self.net, self.device)
+        observers = Observers(*of_run, journal, self.nimg, lambda: suspend.received)
         save_snapshots = SnapshotWriter(config, self.dataset, self.encoder, self.outdir)
         journal.start(self.nimg, run.duration)
         start_nimg, start = self.nimg, time.time()
@@ -168,10 +171,9 @@ class TrainingRun:
                 self.save_state()
             # What takes long comes after the state, and is left where a signal asks to stop.
             if observers.preview_interval != 0 and due(observers.preview_interval):
-                status.pause(observers.draw(self.ema, self.nimg, lambda: suspend.received))
-            evaluation = observers.evaluation
-            if evaluation is not None and due(run.snapshot) and not distributed.any_rank(suspend.received):
-                status.pause(observers.measure(evaluation, self.ema, self.nimg))
+                status.pause(observers.draw(self.ema, self.nimg))
+            if observers.evaluation is not None and due(run.snapshot):
+                status.pause(observers.measure(observers.evaluation, self.ema, self.nimg))
             limit = self.limit_reached(self.nimg - start_nimg, time.time() - start)
             suspended = distributed.any_rank(suspend.received or bool(limit))
             if suspended and not saved and self.nimg > start_nimg:
@@ -251,13 +253,18 @@ class TrainingRun:
         config, device = self.config, self.device
         seeds = image_seeds(config.run.seed, np.arange(first, first + self.share.batch_gpu))
         rnd = StackedRandomGenerator(device, seeds.tolist())
-        torch.manual_seed(int(seeds[0]))  # of dropout masks
+        self.masks(seeds, device)
         images = self.encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
         cond = labels.to(device, non_blocking=True)
         return self.objective(self.net, images, cond, rnd=rnd, nimg=self.nimg)
 
     def save_state(self) -> None:
-        """Write all that a resumed run needs; to be called by all processes."""
+        """Write all that a resumed run needs; to be called by all processes.
+
+        Raises:
+            RunError: they do not hold the same weights.
+        """
+        distributed.check_same(self.net.parameters(), f"weights at {self.nimg} images")
         state = self.state_dict()
         if distributed.get_rank() == 0:
             self.states.save(self.nimg, state)

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from conftest import DIGITS, ROOT, TINY, torchrun
 
+from torch_utils import distributed
 from torch_utils.roll_call import RollCall
 
 SCRIPT = """
@@ -24,7 +25,7 @@ except UserError as err:
 print("world", distributed.get_world_size(), flush=True)
 if distributed.get_world_size() > 1:
     distributed.barrier()
-    if distributed.get_rank() == 1:
+    if distributed.get_rank() == int(os.environ.get("LOST", 1)):
         os._exit(9)
     try:
         distributed.barrier()
@@ -36,8 +37,9 @@ if distributed.get_world_size() > 1:
 
 
 def start(**variables: str) -> subprocess.Popen:
-    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
-    env = {name: value for name, value in os.environ.items() if name not in known} | variables
+    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
+    env = {name: value for name, value in others.items() if name not in known} | variables
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -71,7 +73,7 @@ def test_one_process(variables):
         ),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 and WORLD_SIZE=2 are set, but not MASTER_ADDR: start with torchrun"),
         ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "but not MASTER_PORT"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started several processes, which would all do the same"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started several processes, but SLURM_PROCID is not set"),
     ],
 )
 def test_half_an_environment_is_one_line(variables, fragment):
@@ -93,6 +95,26 @@ def test_a_lost_process_is_one_line():
     assert processes[0].returncode == 1 and "Traceback" not in errors
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_processes_of_srun_find_each_other(lost):
+    """And name the one that is lost, be it the first, which holds what they share."""
+    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2],other", "LOST": str(lost)}
+    common |= {"SLURM_JOB_ID": str(2 * os.getpid() + lost), "SLURM_STEP_ID": "0"}
+    processes = [start(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common) for rank in range(2)]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert all(output.startswith("world 2\n") for output, _ in outputs), outputs
+    name = f"RunError: process {lost} of 2 ({socket.gethostname()}, process id {processes[lost].pid}) ended or no longer"
+    assert name in outputs[1 - lost][0], outputs
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b", "a"), ("gpu[03-06,9],a", "gpu03"), ("n[1,3]x[02-03]-y,b", "n1x02-y"), ("10.0.0.[7-9]", "10.0.0.7")],
+)
+def test_the_first_of_the_hosts_of_a_job(hosts, first):
+    assert distributed.first_host(hosts) == first
+
+
 def test_a_process_that_hangs_is_named():
     store, lost = dist.HashStore(), []
     first, second = (RollCall(store, rank, 2, lost.append, beat=0.01) for rank in range(2))
@@ -103,6 +125,35 @@ def test_a_process_that_hangs_is_named():
     name = f"process 1 of 2 ({socket.gethostname()}, process id {os.getpid()})"
     assert lost == [f"{name} has given no sign of life for 0 seconds"]
     assert first.missing() == [1] and first.names([1]) == name
+
+
+def test_a_process_that_does_not_come_is_named():
+    """Its thread still gives signs of life."""
+    store, lost = dist.HashStore(), []
+    first, second = (RollCall(store, rank, 2, lost.append, beat=0.01, late=0.2) for rank in range(2))
+    for _ in range(3):
+        first.arrive(), second.arrive()
+        time.sleep(0.02)
+    first.arrive()
+    first._thread.join(10)
+    name = f"process 1 of 2 ({socket.gethostname()}, process id {os.getpid()})"
+    assert lost == [f"{name} did not come within 0 seconds to where the others wait"]
+    second.stop()
+
+
+def test_slow_steps_are_not_late():
+    """Nor is anybody while all have come and one has other work to do."""
+    store, lost = dist.HashStore(), []
+    first, second = (RollCall(store, rank, 2, lost.append, beat=0.01, late=0.05) for rank in range(2))
+    for _ in range(3):
+        first.arrive(), second.arrive()
+        time.sleep(0.2)
+    first.arrive()
+    time.sleep(0.2)
+    second.arrive()
+    time.sleep(1)
+    first.stop(), second.stop()
+    assert lost == []
 
 
 def test_a_process_that_leaves_is_not_lost():

@@ -23,6 +23,7 @@ MIN_STD = 0.001  # file names of EMA profiles have three decimals
 MAX_STD = 12**-0.5  # of the flat average (`phema`)
 MAX_LIST = 1000
 OPTIONS_NAME = "training_options.json"  # in the directory of a run
+BY_IMAGE, BY_ROUND = "image", "round"  # what dropout masks depend on
 PIXEL_CHANNELS = (1, 3)  # of presets for images; all others are for latents
 T = TypeVar("T", bound="TrainConfig")
 
@@ -251,6 +252,13 @@ class RunConfig(Config):
         may_change=True,
     )
     seed: int = option(0, "Random seed", low=0, high=2**32 - 1)
+    dropout_masks: str = option(
+        BY_IMAGE,
+        "Dropout masks by image: the same for any number of processes and --batch-gpu; or from torch's generator, "
+        "seeded in each accumulation round, as in earlier versions",
+        choices=(BY_IMAGE, BY_ROUND),
+        default_text=f"{BY_IMAGE}; that of the run that is continued",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,7 +316,8 @@ class TrainConfig(Config):
 
     @classmethod
     def from_json(cls: type[T], values: Any) -> T:
-        """The inverse of `to_json`; options of an earlier version that are missing have their defaults.
+        """The inverse of `to_json`; options of an earlier version that are missing have their defaults, or are as they
+        were then.
 
         Raises:
             UserError: another family, unknown or missing names, or values that the fields do not allow.
@@ -319,7 +328,7 @@ class TrainConfig(Config):
         if family != cls.family:
             raise UserError(f"those of train_{family}.py")
         check_known(values, {"family", "dataset", *(field.key for field in all_fields(cls))})
-        config = cls.from_flat(values)
+        config = cls.from_flat({"dropout_masks": BY_ROUND, **values})
         return dataclasses.replace(config, dataset=DatasetInfo.from_json(values["dataset"]))
 
     def save(self, path: Path) -> None:

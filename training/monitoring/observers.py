@@ -27,6 +27,7 @@ class Observers:
         dataset, encoder, net, device: of the run.
         journal: where they report.
         nimg: images seen before.
+        stop: whether this process was asked to stop, so that what is under way is to be left.
 
     Raises:
         UserError, RunError: what is asked for cannot be measured or reported.
@@ -41,8 +42,10 @@ class Observers:
         device: torch.device,
         journal: Journal,
         nimg: int,
+        stop: Callable[[], bool],
     ):
         run = config.run
+        self.stop = stop
         self.journal, self.outdir, self.duration = journal, journal.outdir, run.duration
         self.preview_interval = run.snapshot if run.preview is None else run.preview  # in images; 0 = none
         self.preview_seconds = 0.0  # that the last preview took
@@ -51,7 +54,7 @@ class Observers:
         self.previews: Previews | None = None
         if run.metrics:
             measured = (run.metrics, run.metrics_ref, run.metrics_num)
-            self.evaluation = SnapshotEvaluation(*measured, net, encoder, device, config.sampler())
+            self.evaluation = SnapshotEvaluation(*measured, net, encoder, device, config.sampler(), stop)
         with distributed.fail_together():
             if run.val_data:
                 self.validation = Validation(config, encoder, net, device)
@@ -65,25 +68,30 @@ class Observers:
                 journal.show(self.outdir / "reals.png", nimg)
 
     def measure(self, observer: SnapshotEvaluation | Validation, ema: EMA, nimg: int) -> float:
-        """Measure the snapshots that were just saved; returns the seconds it took. To be called by all processes."""
+        """Measure the snapshots that were just saved; returns the seconds it took. To be called by all processes.
+
+        What a request to stop cuts short is not recorded, and the log says so.
+        """
         begin = time.time()
         for ema_net, suffix in ema.get():
             results = observer(ema_net, self.outdir / snapshot_name(nimg, suffix), nimg)
-            self.journal.report_metrics(nimg, f"EMA{suffix}", results)
+            if results or distributed.get_rank() > 0:
+                self.journal.report_metrics(nimg, f"EMA{suffix}", results)
+            else:
+                self.journal.log(f"EMA{suffix} at {nimg} images is not measured: the run is to stop")
         return time.time() - begin
 
-    def draw(self, ema: EMA, nimg: int, stop: Callable[[], bool]) -> float:
+    def draw(self, ema: EMA, nimg: int) -> float:
         """Draw what the last averaged network makes, on the first process; returns the seconds it took.
 
-        Args:
-            stop: asked in between whether to leave it.
+        A request to stop cuts it short.
         """
         if self.previews is None:
             return 0.0
         begin = time.time()
         ema_net, _ = ema.get()[-1]
         path = self.outdir / f"fakes-{nimg // 1000:07d}.png"
-        self.previews.draw(ema_net, path, stop)
+        self.previews.draw(ema_net, path, self.stop)
         self.journal.show(path, nimg)
         self.preview_seconds = time.time() - begin
         return self.preview_seconds

@@ -13,8 +13,10 @@ from torch_utils.pictures import drawable, image_grid, save_image
 from training.config.generation import SamplingConfig
 from training.config.samplers import SamplerConfig
 from training.dataset.images import ImageFolderDataset
+from training.denoiser import Denoiser
 from training.encoders import Encoder
 from training.families import architecture_of
+from training.generators import DiffusionGenerator, Generator
 from training.samplers.noise import StackedRandomGenerator
 
 SMALL_RESOLUTION = 64  # below it 10 x 10 images, else 8 x 4
@@ -65,17 +67,18 @@ class Previews:
         self._save(self.latents, outdir / "reals.png")
 
     def draw(self, net: Any, path: Path, stop: Callable[[], bool] = lambda: False) -> None:
-        """Sample the grid with `net` and write it; nothing where `stop` says so between two batches."""
+        """Sample the grid with `net` and write it; nothing where `stop` says so between two evaluations of a denoiser."""
         generator = architecture_of(net).generator(net, self.sampling, min(len(self.seeds), BATCH))
         parts = []
         for first, labels in enumerate(self.labels.split(BATCH)):
-            if stop():
-                return
             seeds = self.seeds[first * BATCH : (first + 1) * BATCH]
             rnd = StackedRandomGenerator(self.device, seeds)
             noise = generator.noise(rnd)
             with torch.inference_mode():
-                parts.append(generator(noise, labels, rnd))
+                try:
+                    parts.append(_sampled(generator, noise, labels, rnd, stop))
+                except _AskedToStopError:
+                    return
         self._save(torch.cat(parts), path)
         for name, pictures in architecture_of(net).pictures(net, self.latents).items():
             self._save(pictures, path.with_name(f"{path.stem}-{name}.png"))
@@ -87,6 +90,36 @@ class Previews:
             self.log(f"Note: {path.name} shows latents, not pixels: {err}")
             images = latents
         save_image(path, image_grid(drawable(images), self.columns))
+
+
+class _AskedToStopError(Exception):
+    """Whoever waits for a picture does not any more."""
+
+
+def _sampled(
+    generator: Generator,
+    noise: torch.Tensor,
+    labels: torch.Tensor,
+    rnd: StackedRandomGenerator,
+    stop: Callable[[], bool],
+) -> torch.Tensor:
+    """What a generator makes of noise.
+
+    Raises:
+        _AskedToStopError: `stop` says so before it is done.
+    """
+
+    def stoppable(denoiser: Denoiser) -> Denoiser:
+        def D(x: torch.Tensor, sigma: torch.Tensor, cond: torch.Tensor | None = None) -> torch.Tensor:
+            if stop():
+                raise _AskedToStopError
+            return denoiser(x, sigma, cond)
+
+        return D
+
+    if isinstance(generator, DiffusionGenerator):
+        return generator(noise, labels, rnd, wrap=stoppable)
+    return generator(noise, labels, rnd)  # in one pass
 
 
 def _choose(dataset: ImageFolderDataset, columns: int, rows: int) -> list[int]:

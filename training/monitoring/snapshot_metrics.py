@@ -1,7 +1,7 @@
 """Metrics of the snapshots of a training run."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from training.metrics.evaluation import Evaluation, save_records
 BATCH = 64
 
 
+class _AskedToStopError(Exception):
+    """A process was asked to stop while it measured."""
+
+
 class SnapshotEvaluation:
     """Metrics of each snapshot of a training run, always on images of the same seeds.
 
@@ -29,6 +33,7 @@ class SnapshotEvaluation:
         net: the network of the run.
         encoder: decodes what the network generates.
         sampler: what makes images.
+        stop: whether this process was asked to stop, which is looked at after each batch of images.
 
     Raises:
         UserError: as `Evaluation` and its `check`, or the encoder cannot decode to pixels.
@@ -44,17 +49,19 @@ class SnapshotEvaluation:
         encoder: Encoder,
         device: torch.device,
         sampler: SamplerConfig,
+        stop: Callable[[], bool] = lambda: False,
     ):
         self.evaluation = Evaluation(metrics, ref, device)
         self.num_images, self.encoder, self.device = num_images, encoder, device
-        self.sampling = SamplingConfig(sampler=sampler)
+        self.sampling, self.stop = SamplingConfig(sampler=sampler), stop
         with distributed.fail_together():
             encoder.prepare(device)
             resolution = image_resolution(net.spec, encoder, device)
         self.evaluation.check(num_images, resolution)
 
     def __call__(self, net: Any, path: Path, nimg: int) -> dict[str, float]:
-        """Values by name, which are also recorded beside the snapshot; on the first process, empty on the others.
+        """Values by name, which are also recorded beside the snapshot; on the first process, empty on the others, and
+        where a process was asked to stop.
 
         Args:
             net: the network that was saved at `path`.
@@ -76,6 +83,21 @@ class SnapshotEvaluation:
             "seeds": f"0-{self.num_images - 1}",
             **generator(None).describe(),
         }
-        records = self.evaluation(images, provenance)
+        try:
+            records = self.evaluation(self._until_stopped(images), provenance, verbose=False)
+        except _AskedToStopError:
+            return {}
         save_records(path.parent, records)
         return {name: value for record in records for name, value in record["results"].items()}
+
+    def _until_stopped(self, images: ImageBatches) -> Iterator[Any]:
+        """The batches, until a process is asked to stop: then all of them leave together.
+
+        Raises:
+            _AskedToStopError: this is so.
+        """
+        together = images.num_batches % distributed.get_world_size() == 0  # else some have fewer batches
+        for batch in images:
+            if together and distributed.any_rank(self.stop()):
+                raise _AskedToStopError
+            yield batch

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dnnlib.errors import UserError
 from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import EDM2Network
+from training.networks.dropout import LayerWithDropout
 from training.networks.edm2_layers import (
     MPConv,
     MPFourier,
@@ -35,7 +36,7 @@ MAX_PLAIN_TOKENS = 256
 # U-Net
 
 
-class Block(nn.Module):
+class Block(LayerWithDropout):
     """Residual block with optional self-attention (Fig. 21, right).
 
     Args:
@@ -89,8 +90,7 @@ class Block(nn.Module):
         y = self.conv_res0(mp_silu(x))
         c = self.emb_linear(emb, gain=self.emb_gain) + 1
         y = mp_silu(y * c[:, :, None, None].to(y.dtype))
-        y = F.dropout(y, p=self.dropout, training=self.training)
-        y = self.conv_res1(y)
+        y = self.conv_res1(self.drop(y))
         if self.flavor == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, y, t=self.res_balance)

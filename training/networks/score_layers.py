@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnnlib.errors import UserError
+from training.networks.dropout import LayerWithDropout
 from training.networks.edm2 import MAX_PLAIN_TOKENS
 from training.networks.fir import Taps, conv_downsample, conv_upsample, downsample, upsample
 
@@ -233,7 +234,7 @@ class AttnBlock(nn.Module):
         return residual_sum(x, h, self.skip_rescale)
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(LayerWithDropout):
     """Residual block with the time embedding in its middle, of DDPM and of NCSN++ (there after BigGAN).
 
     Args:
@@ -294,7 +295,7 @@ class ResnetBlock(nn.Module):
         if self.Dense_0 is not None and emb is not None:
             h = h.add_(self.Dense_0(emb)[:, :, None, None])
         h = self.GroupNorm_1(h, self.act)
-        h = self.Conv_1(F.dropout(h, self.dropout, self.training))
+        h = self.Conv_1(self.drop(h))
         for shortcut in (self.NIN_0, self.Conv_2):
             x = x if shortcut is None else shortcut(x)
         return residual_sum(x, h, self.skip_rescale)
