@@ -17,7 +17,7 @@ from training.config.samplers import GridConfig, SamplerConfig
 
 Mi = 1 << 20
 Ki = 1 << 10
-INTERVALS = ("status", "snapshot", "preview", "checkpoint")  # options, in images
+INTERVALS = ("status", "snapshot", "preview", "checkpoint", "diagnose")  # options, in images
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 OPTIONS_NAME = "training_options.json"  # in the directory of a run
 PIXEL_CHANNELS = (1, 3)  # of presets for images; all others are for latents
@@ -46,6 +46,13 @@ class DataConfig(Config):
     )
     trust_encoder: bool = option(False, "Fetch whatever VAE dataset.json names on the hub", may_change=True)
     xflip: bool = option(False, "Train on mirrored images, too")
+    val_fraction: float = option(
+        0.0,
+        "Share of the images that are held out: with every snapshot, the loss on them (metric-val_loss.jsonl)",
+        low=0,
+        below=1,
+        default_text="0",
+    )
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
     verify: bool = option(True, "Compare the checksums of ZIP entries when they are first read", may_change=True)
     workers: int | None = option(
@@ -172,7 +179,7 @@ class RunConfig(Config):
         metavar="ZIP|DIR",
         may_change=True,
     )
-    val_images: int = option(1000, "Number of them that are used, evenly spaced", low=1, may_change=True)
+    val_images: int = option(1000, "Number of held-out images that are used, evenly spaced", low=1, may_change=True)
     tracker: str = option(
         "none",
         "Report to this service, too, whose package has to be installed",
@@ -183,6 +190,22 @@ class RunConfig(Config):
         "stop",
         "What to do when the loss is far above its start, or weights are too large for snapshots",
         choices=("stop", "warn"),
+        may_change=True,
+    )
+    on_nonfinite: str | None = option(
+        None,
+        "What to do where gradients are not finite: set these to 0, skip the step, or stop the run",
+        choices=("zero", "skip", "stop"),
+        default_text="zero; NVAE: skip",
+        may_change=True,
+    )
+    diagnose: int = option(
+        0,
+        "Interval of diagnoses, 0 = none: loss by noise level, norms of gradients and weights, activation magnitudes "
+        "(diagnosis.jsonl)",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
         may_change=True,
     )
     seed: int = option(0, "Random seed", low=0, high=2**32 - 1)
@@ -227,6 +250,11 @@ class TrainConfig(Config):
     ema: PowerFunctionConfig = PowerFunctionConfig()
     run: RunConfig
     dataset: DatasetInfo | None = dataclasses.field(default=None, metadata=APART)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.val_fraction and self.run.val_data:
+            raise UserError(f"--val-fraction={self.data.val_fraction:g} and --val-data: give one of them")
 
     def notes(self) -> list[str]:
         """What the user should know about this configuration, a line each."""
