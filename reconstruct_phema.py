@@ -7,7 +7,7 @@ import click
 
 from dnnlib.cli import CommandLine, imported_when_used, parsed_by
 from dnnlib.errors import UserError
-from training.config.training import parse_std_list
+from training.config.ema import parse_std_list
 
 if TYPE_CHECKING:
     from training.release import list_input_pickles, pkl_path, reconstruct_phema

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 
 from training import phema
-from training.config.training import MAX_STD, parse_std_list
+from training.config.ema import MAX_STD, parse_std_list
 
 
 class Ramp(torch.nn.Module):

@@ -2,6 +2,8 @@
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -42,6 +44,17 @@ def set_up_device(device: torch.device, huge_pages: bool = False) -> None:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+@contextmanager
+def eagerly(compiled: bool) -> Iterator[None]:
+    """Inside, what torch.compile has compiled runs as it is written, so that hooks of its modules are called.
+
+    Args:
+        compiled: whether anything has been; otherwise, nothing is different.
+    """
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield
 
 
 def check_compiler(device: torch.device) -> None:

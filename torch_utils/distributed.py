@@ -252,13 +252,13 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
-def gather_to_first(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors of all processes, in order of rank, on the first; nothing on the others. They may differ in size."""
+def gather_to_first(value: Any) -> list[Any]:
+    """Values of all processes, in order of rank, on the first; nothing on the others. Tensors may differ in size."""
     if get_world_size() == 1:
-        return [tensor]
+        return [value]
     parts = [None] * get_world_size() if get_rank() == 0 else None
     with _naming_lost_processes():
-        dist.gather_object(tensor, parts)
+        dist.gather_object(value, parts)
     return [] if parts is None else [part for part in parts if part is not None]
 
 

@@ -51,13 +51,16 @@ def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.
     return views
 
 
-def replace_nonfinite_(values: torch.Tensor) -> torch.Tensor:
-    """Number of NaN and infinities, int64 [], which are set to 0 in place, without waiting for a GPU."""
+def count_nonfinite(values: torch.Tensor) -> torch.Tensor:
+    """Number of NaN and infinities, int64 [], without waiting for a GPU."""
     if values.device.type == "cpu" and values.sum().isfinite():  # any would spoil the sum, a quarter of the work
         return torch.zeros([], dtype=torch.int64)
-    count = (~values.isfinite()).sum()
+    return (~values.isfinite()).sum()
+
+
+def replace_nonfinite_(values: torch.Tensor) -> None:
+    """Set NaN and infinities to 0, in place."""
     torch.nan_to_num(values, nan=0, posinf=0, neginf=0, out=values)
-    return count
 
 
 def clip_by_norm_(gradients: torch.Tensor, max_norm: float) -> torch.Tensor:

@@ -1,16 +1,16 @@
 """Where NaN and infinities come from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 
-def has_nonfinite_gradients(net: torch.nn.Module) -> torch.Tensor:
-    """Whether any gradient holds NaN or an infinity, bool [], without waiting for a GPU."""
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
-    # A sum is spoiled by any of them, and takes one pass.
-    return ~torch.stack([grad.sum() for grad in grads]).sum().isfinite()
+def nonfinite_by_name(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, int]:
+    """How many NaN and infinities the tensors hold, of those that hold any, by name."""
+    found = [(name, (~x.isfinite()).sum()) for name, x in tensors if x is not None]
+    counts = torch.stack([count for _, count in found]).tolist()
+    return {name: count for (name, _), count in zip(found, counts, strict=True) if count > 0}
 
 
 def nonfinite_origin(net: torch.nn.Module, run: Callable[[], Any]) -> str | None:

@@ -156,6 +156,7 @@ def make_config(
     """
     from torch_utils.device import select_device
     from training.dataset.images import ImageFolderDataset
+    from training.dataset.part import Part
     from training.tuning import check_same_data, with_tuned_network
 
     name = opts["preset"] or default_preset
@@ -185,7 +186,12 @@ def make_config(
     if not data.data:
         raise click.UsageError("Missing option '--data'.", click.get_current_context(silent=True))
     dataset = ImageFolderDataset(
-        data.data, use_labels=data.cond, xflip=data.xflip, checksums=data.verify, use_captions=data.captions
+        data.data,
+        use_labels=data.cond,
+        xflip=data.xflip,
+        checksums=data.verify,
+        use_captions=data.captions,
+        part=Part(data.val_fraction, config.run.seed, held_out=False) if data.val_fraction else None,
     )
     if opts["preset"] is None:
         check_default(dataset, presets, default_preset)

@@ -38,6 +38,13 @@ class Objective(Protocol):
         """What the latest call found beside the loss: numbers or tensors [] by name."""
         ...
 
+    def of_each_image(self) -> dict[str, torch.Tensor]:
+        """What the latest call knew of each image, tensors [N] by name.
+
+        `sigma`, its noise level; `logvar`, the uncertainty u(sigma) of EDM2. Nothing where there are no noise levels.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue exactly."""
         ...
@@ -46,13 +53,18 @@ class Objective(Protocol):
 
 
 class Stateless:
-    """The part of an objective that remembers nothing, regularises nothing and reports nothing."""
+    """The part of an objective that no resumed run depends on, that regularises nothing and reports nothing."""
+
+    drawn: dict[str, torch.Tensor] | None = None  # in the latest call
 
     def regularizer(self, net: Any, nimg: int) -> torch.Tensor | None:
         return None
 
     def report(self) -> dict[str, Any]:
         return {}
+
+    def of_each_image(self) -> dict[str, torch.Tensor]:
+        return self.drawn or {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -111,6 +123,7 @@ class EDM2Loss(Stateless):
         sigma = sigma.reshape(-1, 1, 1, 1)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         denoised, logvar = net(images + sigma * noise, sigma, labels, return_logvar=True)
+        self.drawn = {"sigma": sigma.flatten(), "logvar": logvar.detach().flatten()}
         return weight / logvar.exp() * (denoised - images) ** 2 + logvar
 
 
@@ -175,6 +188,7 @@ class NoiseLoss(Stateless):
         if noise is None:
             noise = randn(images.shape, device=images.device)
         sigma = self.schedule.sigma(t)
+        self.drawn = {"sigma": sigma}
         column = sigma.reshape(-1, 1, 1, 1).to(images)
         F_x, _ = net.raw(images + column * noise, sigma, labels)
         if isinstance(net.preconditioning, EDMOfSchedule):
@@ -197,6 +211,7 @@ class WithoutSomeConditions:
     def __init__(self, objective: Objective, p: float):
         self.objective, self.p = objective, p
         self.regularizer, self.report = objective.regularizer, objective.report
+        self.of_each_image = objective.of_each_image
         self.state_dict, self.load_state_dict = objective.state_dict, objective.load_state_dict
 
     def __call__(
@@ -234,6 +249,7 @@ class ClassifierLoss(Stateless):
         assert labels is not None
         low, high = math.log(net.sigma_min), math.log(net.sigma_max)
         sigma = (low + (high - low) * rnd.rand([len(images)])).exp()
+        self.drawn = {"sigma": sigma}
         noise = rnd.randn(images.shape)
         logits = net(images + sigma.reshape(-1, 1, 1, 1) * noise, sigma)
         self.accuracy = (logits.argmax(dim=1) == labels.argmax(dim=1)).float().mean().detach()
@@ -324,6 +340,7 @@ class ScoreLoss(Stateless):
             low, high = self.dequantize
             images = low + ((images - low) * 255 + (high - low) * rand(images.shape, device=images.device)) / 256
         sigma = self.schedule.sigma(t)
+        self.drawn = {"sigma": sigma}
         column = sigma.float().reshape(-1, 1, 1, 1).to(images.device)
         F_x, c = net.raw(images + column * noise, sigma, labels)
         # (y - D) / sigma, without the difference of y and D: c_skip is 1.

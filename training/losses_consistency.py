@@ -77,7 +77,7 @@ class ConsistencyLoss(Stateless):
             t = (self.P_mean + self.P_std * wide(randn([len(images)], device=images.device))).exp().clamp(low, high)
         if noise is None:
             noise = randn(images.shape, device=images.device)
-        self.latest_stage = self.stage(nimg)
+        self.latest_stage, self.drawn = self.stage(nimg), {"sigma": t}
         gap = self.gap(t, nimg)
         clean = gap >= t
         r = torch.where(clean, t, t - gap)  # networks know no level 0, and need none here

@@ -281,6 +281,10 @@ class VAEObjective(nn.Module):
         """
         return dict(self._report)
 
+    def of_each_image(self) -> dict[str, torch.Tensor]:
+        """Nothing: there are no noise levels."""
+        return {}
+
 
 class PixelObjective(VAEObjective):
     """The same as the training loop asks for it: of images in [-1, 1], as `StandardRGBEncoder` gives them."""

@@ -9,6 +9,7 @@ from torch_utils import distributed
 from torch_utils.gradients import (
     channels_last_views,
     clip_by_norm_,
+    count_nonfinite,
     flat_gradients,
     flat_weights,
     replace_nonfinite_,
@@ -20,14 +21,27 @@ FP16_SCALE = 2.0**10  # of the loss, at the start of a run in float16
 SCALE_STEPS = 2000  # steps without overflow after which it doubles
 
 
+# Is shown the number of gradients that are not finite, int64 [], on the device, before they change weights.
+Look = Callable[[torch.Tensor], None]
+
+
+def unseen(_nonfinite: torch.Tensor) -> None:
+    """Nobody looks."""
+
+
 class Optimizer(Protocol):
     """Changes the weights by their gradients.
 
+    `gradients` are those of all weights, one vector, of which the gradients of the parameters are views.
     `nonfinite` counts what was not finite since the start of the run, int64 []: elements of gradients, or steps.
+    `on_nonfinite` says what is done about that: 'zero' sets these elements to 0; with 'skip' and 'stop', the step
+    changes nothing.
     `loss_scaling` is what the loss is to be multiplied by before its gradients are computed.
     """
 
+    gradients: torch.Tensor
     nonfinite: torch.Tensor
+    on_nonfinite: str
     loss_scaling: float
 
     def learning_rate(self, nimg: int) -> float:
@@ -42,7 +56,7 @@ class Optimizer(Protocol):
         """Forget the gradients of the step before."""
         ...
 
-    def step(self, nimg: int) -> None:
+    def step(self, nimg: int, look: Look = unseen) -> None:
         """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
         ...
 
@@ -75,7 +89,7 @@ class EMA(Protocol):
 
 
 class AdamOptimizer:
-    """Adam, or AdamW. Gradients that are not finite become 0 (EDM2, Appendix B.2).
+    """Adam, or AdamW. Gradients that are not finite become 0 by default (EDM2, Appendix B.2).
 
     Args:
         net: whose parameters are trained. Their gradients become views of one vector, `gradients`.
@@ -85,8 +99,10 @@ class AdamOptimizer:
         undecayed: names of parameters that the decay leaves out.
         max_norm: to which the norm of all gradients together is cut; 0 = not.
         loss_scaling: what the loss is multiplied by before its gradients are computed.
+        on_nonfinite: see `Optimizer`; None = 'zero'.
 
-    `nonfinite` counts the gradient elements that were replaced since the start of the run, int64 [], on the device.
+    `nonfinite` counts the gradient elements that were replaced, or the steps that were skipped, since the start of the
+    run, int64 [], on the device.
     """
 
     def __init__(
@@ -101,8 +117,10 @@ class AdamOptimizer:
         undecayed: Collection[str] = (),
         max_norm: float = 0.0,
         loss_scaling: float = 1.0,
+        on_nonfinite: str | None = None,
     ):
         self.rate, self.max_norm, self.loss_scaling = learning_rate, max_norm, loss_scaling
+        self.on_nonfinite = on_nonfinite or "zero"
         self.gradients = flat_gradients(net.parameters())
         device = self.gradients.device
         self.fused = device.type != "mps"
@@ -121,18 +139,32 @@ class AdamOptimizer:
 
     def describe_nonfinite(self, count: int) -> str:
         """What was done about non-finite gradients, in words."""
-        return f"{count} non-finite gradients were replaced by 0"
+        if self.on_nonfinite == "zero":
+            return f"{count} non-finite gradients were replaced by 0"
+        return f"{count} steps with non-finite gradients were skipped"
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the step before."""
         self.gradients.zero_()
 
-    def step(self, nimg: int) -> None:
+    def step(self, nimg: int, look: Look = unseen) -> None:
         """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
         distributed.sum_gradients_(self.gradients)
         if self.loss_scaling != 1:
             self.gradients /= self.loss_scaling
-        self.nonfinite += replace_nonfinite_(self.gradients)
+        count = count_nonfinite(self.gradients)
+        look(count)
+        on_gpu = self.gradients.device.type == "cuda"
+        if self.on_nonfinite == "zero":
+            self.nonfinite += count
+            if on_gpu or count > 0:  # a GPU is not waited for
+                replace_nonfinite_(self.gradients)
+        else:
+            self.nonfinite += count > 0
+            if on_gpu:  # Adam's kernel leaves out the step itself
+                self.adam.found_inf = (count > 0).float()  # type: ignore[attr-defined]
+            elif count > 0:
+                return
         if self.max_norm > 0:
             clip_by_norm_(self.gradients, self.max_norm)
         for group in self.adam.param_groups:
@@ -163,16 +195,18 @@ def _permuted(state: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
 
 
 class AdamaxOptimizer:
-    """Adamax with warm-up and cosine (Kingma & Ba 2015, section 7.1). Steps with non-finite gradients are skipped.
+    """Adamax with warm-up and cosine (Kingma & Ba 2015, section 7.1). Steps with non-finite gradients are skipped by
+    default.
 
     The running statistics of batch norms are then put back, too: what a step without effect has seen would stay in
-    them. In float16 the loss is scaled up as far as gradients allow: half as far after each skipped step.
+    them. In float16 the loss is scaled up as far as gradients allow: where they overflow, the step is skipped in any
+    case, and the loss scaled half as far from then on.
 
     Args:
         net: whose parameters are trained. They and their gradients become views of one vector each.
         config: of the run; its schedule stretches over `config.run.duration`.
 
-    `nonfinite` counts the skipped steps since the start of the run, int64 [], on the device.
+    `nonfinite` counts the steps whose gradients were not finite since the start of the run, int64 [], on the device.
     """
 
     def __init__(self, net: torch.nn.Module, config: NVAETraining):
@@ -180,6 +214,7 @@ class AdamaxOptimizer:
         self.scales = getattr(net, "precision", "fp32") == "fp16"
         self.loss_scaling = config.run.ls * (FP16_SCALE if self.scales else 1)
         self.good_steps = 0  # since the loss scaling changed
+        self.on_nonfinite = config.run.on_nonfinite or "skip"
         self.gradients = flat_gradients(net.parameters())
         self.weights = flat_weights(net.parameters())
         self.weights.grad = self.gradients
@@ -199,32 +234,39 @@ class AdamaxOptimizer:
         return warmup_cosine(nimg, self.duration, c.lr, c.learning_rate_min, c.warmup_portion * self.duration)
 
     def describe_nonfinite(self, count: int) -> str:
-        """How many steps were skipped, and where the first of them became non-finite."""
+        """In how many steps gradients were not finite, what was done, and where the first of them became so."""
         where, self.first_skipped = self.first_skipped, ""
-        return f"{count} steps with non-finite gradients were skipped" + (f", first in {where}" if where else "")
+        done = "had these replaced by 0" if self.on_nonfinite == "zero" else "were skipped"
+        return f"{count} steps with non-finite gradients {done}" + (f", first in {where}" if where else "")
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the step before."""
         self.gradients.zero_()
 
-    def step(self, nimg: int) -> None:
+    def step(self, nimg: int, look: Look = unseen) -> None:
         """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
         distributed.sum_gradients_(self.gradients)
         if self.loss_scaling != 1:
             self.gradients /= self.loss_scaling
         # Whether to skip is decided here, and not on the device: waiting for it once is little beside a step of NVAE.
-        if self.gradients.sum().isfinite() or self.gradients.isfinite().all():
-            self.good_steps += 1
-            _copy_(self.good_statistics, self.statistics)
+        finite = bool(self.gradients.sum().isfinite() or self.gradients.isfinite().all())
+        overflow = not finite and self.scales and self.loss_scaling > 1  # which is how the scale is found
+        look(torch.zeros_like(self.nonfinite) if finite or overflow else count_nonfinite(self.gradients))
+        if not finite:
+            self._forget_statistics(nimg)
+            replace_nonfinite_(self.gradients)
+        if finite or (self.on_nonfinite == "zero" and not overflow):
             for group in self.adamax.param_groups:
                 group["lr"] = self.learning_rate(nimg)
             self.adamax.step()
-        else:
-            self._skip(nimg)
+        if finite:
+            self.good_steps += 1
+            _copy_(self.good_statistics, self.statistics)
         if self.scales and self.good_steps >= SCALE_STEPS:
             self.loss_scaling, self.good_steps = self.loss_scaling * 2, 0
 
-    def _skip(self, nimg: int) -> None:
+    def _forget_statistics(self, nimg: int) -> None:
+        """Note where the step became non-finite, and put the statistics of batch norms back."""
         self.nonfinite += 1
         if not self.first_skipped:
             self.first_skipped = f"{self._first_nonfinite()} at {nimg} images"

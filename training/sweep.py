@@ -21,9 +21,9 @@ from dnnlib.files import append_line, atomic_write, read_records
 from dnnlib.util import code_version
 from torch_utils import distributed
 from torch_utils.pictures import image_grid
+from training.config.ema import parse_std_list
 from training.config.fields import all_fields, click_options
 from training.config.generation import GenerationConfig
-from training.config.training import parse_std_list
 from training.generation import LoadedGenerator, load
 from training.guides import check_makes_images
 from training.metrics.evaluation import Evaluation

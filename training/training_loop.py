@@ -1,7 +1,7 @@
 """The training loop. It knows no family: what it trains comes from the registry."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from training.dataset.images import ImageFolderDataset
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
+from training.monitoring.diagnosis import Diagnosis
+from training.monitoring.diagnosis import status_line as diagnosis_line
+from training.monitoring.incidents import Incidents
 from training.monitoring.journal import Journal
 from training.monitoring.observers import Observers
 from training.monitoring.outdir import STATE_PATTERN, check_outdir, next_steps
@@ -104,8 +107,19 @@ class TrainingRun:
         self.objective = architecture.objective(net, config)
         self.optimizer = architecture.optimizer(net, config)
         self.stats = Collector(device)
-        self.states = StateWriter(outdir, config.run.keep_checkpoints, config.run.milestones, journal.log)
         self.nimg, self.seconds = 0, 0.0
+        self.sampler = RunSampler(
+            len(dataset),
+            config.run.seed,
+            self.nimg,
+            config.run.batch,
+            self.share.part,
+            self.share.batch_gpu,
+            visits=dataset.captions is not None,
+        )
+        self.diagnosis = Diagnosis(config, net, device, self.share)
+        self.incidents = Incidents(self)
+        self.states = StateWriter(outdir, config.run.keep_checkpoints, config.run.milestones, journal.log)
 
     def restore(self) -> bool:
         """Continue from the newest training state; False if there is nothing left to do."""
@@ -151,6 +165,8 @@ class TrainingRun:
         start_nimg, start = self.nimg, time.time()
         watched = (self.optimizer, self.objective, self.stats)
         self.status = status = StatusReports(config, journal, self.device, *watched, self.nimg, self.seconds)
+        with distributed.fail_together():
+            self.diagnosis.prepare(self.dataset, self.encoder)
         self.net.train()
         batches = self.load_batches()  # last, since loader processes do not like it when the start fails
 
@@ -161,8 +177,13 @@ class TrainingRun:
         while True:
             done = self.nimg >= run.duration
             if due(run.status):
+                self.incidents.check()
                 status.report(self.nimg, observers.seconds_of_previews_left(self.nimg))
+                self.incidents.reported = False
+            if run.diagnose and due(run.diagnose):
+                self.report_diagnosis()
             if due(run.snapshot):
+                self.incidents.check()
                 save_snapshots(self.net, self.ema, self.nimg, status.object_to)
                 if observers.validation is not None:
                     status.pause(observers.measure(observers.validation, self.ema, self.nimg))
@@ -207,20 +228,11 @@ class TrainingRun:
 
     def load_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images and labels of each round from here on."""
-        config, share = self.config, self.share
-        sampler = RunSampler(
-            len(self.dataset),
-            config.run.seed,
-            self.nimg,
-            config.run.batch,
-            share.part,
-            share.batch_gpu,
-            visits=self.dataset.captions is not None,
-        )
-        workers = config.data.workers or 0
+        self.sampler.start = self.nimg
+        workers = self.config.data.workers or 0
         loader = torch.utils.data.DataLoader(
             self.dataset,
-            batch_sampler=sampler,
+            batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=begin_loader_process,
@@ -233,30 +245,61 @@ class TrainingRun:
         """One optimiser step on `batch` images."""
         run, optimizer = self.config.run, self.optimizer
         optimizer.zero_gradients()
-        with self.architecture.step(self.net):
-            for first in self.share.starts(self.nimg):
-                loss = self.loss_of_round(first, *next(batches))
-                self.stats.report("loss", loss.mean(dim=list(range(1, loss.ndim))) if loss.ndim > 1 else loss)
-                (loss.sum() * (optimizer.loss_scaling / run.batch)).backward()
-            regularizer = self.objective.regularizer(self.net, self.nimg)
-            if regularizer is not None:  # gradients are summed over processes
-                (regularizer * (optimizer.loss_scaling / distributed.get_world_size())).backward()
+        self.backward(self.nimg, batches, self.see_losses)
         for name, value in self.objective.report().items():
             self.stats.report(name, torch.as_tensor(value, device=self.device))
-        optimizer.step(self.nimg)
+        optimizer.step(self.nimg, self.look_at_gradients)
         self.nimg += run.batch
         self.ema.update(self.nimg, run.batch)
         self.journal.advance(run.batch)
 
+    def backward(
+        self,
+        nimg: int,
+        batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        see: Callable[[torch.Tensor], None] = lambda _loss: None,
+    ) -> None:
+        """Add this process's gradients of the step that begins at `nimg` images; `see` is shown the losses."""
+        scaling = self.optimizer.loss_scaling
+        with self.architecture.step(self.net):
+            for first in self.share.starts(nimg):
+                loss = self.loss_of_round(first, *next(batches))
+                see(loss)
+                (loss.sum() * (scaling / self.config.run.batch)).backward()
+            regularizer = self.objective.regularizer(self.net, nimg)
+            if regularizer is not None:  # gradients are summed over processes
+                (regularizer * (scaling / distributed.get_world_size())).backward()
+
+    def see_losses(self, loss: torch.Tensor) -> None:
+        """Take in the losses [N, ...] of a round."""
+        loss = loss.mean(dim=list(range(1, loss.ndim))) if loss.ndim > 1 else loss
+        self.stats.report("loss", loss)
+        self.diagnosis.see_losses(loss, self.objective.of_each_image())
+
+    def look_at_gradients(self, nonfinite: torch.Tensor) -> None:
+        """Take in the gradients of all processes, before they change the weights."""
+        if self.diagnosis.due(self.nimg + self.config.run.batch):
+            self.diagnosis.see_gradients()
+        self.incidents.look(self.nimg, nonfinite)
+
     def loss_of_round(self, first: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Loss [N, ...] of images whose indices in the run begin with `first`."""
         config, device = self.config, self.device
-        seeds = image_seeds(config.run.seed, np.arange(first, first + self.share.batch_gpu))
+        seeds = image_seeds(config.run.seed, np.arange(first, first + len(images)))
         rnd = StackedRandomGenerator(device, seeds.tolist())
         self.masks(seeds, device)
         images = self.encoder.encode_latents(images.to(device, non_blocking=True), rnd.randn_like)
         cond = labels.to(device, non_blocking=True)
         return self.objective(self.net, images, cond, rnd=rnd, nimg=self.nimg)
+
+    def report_diagnosis(self) -> None:
+        """Record what goes on inside; to be called by all processes."""
+        begin = time.time()
+        record = self.diagnosis.record(self.nimg)
+        if distributed.get_rank() == 0:
+            self.journal.record(record)
+            self.journal.log(diagnosis_line(record))
+        self.status.pause(time.time() - begin)
 
     def save_state(self) -> None:
         """Write all that a resumed run needs; to be called by all processes.
@@ -264,13 +307,14 @@ class TrainingRun:
         Raises:
             RunError: they do not hold the same weights.
         """
+        self.incidents.check()
         distributed.check_same(self.net.parameters(), f"weights at {self.nimg} images")
         state = self.state_dict()
         if distributed.get_rank() == 0:
             self.states.save(self.nimg, state)
 
     def state_dict(self) -> dict[str, Any]:
-        objective = self.objective.state_dict()
+        objective, diagnosis = self.objective.state_dict(), self.diagnosis.state_dict()
         return {
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -278,6 +322,7 @@ class TrainingRun:
             "stats": self.stats.state_dict(),  # of all processes
             "nonfinite": int(self.optimizer.nonfinite),
             **({"objective": objective} if objective else {}),
+            **({"diagnosis": diagnosis} if diagnosis else {}),
             "nimg": self.nimg,
             "seconds": self.status.seconds(),
             "code_version": code_version(),
@@ -290,4 +335,5 @@ class TrainingRun:
         self.stats.load_state_dict(state["stats"])
         self.optimizer.nonfinite.fill_(state["nonfinite"])
         self.objective.load_state_dict(state.get("objective", {}))
+        self.diagnosis.load_state_dict(state.get("diagnosis", {}))
         self.nimg, self.seconds = state["nimg"], state["seconds"]

@@ -14,6 +14,7 @@ from train_nvae import main as train_nvae
 from train_score_sde import main as train_score_sde
 from train_uvit import main as train_uvit
 from training.dataset.images import ImageFolderDataset
+from training.dataset.part import Part
 
 RUN = [
     "--duration=1024",
@@ -100,3 +101,39 @@ def test_other_images_are_refused(tmp_path):
     other = make_dataset(tmp_path / "other.zip", files, dict.fromkeys(files, 1))
     result = run_cli(train_edm2, f"--outdir={tmp_path / 'run'}", f"--data={DIGITS}", *TINY, f"--val-data={other}")
     fails_with(result, "its number of classes is 2, and that of the training images 10")
+
+
+def test_a_held_out_fraction(tmp_path, monkeypatch):
+    """A share of the training images is held out, by names and seed, and never trained on."""
+    data = {held_out: ImageFolderDataset(DIGITS, part=Part(0.1, 0, held_out)) for held_out in (True, False)}
+    names = {held_out: {part.name(i) for i in range(len(part))} for held_out, part in data.items()}
+    assert not names[True] & names[False] and len(names[True] | names[False]) == 1797
+    seen = set()
+
+    def watch(self, indices):
+        seen.update(self.name(i) for i in indices)
+        return [self[i] for i in indices]
+
+    monkeypatch.setattr(ImageFolderDataset, "__getitems__", watch)
+    args = [f"--data={DIGITS}", *TINY, "--preview=0", "--val-fraction=0.1"]
+    result = run_cli(train_edm2, f"--outdir={tmp_path}", *args)
+    assert result.exit_code == 0, result.output
+    count = len(names[True])
+    assert (
+        f"Validating on {count} images of {DIGITS} of {count} that are held out (--val-fraction=0.1)" in result.output
+    )
+    assert f"{1797 - count} of 1797 images" in result.output
+    assert len(seen) == 1024 and seen <= names[False]
+    found = records(tmp_path)[0]
+    assert found["num_images"] == count and found["val_fraction"] == 0.1
+    fails_with(
+        run_cli(train_edm2, f"--outdir={tmp_path}", *args[:-1], "--val-fraction=0.2"),
+        f"{tmp_path} was trained with --val-fraction=0.1, not 0.2",
+    )
+
+
+def test_fractions_that_make_no_sense(tmp_path):
+    args = [f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--preview=0", "--val-fraction=0.00001"]
+    fails_with(run_cli(train_edm2, *args), "what --val-fraction=1e-05 holds out of 1797 images is none", exit_code=2)
+    fails_with(run_cli(train_edm2, *args, f"--val-data={DIGITS}"), "--val-fraction=1e-05 and --val-data: give one")
+    fails_with(run_cli(train_edm2, *args, "--val-fraction=1"), "--val-fraction must be at least 0 and less than 1")

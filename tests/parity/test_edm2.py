@@ -7,7 +7,7 @@ from conftest import Golden
 
 from training import networks_edm2 as edm2
 from training import phema
-from training.config.training import parse_std_list
+from training.config.ema import parse_std_list
 from training.losses import EDM2Loss
 from training.lr import learning_rate_schedule
 from training.samplers.edm import edm_sampler

@@ -5,7 +5,8 @@ import pytest
 import torch
 from uvit_golden import GoldenFile, error, names, network
 
-from training.config.training import EMAConfig, RunConfig
+from training.config.ema import EMAConfig
+from training.config.training import RunConfig
 from training.config.uvit import UViTOptimizer, UViTTraining
 from training.denoiser import Preconditioned
 from training.encoders import PUBLISHED_VAE, StabilityVAEEncoder

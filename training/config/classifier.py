@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from dnnlib.errors import UserError
 from training.config.data import HUGE, MAX_CHANNELS, TINY, pixel_range_of
+from training.config.ema import EMAConfig
 from training.config.fields import FROM_PRESET, Config, option
 from training.config.score_sde import ScoreOptimizer
-from training.config.training import DataConfig, EMAConfig, Ki, Preset, RunConfig, TrainConfig
+from training.config.training import DataConfig, Ki, Preset, RunConfig, TrainConfig
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from dnnlib.errors import UserError
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Optimizer
+from training.config.ema import PowerFunctionConfig
 from training.config.fields import APART, FROM_PRESET, REQUIRED, Config, option
 from training.config.samplers import GridConfig, SamplerConfig
-from training.config.training import DataConfig, Ki, Mi, PowerFunctionConfig, Preset, RunConfig, TrainConfig, parse_nimg
+from training.config.training import DataConfig, Ki, Mi, Preset, RunConfig, TrainConfig, parse_nimg
 from training.config.uvit import UViTNetwork
 
 # Networks that can have EDM's preconditioning, by their names in the registry.

@@ -7,18 +7,9 @@ from typing import Any, ClassVar
 
 from dnnlib.errors import UserError
 from training.config.data import TINY
+from training.config.ema import MAX_STD, MIN_STD, PowerFunctionConfig, parse_std_list
 from training.config.fields import FROM_PRESET, Config, option
-from training.config.training import (
-    MAX_STD,
-    MIN_STD,
-    DataConfig,
-    Ki,
-    PowerFunctionConfig,
-    Preset,
-    RunConfig,
-    TrainConfig,
-    parse_std_list,
-)
+from training.config.training import DataConfig, Ki, Preset, RunConfig, TrainConfig
 
 ARCH_INSTANCES = (
     "res_elu",

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from dnnlib.errors import UserError
 from training.config.data import HUGE, MAX_CHANNELS, MAX_RESOLUTION, TINY, pixel_range_of
+from training.config.ema import EMAConfig
 from training.config.fields import FROM_PRESET, Config, all_fields, option
-from training.config.training import DataConfig, EMAConfig, TrainConfig, parse_ints, parse_nimg
+from training.config.training import DataConfig, TrainConfig, parse_ints, parse_nimg
 
 MODELS = ("ncsnpp", "ddpm", "ncsn", "ncsnv2")
 SDES = ("ve", "vp", "subvp")

@@ -6,9 +6,10 @@ dimension (Song et al. 2021, Tables 1 to 3).
 
 from typing import Any
 
+from training.config.ema import EMAConfig
 from training.config.samplers import GridConfig, PredictorCorrector, SamplerConfig
 from training.config.score_sde import ScoreNetwork, ScoreObjective, ScoreOptimizer, ScoreTraining
-from training.config.training import EMAConfig, Ki, Preset, RunConfig
+from training.config.training import Ki, Preset, RunConfig
 
 BATCH = 128
 SHORT, LONG = 1_300_000, 2_400_000  # steps, of images up to 64 pixels and above

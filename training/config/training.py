@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,17 +10,15 @@ from dnnlib.cli import parse_int_list, parse_nimg
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from training.config.data import DatasetInfo
-from training.config.fields import APART, FROM_PRESET, REQUIRED, Config, all_fields, check_known, option, show
+from training.config.ema import PowerFunctionConfig
+from training.config.fields import APART, REQUIRED, Config, all_fields, check_known, option, show
 from training.config.metrics import PRECISIONS, check_metrics, parse_metrics
 from training.config.samplers import GridConfig, SamplerConfig
 
 Mi = 1 << 20
 Ki = 1 << 10
-INTERVALS = ("status", "snapshot", "preview", "checkpoint")  # options, in images
+INTERVALS = ("status", "snapshot", "preview", "checkpoint", "diagnose")  # options, in images
 MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
-MIN_STD = 0.001  # file names of EMA profiles have three decimals
-MAX_STD = 12**-0.5  # of the flat average (`phema`)
-MAX_LIST = 1000
 OPTIONS_NAME = "training_options.json"  # in the directory of a run
 BY_IMAGE, BY_ROUND = "image", "round"  # what dropout masks depend on
 PIXEL_CHANNELS = (1, 3)  # of presets for images; all others are for latents
@@ -31,35 +28,6 @@ T = TypeVar("T", bound="TrainConfig")
 def parse_ints(text: str) -> tuple[int, ...]:
     """Whole numbers such as '16,8'; 'none' or '' are no numbers."""
     return () if text.strip().lower() in ("", "none") else tuple(parse_int_list(text))
-
-
-def parse_std_list(text: str) -> tuple[float, ...]:
-    """Parse widths such as '0.05', '0.05,0.10' or '0.010,0.015,...,0.250' (the last = 49 even steps).
-
-    Raises:
-        ValueError: not numbers, outside [0.001, 0.289), or '...' that does not reach its end in even steps.
-    """
-    stds: list[float] = []
-    parts = [part.strip() for part in re.sub(r"^\[|\]$", "", text.strip()).split(",")]
-    for i, part in enumerate(parts):
-        if part == "...":
-            if len(stds) < 2 or i + 1 >= len(parts):
-                raise ValueError(f"{text!r}: '...' needs two values before it and one after it")
-            continue
-        try:
-            value = float(part)
-        except ValueError:
-            raise ValueError(f"{text!r}: {part!r} is not a number") from None
-        if not MIN_STD <= value < MAX_STD:
-            raise ValueError(f"{text!r}: an EMA std must lie between {MIN_STD} and {MAX_STD:.3f}, not {part}")
-        if i > 0 and parts[i - 1] == "...":
-            first, step = stds[-1], stds[-1] - stds[-2]
-            count = round((value - first) / step) if step != 0 else 0
-            if not 1 <= count <= MAX_LIST or abs(first + count * step - value) > 1e-6:
-                raise ValueError(f"{text!r}: even steps of {step:.6g} from {first:g} do not reach {value:g}")
-            stds += [round(first + k * step, 9) for k in range(1, count)]
-        stds.append(value)
-    return tuple(stds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,43 +47,17 @@ class DataConfig(Config):
     )
     trust_encoder: bool = option(False, "Fetch whatever VAE dataset.json names on the hub", may_change=True)
     xflip: bool = option(False, "Train on mirrored images, too")
+    val_fraction: float = option(
+        0.0,
+        "Share of the images that are held out: with every snapshot, the loss on them (metric-val_loss.jsonl)",
+        low=0,
+        below=1,
+        default_text="0",
+    )
     cache: bool = option(False, "Keep decoded images in memory (small datasets always are)", may_change=True)
     verify: bool = option(True, "Compare the checksums of ZIP entries when they are first read", may_change=True)
     workers: int | None = option(
         None, "Loader processes per training process", low=0, default_text="2 on CUDA, else 0", may_change=True
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PowerFunctionConfig(Config):
-    """The EMA profiles that a run tracks (EDM2, Section 3)."""
-
-    ema_std: tuple[float, ...] = option(
-        (0.05, 0.10),
-        "Widths of the tracked EMA profiles",
-        parse=parse_std_list,
-        low=MIN_STD,
-        below=MAX_STD,
-        items=(1, 64),
-        default_text="0.05,0.10",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len({f"{std:.3f}" for std in self.ema_std}) < len(self.ema_std):
-            raise UserError(f"--ema-std={show(self.ema_std)}: two widths share a file name (three decimals count)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EMAConfig(PowerFunctionConfig):
-    """The profiles for post-hoc EMA, and the exponential average of the published models."""
-
-    ema_rate: float = option(
-        0.999,
-        "Decay per step of the exponential average that is saved as -ema, 0 = none",
-        low=0,
-        below=1,
-        default_text=FROM_PRESET,
     )
 
 
@@ -238,7 +180,7 @@ class RunConfig(Config):
         metavar="ZIP|DIR",
         may_change=True,
     )
-    val_images: int = option(1000, "Number of them that are used, evenly spaced", low=1, may_change=True)
+    val_images: int = option(1000, "Number of held-out images that are used, evenly spaced", low=1, may_change=True)
     tracker: str = option(
         "none",
         "Report to this service, too, whose package has to be installed",
@@ -249,6 +191,22 @@ class RunConfig(Config):
         "stop",
         "What to do when the loss is far above its start, or weights are too large for snapshots",
         choices=("stop", "warn"),
+        may_change=True,
+    )
+    on_nonfinite: str | None = option(
+        None,
+        "What to do where gradients are not finite: set these to 0, skip the step, or stop the run",
+        choices=("zero", "skip", "stop"),
+        default_text="zero; NVAE: skip",
+        may_change=True,
+    )
+    diagnose: int = option(
+        0,
+        "Interval of diagnoses, 0 = none: loss by noise level, norms of gradients and weights, activation magnitudes "
+        "(diagnosis.jsonl)",
+        low=0,
+        parse=parse_nimg,
+        metavar="NIMG",
         may_change=True,
     )
     seed: int = option(0, "Random seed", low=0, high=2**32 - 1)
@@ -300,6 +258,11 @@ class TrainConfig(Config):
     ema: PowerFunctionConfig = PowerFunctionConfig()
     run: RunConfig
     dataset: DatasetInfo | None = dataclasses.field(default=None, metadata=APART)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.val_fraction and self.run.val_data:
+            raise UserError(f"--val-fraction={self.data.val_fraction:g} and --val-data: give one of them")
 
     def notes(self) -> list[str]:
         """What the user should know about this configuration, a line each."""

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from dnnlib.errors import UserError
 from training.config.data import HUGE, MAX_CHANNELS, TINY
+from training.config.ema import EMAConfig
 from training.config.fields import FROM_PRESET, Config, option
-from training.config.training import DataConfig, EMAConfig, TrainConfig, parse_nimg
+from training.config.training import DataConfig, TrainConfig, parse_nimg
 
 SCHEDULES = ("continuous", "cosine", "discrete")
 PREDICTIONS = ("noise", "data", "edm")

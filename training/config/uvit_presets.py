@@ -8,8 +8,9 @@ import math
 from typing import Any
 
 from training.config.dpm_solver import DPMSolver
+from training.config.ema import EMAConfig
 from training.config.samplers import GridConfig, SamplerConfig
-from training.config.training import EMAConfig, Ki, Preset, RunConfig
+from training.config.training import Ki, Preset, RunConfig
 from training.config.uvit import UViTData, UViTNetwork, UViTObjective, UViTOptimizer, UViTTraining
 
 # Networks by their names in the paper.

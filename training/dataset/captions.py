@@ -12,12 +12,14 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dnnlib.errors import UserError, one_line
 from training.config.data import MAX_CHANNELS, MAX_TOKENS
+from training.dataset.labels import read_description
 from training.dataset.listing import CONTEXTS_SUFFIX
 from training.dataset.storage import Storage
 
@@ -110,3 +112,15 @@ class Captions:
             return read_contexts(self._storage.read(self._positions[name]))
         except (OSError, ValueError, struct.error, zlib.error) as err:
             raise UserError(f"{self.where}: cannot read {name}: {one_line(err)}") from None
+
+
+def load_captions(path: Path, storage: Storage, images: Sequence[str]) -> Captions:
+    """The captions of images of a dataset.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    described = read_description(path, storage)
+    if described is None or described.captions is None:
+        raise UserError(f"{path}: has no captions: add them by dataset_tool.py captions")
+    return Captions(str(path), storage, described.captions, images)

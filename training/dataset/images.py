@@ -15,7 +15,7 @@ import torch
 from dnnlib.errors import UserError, one_line
 from training.config.data import DatasetInfo
 from training.dataset.advice import how_to_convert
-from training.dataset.captions import Captions
+from training.dataset.captions import load_captions
 from training.dataset.decoding import (
     HEADER_BYTES,
     WITH_ALPHA,
@@ -26,16 +26,10 @@ from training.dataset.decoding import (
     plain_npy_header,
     read_header,
 )
-from training.dataset.folders import parts_of_folders
-from training.dataset.labels import (
-    Labels,
-    describe_classes,
-    labels_from_folders,
-    labels_from_json,
-    parse_labels_json,
-)
-from training.dataset.listing import NAMES_FILE, Listing, counted, is_array, many, printable
+from training.dataset.labels import describe_classes, load_labels
+from training.dataset.listing import NAMES_FILE, counted, is_array, many, printable
 from training.dataset.order import evenly_spaced, subset
+from training.dataset.part import Part
 from training.dataset.storage import files_of_dataset, open_storage
 
 FINGERPRINT_SAMPLES = 1024
@@ -62,6 +56,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         opaque: put images with an alpha channel on white, as conversions do; False = alpha is a channel.
         checksums: compare the CRC-32 of each ZIP entry when it is first read.
         use_captions: give contexts of captions (`training.dataset.captions`) in place of labels.
+        part: use those images only that it has; None = all.
         fit: makes images of one size of them, as RGB: uint8 [H, W, 3] -> the same, or None where one is too small.
 
     Items are (image, label): an array [C, H, W], uint8 or float32, and float32 [label_dim] or, of captions, [tokens,
@@ -85,6 +80,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         checksums: bool = True,
         use_captions: bool = False,
         fit: Transform | None = None,
+        part: Part | None = None,
     ):
         self.path = Path(path)
         self.use_labels = use_labels and not use_captions
@@ -95,19 +91,25 @@ class ImageFolderDataset(torch.utils.data.Dataset):
             self._check_name(position)
         if not listing.images:
             raise UserError("; ".join([f"{self.path}: no images found (PNG, JPEG, ... or .npy)", *listing.left_out()]))
-        labels = self._load_labels(listing)
+        labels = load_labels(self.path, self._storage, listing, self.use_labels)
         self._kinds, self._label_source, self._class_names = listing.kinds, labels.source, labels.class_names
         self._notes = labels.notes + listing.left_out()
         self._encoder_record = labels.encoder
 
         indices = subset(len(listing.images), max_size, random_seed)
+        if part is not None:
+            indices = indices[part.has(listing.images)[indices]]
+            if len(indices) == 0:
+                count = many(len(listing.images), "image")
+                raise UserError(f"{self.path}: {part} of {count} is none: give another share")
         self._files = np.array(listing.positions, np.int64)[indices]  # positions in the storage
         # Of all images, also those outside a subset.
         values = labels.values
         self._label_dim = 0 if values is None else int(values.max()) + 1 if values.ndim == 1 else values.shape[1]
         self._labels = None if values is None else values[indices]
         self._xflip = xflip
-        self.captions = self._load_captions() if use_captions else None
+        chosen = [self._storage.names[int(file)] for file in self._files]
+        self.captions = load_captions(self.path, self._storage, chosen) if use_captions else None
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
 
         self._npy_header = b""
@@ -404,35 +406,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if start == 0 or len(data) != start + self._item_bytes or data[:start] != self._npy_header:
             return None
         return np.frombuffer(data, self._dtype, offset=start).reshape(self._shape)
-
-    def _load_labels(self, listing: Listing) -> Labels:
-        names, where = self._storage.names, f"{self.path}: dataset.json"
-        described = "dataset.json" in names
-        if not self.use_labels:
-            parts = sorted(parts_of_folders(listing.images))
-            notes = [f"images of several parts of a dataset: {', '.join(parts)}"] if parts else []
-            if not (described and is_array(listing.images[0])):
-                return Labels(notes=notes)
-            return Labels(notes=notes, encoder=parse_labels_json(where, self._read_json(where)).encoder)
-        if not described:
-            return labels_from_folders(str(self.path), listing)
-        return labels_from_json(where, self._read_json(where), listing.images)
-
-    def _load_captions(self) -> Captions:
-        where = f"{self.path}: dataset.json"
-        record = None
-        if "dataset.json" in self._storage.names:
-            record = parse_labels_json(where, self._read_json(where)).captions
-        if record is None:
-            raise UserError(f"{self.path}: has no captions: add them by dataset_tool.py captions")
-        names = [self._storage.names[int(file)] for file in self._files]
-        return Captions(str(self.path), self._storage, record, names)
-
-    def _read_json(self, where: str) -> bytes:
-        try:
-            return bytes(self._storage.read(self._storage.names.index("dataset.json")))
-        except (ValueError, OSError, struct.error, zlib.error) as err:
-            raise UserError(f"{where}: cannot be read ({one_line(err)})") from None
 
 
 def _encoder_digest(record: dict[str, Any]) -> bytes:

@@ -2,16 +2,21 @@
 
 import json
 import posixpath
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dnnlib.errors import UserError, one_line
 from training.dataset.folders import folders_as_classes, parts_of_folders
-from training.dataset.listing import Listing, many, printable
+from training.dataset.listing import Listing, is_array, many, printable
+from training.dataset.storage import Storage
 
+DESCRIPTION = "dataset.json"
 MAX_LABEL = 10**6
 SHOWN = 10  # classes in a line
 
@@ -151,3 +156,44 @@ def only_the_first(taken: int, total: int, classes: int, all_classes: int | None
     some = f"{classes} of {many(all_classes, 'class')}" if all_classes else many(classes, "class")
     missing = ": for all classes, leave --max-images out" if all_classes is not None and classes < all_classes else ""
     return [f"only the first {taken} of {many(total, 'image')}{f', which have {some}' if classes else ''}{missing}"]
+
+
+def load_labels(path: Path, storage: Storage, listing: Listing, wanted: bool) -> Labels:
+    """The labels of a dataset, in the order of its images; what is said of an encoder where they are not `wanted`.
+
+    Raises:
+        UserError: they are damaged or incomplete.
+    """
+    if not wanted:
+        parts = sorted(parts_of_folders(listing.images))
+        notes = [f"images of several parts of a dataset: {', '.join(parts)}"] if parts else []
+        described = read_description(path, storage) if is_array(listing.images[0]) else None
+        return Labels(notes=notes, encoder=None if described is None else described.encoder)
+    data = read_json(path, storage)
+    if data is None:
+        return labels_from_folders(str(path), listing)
+    return labels_from_json(f"{path}: {DESCRIPTION}", data, listing.images)
+
+
+def read_description(path: Path, storage: Storage) -> LabelFile | None:
+    """What dataset.json says; None = there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    data = read_json(path, storage)
+    return None if data is None else parse_labels_json(f"{path}: {DESCRIPTION}", data)
+
+
+def read_json(path: Path, storage: Storage) -> bytes | None:
+    """The contents of dataset.json; None = there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if DESCRIPTION not in storage.names:
+        return None
+    try:
+        return bytes(storage.read(storage.names.index(DESCRIPTION)))
+    except (ValueError, OSError, struct.error, zlib.error) as err:
+        raise UserError(f"{path}: {DESCRIPTION}: cannot be read ({one_line(err)})") from None

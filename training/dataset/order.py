@@ -81,13 +81,15 @@ class RunSampler(torch.utils.data.Sampler[list[int]]):
         self.round_size = round_size
         self.visits = visits
 
+    def items(self, run_indices: np.ndarray) -> np.ndarray:
+        """Which item of the dataset, or which visit to one, each image of the run shows, int64 [n]; see above."""
+        indices = dataset_indices(run_indices, self.count, self.seed)
+        return indices + run_indices // self.count * self.count if self.visits else indices
+
     def __iter__(self) -> Iterator[list[int]]:
         nimg = self.start
         while True:
-            run_indices = np.arange(nimg + self.part[0], nimg + self.part[1])
-            indices = dataset_indices(run_indices, self.count, self.seed)
-            if self.visits:
-                indices = indices + run_indices // self.count * self.count
+            indices = self.items(np.arange(nimg + self.part[0], nimg + self.part[1]))
             for part in indices.reshape(-1, self.round_size):
                 yield part.tolist()
             nimg += self.batch

@@ -45,7 +45,14 @@ def edm2_optimizer(net: nn.Module, config: EDM2Training | ConsistencyTraining) -
         return learning_rate_schedule(nimg, config.run.batch, chosen.lr, chosen.decay, chosen.rampup_Mimg)
 
     betas = (chosen.betas[0], chosen.betas[1])
-    return AdamOptimizer(net, learning_rate, betas=betas, eps=chosen.eps, loss_scaling=config.run.ls)
+    return AdamOptimizer(
+        net,
+        learning_rate,
+        betas=betas,
+        eps=chosen.eps,
+        loss_scaling=config.run.ls,
+        on_nonfinite=config.run.on_nonfinite,
+    )
 
 
 def warmed_up_adam(net: nn.Module, config: ScoreTraining | ClassifierTraining) -> AdamOptimizer:
@@ -59,6 +66,7 @@ def warmed_up_adam(net: nn.Module, config: ScoreTraining | ClassifierTraining) -
         weight_decay=chosen.weight_decay,
         max_norm=chosen.grad_clip,
         loss_scaling=config.run.ls,
+        on_nonfinite=config.run.on_nonfinite,
     )
 
 

@@ -43,6 +43,7 @@ def _optimizer(net: nn.Module, config: UViTTraining) -> AdamOptimizer:
         undecayed=("net.pos_embed", "net.label_emb.weight") if chosen.decay_exclude_embeddings else (),
         max_norm=chosen.grad_clip,
         loss_scaling=config.run.ls,
+        on_nonfinite=config.run.on_nonfinite,
     )
 
 

@@ -1,10 +1,13 @@
 """Progress, log and statistics files of a training run."""
 
+import itertools
 import json
 import math
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,6 +18,7 @@ from torch_utils import distributed
 from training.monitoring.tracker import Tracker
 
 LOCK = ".lock"  # in the directory of a run
+DIAGNOSIS = "diagnosis.jsonl"  # likewise
 
 
 class Journal:
@@ -36,7 +40,7 @@ class Journal:
         if self.active:
             outdir.mkdir(parents=True, exist_ok=True)
             self._resources.enter_context(locked(outdir / LOCK, self._refuse))
-            for name in ("training", "network-snapshot", "fakes", "reals", "stats", "metric"):
+            for name in ("training", "network-snapshot", "fakes", "reals", "stats", "diagnosis", "metric"):
                 for partial in leftovers(outdir, name):
                     partial.unlink(missing_ok=True)
         hidden = not self.active or not sys.stderr.isatty()
@@ -63,7 +67,8 @@ class Journal:
             from torch.utils.tensorboard import SummaryWriter  # slow to import; only this process needs it
 
             self.tensorboard = self._resources.enter_context(SummaryWriter(self.outdir, purge_step=nimg + 1))
-            for path in [*self.outdir.glob("stats.jsonl"), *self.outdir.glob("metric-*.jsonl")]:
+            kept = ("stats.jsonl", DIAGNOSIS, "metric-*.jsonl")
+            for path in itertools.chain(*map(self.outdir.glob, kept)):
                 lines = [line for line in path.read_text(errors="replace").splitlines() if _is_status(line, nimg)]
                 with atomic_write(path, "w") as f:
                     f.writelines(line + "\n" for line in lines)
@@ -90,12 +95,25 @@ class Journal:
             # NaN and infinity are no JSON.
             line = json.dumps({k: v if math.isfinite(v) else None for k, v in fields.items()})
             append_line(self.outdir / "stats.jsonl", line)
+        self._chart(fields)
+
+    def _chart(self, fields: Mapping[str, float]) -> None:
+        """Show numbers in TensorBoard and the tracker."""
+        if self.tensorboard is not None:
             for name, value in fields.items():
                 if name not in ("nimg", "time"):  # TensorBoard has its own axes
                     self.tensorboard.add_scalar(name, value, global_step=int(fields["nimg"]))
             self.tensorboard.flush()
         if self.tracker is not None:
             self.tracker.numbers(fields)
+
+    def record(self, diagnosis: dict[str, Any]) -> None:
+        """Add a line to diagnosis.jsonl; its `nimg` says when. Numbers beside it are shown as others are."""
+        if self.active:
+            append_line(self.outdir / DIAGNOSIS, json.dumps(diagnosis))
+        numbers = {name: value for name, value in diagnosis.items() if isinstance(value, (int, float))}
+        if len(numbers) > 1:
+            self._chart(numbers)
 
     def show(self, path: Path, nimg: int) -> None:
         """Record a picture that was made at `nimg` images."""

@@ -56,7 +56,7 @@ class Observers:
             measured = (run.metrics, run.metrics_ref, run.metrics_num)
             self.evaluation = SnapshotEvaluation(*measured, net, encoder, device, config.sampler(), stop)
         with distributed.fail_together():
-            if run.val_data:
+            if run.val_data or config.data.val_fraction:
                 self.validation = Validation(config, encoder, net, device)
                 journal.log(self.validation.describe())
             if run.tracker != "none" and distributed.get_rank() == 0:

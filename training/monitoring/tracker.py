@@ -3,7 +3,7 @@
 import importlib
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Tracker:
         except Exception as err:  # whatever a service can fail with
             raise UserError(f"--tracker={name} does not work here ({one_line(err)}): leave it out") from None
 
-    def numbers(self, fields: dict[str, float]) -> None:
+    def numbers(self, fields: Mapping[str, float]) -> None:
         """Record numbers; `fields["nimg"]` says when. Those that are not finite, and the time, are left out."""
         values = {name: value for name, value in fields.items() if math.isfinite(value) and name != "time"}
         self._attempt(lambda: self.module.log(values))

@@ -14,6 +14,7 @@ from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
 from training.dataset.order import collate, evenly_spaced
+from training.dataset.part import Part
 from training.denoiser import noise_range
 from training.encoders import Encoder
 from training.families import trained_by
@@ -31,19 +32,24 @@ class Validation:
     best denoiser of white noise with the variance v of the images.
 
     Args:
-        config: of the run, whose `val_data` and `val_images` say which images.
+        config: of the run, whose `val_data` or `val_fraction`, and `val_images`, say which images.
         encoder: of the run.
         net: of the run.
         device: where to compute.
 
     Raises:
-        UserError: images of another size, or with other classes, than those trained on.
+        UserError: no images, or of another size, or with other classes, than those trained on.
     """
 
     def __init__(self, config: TrainConfig, encoder: Encoder, net: Any, device: torch.device):
         data = config.data
+        self.fraction = data.val_fraction
         self.dataset = ImageFolderDataset(
-            config.run.val_data, use_labels=data.cond, checksums=data.verify, use_captions=data.captions
+            config.run.val_data or data.data,
+            use_labels=data.cond,
+            checksums=data.verify,
+            use_captions=data.captions,
+            part=Part(data.val_fraction, config.run.seed, held_out=True) if data.val_fraction else None,
         )
         ours, theirs = self.dataset.info(), config.dataset
         assert theirs is not None
@@ -67,7 +73,9 @@ class Validation:
         self.variance = pixels.var().item() if pixels.numel() > 1 else 1.0
 
     def describe(self) -> str:
-        return f"Validating on {many(len(self.indices), 'image')} of {self.dataset.path}"
+        text = f"Validating on {many(len(self.indices), 'image')} of {self.dataset.path}"
+        chosen = f" of {len(self.dataset)} that are held out (--val-fraction={self.fraction:g}), by their names"
+        return text + (chosen if self.fraction else "")
 
     def __call__(self, net: Any, path: Path, nimg: int) -> dict[str, float]:
         """Losses by name, the same on all processes, which share the work; recorded beside the snapshot at `path`.
@@ -91,7 +99,8 @@ class Validation:
         results = {name: value for name, value in stats.collect().items() if name in names}
         if distributed.get_rank() == 0:
             record = {"metric": "val_loss", "nimg": nimg, "net": path.name, "num_images": len(self.indices)}
-            made_by = {"val_data": str(self.dataset.path), "code_version": code_version()}
+            share = {"val_fraction": self.fraction} if self.fraction else {}
+            made_by = {"val_data": str(self.dataset.path), **share, "code_version": code_version()}
             finite = {name: value for name, value in results.items() if math.isfinite(value)}
             save_records(path.parent, [{**record, **made_by, "results": finite}])
         return results

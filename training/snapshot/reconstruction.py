@@ -19,7 +19,7 @@ import torch
 
 from dnnlib.errors import UserError
 from dnnlib.progress import Progress
-from training.config.training import MAX_STD, MIN_STD
+from training.config.ema import MAX_STD, MIN_STD
 from training.phema import solve_posthoc_coefficients
 from training.preconditioning import PRECISIONS
 from training.snapshot.checksums import MODULUS, WORD, mismatch, word_sum
