@@ -155,8 +155,8 @@ def test_a_short_training_has_a_schedule_of_its_length(family, follows, tmp_path
 def test_from_images_to_a_figure_by_printed_commands(tmp_path, monkeypatch):
     """A folder of photos of all sizes -> check -> convert -> check -> train -> images and their quality."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.advice.timing.SECONDS", 0)
-    monkeypatch.setattr("training.advice.timing.STEPS", 1)
+    monkeypatch.setattr("training.planning.timing.SECONDS", 0)
+    monkeypatch.setattr("training.planning.timing.STEPS", 1)
     files = random_images(12, size=40) | {"00000/z.png": random_images(1, size=36, seed=1).popitem()[1]}
     make_dataset(tmp_path / "photos", files)
     result = run_cli(dataset_tool, "check", "photos")
@@ -184,8 +184,8 @@ def test_from_images_to_a_figure_by_printed_commands(tmp_path, monkeypatch):
 
 
 def test_the_time_is_that_of_the_duration(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.advice.timing.SECONDS", 0)
-    monkeypatch.setattr("training.advice.timing.STEPS", 1)
+    monkeypatch.setattr("training.planning.timing.SECONDS", 0)
+    monkeypatch.setattr("training.planning.timing.STEPS", 1)
     result = run_cli(dataset_tool, "check", make_dataset(tmp_path / "d", random_images(300)), "--json")
     advice = json.loads(result.output)["training"]
     speed = float(re.search(r"([\d.e+]+) images per second in (\d+) timed steps of 32 images", advice["note"])[1])

@@ -56,6 +56,7 @@ ORDER = [
     {"training.editing", "training.dataset_likelihood"},
     {"training.monitoring", "training.sweep"},
     {"training.training_loop"},
+    {"training.planning"},
     {"training.launch"},
     {"training.advice", "training.release"},
 ]

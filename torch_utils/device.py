@@ -4,7 +4,9 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+import psutil
 import torch
 
 from dnnlib.errors import UserError, one_line
@@ -55,6 +57,24 @@ def eagerly(compiled: bool) -> Iterator[None]:
     """
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that this process may fill; on a CPU, its share of what the machine has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min(psutil.virtual_memory().available, _left_by_control_group()) // distributed.get_local_world_size()
+
+
+def _left_by_control_group() -> int:
+    """Bytes that a container or cluster job leaves, as Linux says (control groups, version 2); huge = no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # another system, or 'max'
+        return 1 << 62
 
 
 def check_compiler(device: torch.device) -> None:

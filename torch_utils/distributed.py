@@ -188,6 +188,11 @@ def get_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
+def get_local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def print0(message: str) -> None:
     """Print a line once, from the first process."""
     if get_rank() == 0:
@@ -300,6 +305,11 @@ def _digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any process; the answer is the same on all."""
     return bool(_exchange(int(flag), dist.ReduceOp.MAX))
+
+
+def smallest(value: int) -> int:
+    """The smallest of the values that all processes pass, on all of them."""
+    return _exchange(value, dist.ReduceOp.MIN)
 
 
 class SuspendSignals:

@@ -21,12 +21,13 @@ from dnnlib.files import check_not_input
 from training.config.consistency import ConsistencyTraining
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
-from training.config.training import INTERVALS, OPTIONS_NAME, Preset, TrainConfig
+from training.config.training import AUTO, INTERVALS, OPTIONS_NAME, Preset, TrainConfig
 
 # While there is nothing to save: what is said, and the signals. Ctrl-C then interrupts at once.
 UNTIL_TRAINING = ("there is nothing to save yet.", (signal.SIGTERM, signal.SIGUSR1))
 
 if TYPE_CHECKING:
+    from training.conditioning import DataSpec
     from training.dataset.images import ImageFolderDataset
 
 
@@ -55,10 +56,9 @@ def training_command(
     )
     @click.option(
         "--outdir",
-        help="Where to save the run",
+        help="Where to save the run  [required, but for --plan]",
         metavar="DIR",
         type=click.Path(file_okay=False, path_type=Path),
-        required=True,
     )
     @with_options(click_options(config_class, {"preset": default_preset}))
     @click.option("--fp16", help="Published alias: 0 = --precision=fp32  [default: True]", metavar="BOOL", type=bool)
@@ -73,27 +73,43 @@ def training_command(
         expose_value=False,
         callback=list_presets,
     )
-    @click.option("-n", "--dry-run", help="Print the configuration and exit", is_flag=True)
-    def main(outdir: Path, resume: bool, dry_run: bool, **opts: Any) -> None:
+    @click.option(
+        "--plan",
+        help="Print how much memory a run takes, by batch and precision, and exit; needs no GPU, and no --data if they "
+        "are as the preset says",
+        is_flag=True,
+    )
+    @click.option(
+        "-n",
+        "--dry-run",
+        help="Print the configuration and exit; with --dry-run=timed also memory, time and cost, by a few steps",
+        type=click.Choice(["config", "timed"]),
+        is_flag=False,
+        flag_value="config",
+    )
+    def main(outdir: Path | None, resume: bool, plan: bool, dry_run: str | None, **opts: Any) -> None:
         from torch_utils import distributed
         from training.dataset.images import COMPRESSED
-        from training.monitoring.outdir import plan
         from training.training_loop import training_loop
 
+        if plan:
+            print_plan(config_class, presets, opts, default_preset, outdir)
+            return
+        if outdir is None:
+            raise click.UsageError("Missing option '--outdir'.", click.get_current_context())
         with distributed.SuspendSignals(*UNTIL_TRAINING) as suspend:
             distributed.init(opts["timeout"])
             with distributed.fail_together():
                 check_not_input("--outdir", outdir, {"--data": opts["data"]})
                 config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
+            if opts["batch_gpu"] == AUTO:
+                config = with_fitting_batch(config, dataset)
             for note in config.notes():
                 distributed.print0(f"Note: {note}")
             if dataset.compressed:
                 distributed.print0(f"Note: --data={config.data.data} is compressed: {COMPRESSED}")
             if dry_run:
-                with distributed.fail_together():
-                    print_config(config, outdir, dataset)
-                    distributed.print0(f"Would {plan(config, outdir, resume)}")
-                distributed.print0("Dry run; exiting.")
+                print_dry_run(config, dataset, outdir, resume, timed=dry_run == "timed")
             elif distributed.any_rank(suspend.received):
                 distributed.print0("Asked to stop before training began: there is nothing to save")
             else:
@@ -101,6 +117,75 @@ def training_command(
             distributed.shutdown()
 
     return main
+
+
+def print_dry_run(
+    config: TrainConfig, dataset: "ImageFolderDataset", outdir: Path, resume: bool, *, timed: bool
+) -> None:
+    """Print what a run would be; with `timed`, what it takes and costs as well."""
+    from torch_utils import distributed
+    from training.monitoring.outdir import plan_of_run
+
+    with distributed.fail_together():
+        print_config(config, outdir, dataset)
+        distributed.print0(f"Would {plan_of_run(config, outdir, resume)}")
+    if timed:
+        from training.planning.preflight import preflight_lines
+
+        for line in preflight_lines(config, dataset):
+            distributed.print0(line)
+    distributed.print0("Dry run; exiting.")
+
+
+def print_plan(
+    config_class: type[TrainConfig],
+    presets: Mapping[str, Preset],
+    opts: Mapping[str, Any],
+    default_preset: str,
+    outdir: Path | None,
+) -> None:
+    """Print how much memory a run takes; of data, the preset says what they look like where none are given."""
+    from torch_utils import distributed
+    from torch_utils.device import select_device
+    from training.planning.memory import spec_of_preset
+    from training.planning.report import plan_lines
+
+    device, opts = opts["device"], {**opts, "device": None}  # which need not be here
+    if opts["data"] is None:
+        config, preset = chosen_config(config_class, presets, opts, default_preset)
+        spec = spec_of_preset(preset, config.data.cond)
+    else:
+        config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
+        spec = spec_of(config, dataset)
+    kind = select_device("auto").type if device in (None, "auto") else device
+    for line in plan_lines(config, spec, kind, distributed.get_world_size()):
+        distributed.print0(line)
+
+
+def spec_of(config: TrainConfig, dataset: ImageFolderDataset) -> DataSpec:
+    """What a network sees of a dataset."""
+    from training.encoders import data_spec, encoder_for
+
+    return data_spec(dataset, encoder_for(dataset, config.data.encoder, config.data.trust_encoder))
+
+
+def with_fitting_batch(config: TrainConfig, dataset: ImageFolderDataset) -> TrainConfig:
+    """The configuration with as many images per round as fit into memory; says how many and why.
+
+    Raises:
+        UserError: none fits.
+    """
+    from torch_utils import distributed
+    from torch_utils.device import free_memory, select_device
+    from training.planning.batch import fitting_batch_gpu
+
+    device = select_device(config.run.device)
+    free = distributed.smallest(free_memory(device))
+    with distributed.fail_together():
+        spec = spec_of(config, dataset)
+        batch_gpu, why = fitting_batch_gpu(config, spec, device.type, distributed.get_world_size(), free)
+        distributed.print0(why)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, batch_gpu=batch_gpu))
 
 
 def preset_table(presets: Mapping[str, Preset]) -> str:
@@ -113,7 +198,7 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
 
     from training.families import preset_network
     from training.flops import count_parameters
-    from training.monitoring.states import stored_copies
+    from training.monitoring.states import kept_bytes
 
     rows = [
         ("preset", "parameters", "memory without activations", "data", "classes", "images", "batch",
@@ -122,7 +207,7 @@ def preset_table(presets: Mapping[str, Preset]) -> str:
     for name, preset in presets.items():
         with torch.device("meta"):  # only counted
             parameters = count_parameters(preset_network(preset))
-        memory = 4 * parameters * (1 + stored_copies(preset.config)) / 2**20  # with gradients
+        memory = kept_bytes(preset.config, parameters) / 2**20
         memory = f"{memory:.1f} MiB" if memory < 100 else f"{memory / 2**10:.1f} GiB"
         size = f"{parameters / 1e6:.2f} M"
         run, sampler = preset.config.run, preset.sampler
@@ -154,11 +239,11 @@ def make_config(
     Raises:
         UserError: an option or the data does not fit; the message names it.
     """
-    from torch_utils.device import select_device
     from training.dataset.images import ImageFolderDataset
     from training.dataset.part import Part
     from training.tuning import check_same_data, with_tuned_network
 
+<<<<<<< HEAD
     name = opts["preset"] or default_preset
     if name not in presets:
         raise unknown_preset("--preset", name, presets)
@@ -178,6 +263,9 @@ def make_config(
     if config.data.workers is None:
         workers = 2 if select_device(config.run.device).type == "cuda" else 0
         config = config_class.from_flat({"workers": workers}, config)
+=======
+    config, _ = chosen_config(config_class, presets, opts, default_preset)
+>>>>>>> scale
     tuned = None
     if isinstance(config, ConsistencyTraining):
         config, tuned = with_tuned_network(config, outdir)
@@ -204,6 +292,38 @@ def make_config(
         check_same_data(config, dataset, tuned)
     dataset.verify()
     return config, dataset
+
+
+def chosen_config(
+    config_class: type[TrainConfig], presets: Mapping[str, Preset], opts: Mapping[str, Any], default_preset: str
+) -> tuple[TrainConfig, Preset]:
+    """Preset and given options -> a configuration that fits the machine, and the preset; arguments as of `make_config`.
+
+    Raises:
+        UserError: an option does not fit.
+    """
+    from torch_utils.device import select_device
+
+    name = opts["preset"] or default_preset
+    if name not in presets:
+        raise unknown_preset("--preset", name, presets)
+    names = {field.key for field in all_fields(config_class)}
+    given = {key: value for key, value in opts.items() if value is not None and key in names}
+    given["preset"] = name
+    if given.get("batch_gpu") == AUTO:
+        given["batch_gpu"] = 0  # until what fits is known
+    if opts.get("fp16") is False:
+        if given.get("precision", "auto") not in ("auto", "fp32"):
+            raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
+        given["precision"] = "fp32"
+    preset = presets[name].config
+    batch = given.get("batch", preset.run.batch)
+    check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))
+    config = config_class.from_flat({**rounded_intervals(preset, batch, given), **given}, preset)
+    if config.data.workers is None:
+        workers = 2 if select_device(config.run.device).type == "cuda" else 0
+        config = config_class.from_flat({"workers": workers}, config)
+    return config, presets[name]
 
 
 def check_default(dataset: ImageFolderDataset, presets: Mapping[str, Preset], default: str) -> None:
@@ -288,7 +408,7 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     from torch_utils.device import select_device
     from training.encoders import encoder_for
     from training.flops import count_parameters
-    from training.monitoring.states import disk_needs
+    from training.monitoring.states import disk_needs, kept_bytes
     from training.training_loop import build_network
 
     encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, distributed.print0)
@@ -304,5 +424,9 @@ def print_config(config: TrainConfig, outdir: Path, dataset: ImageFolderDataset)
     distributed.print0(f"Encoder:          {encoder.describe()}")
     distributed.print0(f"Classes:          {data.label_dim}")
     distributed.print0(f"Network:          {parameters} parameters")
+    kept = kept_bytes(config, parameters) / 1e9
+    distributed.print0(
+        f"Memory:           {kept:.3f} GB, and what the images of a round take (--dry-run=timed, --plan)"
+    )
     distributed.print0(f"Disk:             {disk_needs(config, parameters, 0, outdir)}")
     distributed.print0(f"Processes:        {distributed.get_world_size()} on {select_device(config.run.device).type}")

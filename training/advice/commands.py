@@ -14,7 +14,6 @@ from dnnlib.cli import parse_nimg
 from dnnlib.errors import OUT_OF_MEMORY, UserError
 from dnnlib.progress import format_time
 from training.advice.families import FAMILIES, Choice, Data, nearest_preset
-from training.advice.timing import images_per_second
 from training.config.advice import MACHINES, AdviceConfig
 from training.config.fields import Field, all_fields, show
 from training.config.training import Ki, Mi, Preset, TrainConfig
@@ -23,6 +22,7 @@ from training.dataset.listing import many
 from training.encoders import encoder_for
 from training.flops import count_parameters
 from training.launch import make_config
+from training.planning.timing import images_per_second
 from training.training_loop import build_network
 
 MAX_PASSES = 2000  # over the images; published trainings make 1700 (EDM2) to 4000 (EDM on CIFAR-10)

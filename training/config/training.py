@@ -22,7 +22,13 @@ MIN_INTERVAL = 1000  # snapshot and state file names count thousands of images
 OPTIONS_NAME = "training_options.json"  # in the directory of a run
 BY_IMAGE, BY_ROUND = "image", "round"  # what dropout masks depend on
 PIXEL_CHANNELS = (1, 3)  # of presets for images; all others are for latents
+AUTO = -1  # --batch-gpu=auto, which becomes a number before there is a configuration
 T = TypeVar("T", bound="TrainConfig")
+
+
+def parse_batch_gpu(text: str) -> int:
+    """A number of images, or AUTO for 'auto'."""
+    return AUTO if text.strip().lower() == "auto" else parse_nimg(text)
 
 
 def parse_ints(text: str) -> tuple[int, ...]:
@@ -71,7 +77,12 @@ class RunConfig(Config):
     )
     batch: int = option(help="Images per optimiser step, over all processes", low=1, parse=parse_nimg, metavar="NIMG")
     batch_gpu: int = option(
-        0, "Limit of images per process and round, 0 = none", low=0, parse=parse_nimg, metavar="NIMG", may_change=True
+        0,
+        "Limit of images per process and round, 0 = none; auto = as many as fit into memory, see --plan",
+        low=0,
+        parse=parse_batch_gpu,
+        metavar="NIMG",
+        may_change=True,
     )
     device: str = option(
         "auto",

@@ -57,7 +57,7 @@ def check_outdir(outdir: Path, config: TrainConfig, resume: bool) -> None:
         config.check_resumable(type(config).load(options_path), outdir)
 
 
-def plan(config: TrainConfig, outdir: Path, resume: bool) -> str:
+def plan_of_run(config: TrainConfig, outdir: Path, resume: bool) -> str:
     """What a training command would do first: 'start at 0 images', 'resume at 1024 images', ...
 
     Raises:

@@ -55,6 +55,11 @@ def stored_copies(config: TrainConfig) -> int:
     return 1 + MOMENTS + averages(config)
 
 
+def kept_bytes(config: TrainConfig, parameters: int) -> int:
+    """What a run holds in memory all the time: each parameter as in a training state, and its gradient."""
+    return 4 * parameters * (stored_copies(config) + 1)
+
+
 def disk_needs(config: TrainConfig, parameters: int, nimg: int, outdir: Path) -> str:
     """What a run will write from `nimg` images on, beside the room that there is; about, as reports are small.
 

@@ -6,22 +6,24 @@ from pathlib import Path
 
 import torch
 
+from torch_utils import distributed
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.monitoring.journal import Journal
+from training.planning.report import round_size
 from training.training_loop import TrainingRun
 
 SECONDS, STEPS = 3.0, 3  # that are timed, at least
 
 
 def images_per_second(config: TrainConfig, dataset: ImageFolderDataset) -> tuple[float, int, int]:
-    """Speed of a few training steps on this machine, their number, and the images of each.
+    """Speed of a few training steps of all processes, their number, and the images of each; to be called by all.
 
     A step is a round (`--batch-gpu`) here, which takes less memory and as long per image as a batch.
     """
-    run = config.run
-    round_size = min(run.batch_gpu or run.batch, run.batch)
-    timed = dataclasses.replace(run, batch=round_size, status=0, snapshot=0, preview=0, checkpoint=0)
+    processes = distributed.get_world_size()
+    images = processes * round_size(config, processes)
+    timed = dataclasses.replace(config.run, batch=images, status=0, snapshot=0, preview=0, checkpoint=0, milestones=0)
     config = dataclasses.replace(config, run=timed, data=dataclasses.replace(config.data, workers=0))
     nowhere = Path(".")
     with Journal(nowhere, silent=True) as journal:
@@ -30,10 +32,10 @@ def images_per_second(config: TrainConfig, dataset: ImageFolderDataset) -> tuple
         batches = training.load_batches()
         training.step(batches)  # makes buffers, and lets cuDNN choose
         start, steps = _clock(training.device), 0
-        while steps < STEPS or _clock(training.device) - start < SECONDS:
+        while distributed.any_rank(steps < STEPS or _clock(training.device) - start < SECONDS):
             training.step(batches)
             steps += 1
-    return steps * round_size / (_clock(training.device) - start), steps, round_size
+    return steps * images / (_clock(training.device) - start), steps, images
 
 
 def _clock(device: torch.device) -> float:
