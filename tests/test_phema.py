@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_cli
 
+from reconstruct_phema import main as reconstruct
 from training import phema
 from training.config.training import MAX_STD, parse_std_list
 
@@ -289,12 +290,26 @@ def test_parse_std_list_refuses(text):
         parse_std_list(text)
 
 
-def test_the_example_of_the_docs_runs():
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
+    """As printed: training, the command, and what is loaded."""
     text = (ROOT / "docs" / "phema.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    text = text[text.index("## In other projects") :]
+    training, loading = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"```bash\npython reconstruct_phema.py (.*?)\n```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     found: dict = {}
-    exec(example, found)
-    assert len(found["saved"]) == 20
-    # The task is to copy two of the inputs, and it has been learned.
-    torch.testing.assert_close(found["combined"]["weight"], torch.eye(2, 4), rtol=0, atol=1e-3)
+    exec(training, found)
+    assert len(list((tmp_path / "averages").iterdir())) == 20
+    result = run_cli(reconstruct, *command.split())
+    assert result.exit_code == 0, result.output
+    exec(loading, found)
+    states = [(k, std, torch.load(f"averages/net-{k}-{std}.pt")) for k in range(100, 1001, 100) for std in (0.05, 0.1)]
+    times, widths, _ = zip(*states, strict=True)
+    coefs = phema.solve_posthoc_coefficients(times, widths, 1000, 0.15)[:, 0]
+    wanted = sum(float(c) * state["2.weight"].double() for c, (_, _, state) in zip(coefs, states, strict=True))
+    net = found["net"].eval()
+    torch.testing.assert_close(net[2].weight.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(net[1].running_var, states[-1][2]["1.running_var"])
+    x = torch.randn(1000, 4)
+    assert (net(x) - x[:, :2]).square().mean() < 0.1  # the task is to copy two of the inputs

@@ -96,8 +96,8 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
     condition = eigenvalues.max() / max(eigenvalues.min(), np.finfo(np.float64).tiny)
     if not condition < MAX_CONDITION:
         raise ValueError(
-            f"the {len(A)} stored averages are too alike to be told apart (condition number {condition:.0e}, of at most "
-            f"{MAX_CONDITION:.0e})"
+            f"the {len(A)} stored averages are too alike to be told apart (condition number {condition:.0e}; at most "
+            f"{MAX_CONDITION:.0e} works)"
         )
     X = np.linalg.solve(A, B)
     return X / X.sum(axis=0)
