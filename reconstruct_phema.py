@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dnnlib.cli import CommandLine, imported_when_used, parsed_by
+from dnnlib.cli import CommandLine, imported_when_used, parse_bytes, parsed_by
 from dnnlib.errors import UserError
 from training.config.ema import parse_std_list
 
@@ -22,7 +22,8 @@ __getattr__ = imported_when_used(dict.fromkeys(__all__, "training.release"))
 )
 @click.option(
     "--indir",
-    help="Directory with the snapshots of a run",
+    help="Directory with the snapshots of a run, or with plain state dicts of any module: NAME-KIMG-WIDTH.pt, .pth or "
+    ".safetensors",
     metavar="DIR",
     type=click.Path(path_type=Path),
     required=True,
@@ -63,9 +64,23 @@ __getattr__ = imported_when_used(dict.fromkeys(__all__, "training.release"))
 @click.option(
     "--format",
     "suffix",
-    help="What to write; pkl is for the published tools  [default: as the snapshots]",
-    type=click.Choice(["safetensors", "pkl"]),
+    help="What to write: pkl is for the published tools, pt and pth are plain state dicts  [default: as the snapshots]",
+    type=click.Choice(["safetensors", "pkl", "pt", "pth"]),
     callback=lambda _ctx, _param, value: value and f".{value}",
+)
+@click.option(
+    "--memory",
+    help="Most memory that values may take, such as 500MB or 2GiB, beside the 0.3 GB of the program itself  [default: "
+    "what is fastest]",
+    metavar="SIZE",
+    callback=parsed_by(parse_bytes),
+)
+@click.option(
+    "--latest",
+    help="What plain state dicts take from the latest snapshot in place of a sum, by patterns of names  [default: "
+    "*running_mean,*running_var]",
+    metavar="LIST",
+    callback=parsed_by(lambda text: [part.strip() for part in text.split(",") if part.strip()]),
 )
 @click.option(
     "--plot",
@@ -90,14 +105,18 @@ def main(
     skip: bool,
     batch: int,
     suffix: str | None,
+    memory: int | None,
+    latest: list[str] | None,
     plot: Path | None,
     verify: bool,
 ) -> None:
     """Combine the snapshots of a run into EMA profiles of other widths (post-hoc EMA).
 
     \b
-    Example:
+    Examples:
       python reconstruct_phema.py --indir=out/digits --outstd=0.010,0.020,...,0.200
+      # State dicts of another project, net-0000100-0.050.pt and so on
+      python reconstruct_phema.py --indir=mine --inprefix=net --outstd=0.150 --memory=2GiB
     """
     from training.snapshot.profiles import describe_errors, draw_responses, true_errors
     from training.snapshot.reconstruction import inputs_until, list_averages, reconstruct_phema
@@ -117,7 +136,9 @@ def main(
         for std, expected, true in true_errors(used, out_nimg):
             print(f"Width {std:.3f} from the others: expected error {expected:.1%}, true {true:.1%}")
     there = set(outdir.glob("*")) if skip else set()
-    for path in reconstruct_phema(inputs, outdir, outprefix, outstd, outkimg, skip, batch, suffix):
+    for path in reconstruct_phema(
+        inputs, outdir, outprefix, outstd, outkimg, skip, batch, suffix, memory, latest, log=print
+    ):
         print(f"{path} (skipped: it is there)" if path in there else path)
 
 

@@ -226,6 +226,27 @@ def parse_nimg(text: str) -> int:
     return int(value)
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes such as '500MB', '2GB' (powers of 1000), '512MiB' or '2GiB' (powers of 1024).
+
+    Raises:
+        UserError: anything else, or nothing.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kMGT]i?)B", text)
+    if match is None:
+        raise UserError(f"{text!r} is not a number of bytes: write 500MB, 512MiB, 2GB or 2GiB")
+    power = "kMGT".index(match[2][0]) + 1
+    value = int(float(match[1]) * (1024 if match[2].endswith("i") else 1000) ** power)
+    if value == 0:
+        raise UserError(f"{text!r} is nothing")
+    return value
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes as '12.3 MB' or '635 GB'."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
 def parse_resolution(text: str) -> tuple[int, int]:
     """Width and height of '512x512', or of '512', which means the same.
 

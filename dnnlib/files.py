@@ -83,13 +83,35 @@ def clear_leftovers(paths: Iterable[Path]) -> None:
     for path in paths:
         names_in.setdefault(path.parent, set()).add(path.name)
     for folder, names in names_in.items():
-        for partial in leftovers(folder):
-            match = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", partial.name)
-            if match is None or match[1] not in names:
-                continue
-            with suppress(OSError), open(partial, "rb+") as f:
-                if _lock(f):
-                    partial.unlink()
+        _clear(partial for partial in leftovers(folder) if _meant(partial) in names)
+
+
+def clear_leftovers_of(folder: Path, prefix: str) -> list[str]:
+    """Delete what killed processes left half-written in a folder, of files whose names begin with `prefix`.
+
+    What is being written stays.
+
+    Returns:
+        The names that the files would have had.
+    """
+    return _clear(partial for partial in leftovers(folder, prefix) if _meant(partial))
+
+
+def _meant(partial: Path) -> str:
+    """The name that a half-written file would have had; '' = it is none of `atomic_write`."""
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", partial.name)
+    return match[1] if match else ""
+
+
+def _clear(partials: Iterable[Path]) -> list[str]:
+    """Delete half-written files that no process is writing, and say which."""
+    deleted = []
+    for partial in partials:
+        with suppress(OSError), open(partial, "rb+") as f:
+            if _lock(f):
+                partial.unlink()
+                deleted.append(_meant(partial))
+    return deleted
 
 
 def leftovers(folder: Path, prefix: str = "") -> list[Path]:

@@ -17,6 +17,7 @@ from conftest import (
 )
 
 from dnnlib.errors import UserError
+from dnnlib.files import atomic_write
 from reconstruct_phema import main as reconstruct
 from snapshot_tool import main as snapshot_tool
 from training.encoders import StandardRGBEncoder
@@ -32,12 +33,12 @@ def test_all_reconstruction_options(run, tmp_path):
     args = [
         f"--indir={run}", "--inprefix=network-snapshot", "--instd=0.05,0.1", f"--outdir={tmp_path}", "--outprefix=posthoc",
         "--outstd=0.05,0.10,...,0.20", "--outkimg=2", "--skip", "--batch=2", "--format=safetensors",
-        f"--plot={tmp_path.parent / 'responses.png'}", "--verify",
+        f"--plot={tmp_path.parent / 'responses.png'}", "--verify", "--memory=64MiB",
     ]  # fmt: skip
-    (tmp_path / ".posthoc-0000002-0.150.safetensors.0123456789abcdef.tmp").write_bytes(b"of a killed process")
     result = run_cli(reconstruct, *args)
     assert result.exit_code == 0, result.output
-    assert_all_options(reconstruct, args)
+    assert_all_options(reconstruct, [*args, "--latest="])
+    assert "Reading 0.0" in result.stdout and "MB of 4 snapshots, 2 times" in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"posthoc-0000002-0.{std}.safetensors" for std in ("050", "100", "150", "200")
     ]
@@ -54,6 +55,52 @@ def test_all_reconstruction_options(run, tmp_path):
     assert changed == ["posthoc-0000002-0.200.safetensors"]
     with PIL.Image.open(tmp_path.parent / "responses.png") as picture:
         assert picture.size[0] > 1000 and "reconstruct_phema.py" in picture.info["Description"]
+
+
+def test_leftovers_of_killed_commands(run, tmp_path):
+    """Also of other widths than those that are made now; not of other programs, and not what is being written."""
+    stale = [f".phema-000000{k}-0.0{std}0.safetensors.0123456789abcdef.tmp" for k in (1, 2) for std in (3, 4)]
+    others = [".other-0000001-0.050.safetensors.0123456789abcdef.tmp", ".phema-mine.tmp"]
+    for name in stale + others:
+        (tmp_path / name).write_bytes(b"half")
+    with atomic_write(tmp_path / "phema-0000002-0.090.safetensors") as f:
+        f.write(b"half")
+        result = run_cli(reconstruct, f"--indir={run}", f"--outdir={tmp_path}", "--outstd=0.07")
+        assert result.exit_code == 0, result.output
+    assert "Removed 4 half-written files of commands that were killed: phema-0000001-0.030.safeten" in result.stdout
+    left = {"phema-0000003-0.070.safetensors", "phema-0000002-0.090.safetensors", *others}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_progress_in_bytes_with_the_time_left(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("dnnlib.progress.INTERVAL", 0)
+    result = run_cli(reconstruct, f"--indir={run}", f"--outdir={tmp_path}", "--outstd=0.07")
+    assert re.search(r"^[\d.]+k?/[\d.]+k? B  elapsed \d+s  left \d+s  [\d.]+[kM]? B/s$", result.stderr, re.MULTILINE)
+
+
+def test_unreadable_input_is_named(run, tmp_path):
+    indir = tmp_path / "in"
+    shutil.copytree(run, indir)
+    path = indir / "network-snapshot-0000002-0.100.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+    args = [f"--indir={indir}", f"--outdir={tmp_path / 'out'}", "--outstd=0.07"]
+    fails_with(run_cli(reconstruct, *args), f"{path}: damaged or truncated")
+    assert not (tmp_path / "out").exists()
+
+
+def test_snapshots_that_are_too_alike(run, tmp_path):
+    """Many widths at few times: what they do not have in common drowns in rounding."""
+    for path in run.glob("network-snapshot-*-0.050.safetensors"):
+        snapshot = load_network(path)
+        for k in range(12):
+            std = 0.05 + 0.001 * k
+            copy = tmp_path / f"{path.name[:-18]}-{std:.3f}.safetensors"
+            save_network(copy, snapshot.net, snapshot.encoder, {"nimg": snapshot.metadata["nimg"], "ema_std": std})
+    args = [f"--indir={tmp_path}", f"--outdir={tmp_path / 'out'}", "--outstd=0.02"]
+    fails_with(run_cli(reconstruct, *args), "36 stored averages are too alike", "(condition number ", "--instd")
+    assert not (tmp_path / "out").exists()
+    result = run_cli(reconstruct, *args, "--instd=0.05,0.052")
+    assert re.search(r"Note: large sums nearly cancel.*: 0.020 \d", result.stdout)
 
 
 def test_expected_and_true_errors(run, tmp_path):
@@ -159,9 +206,20 @@ def test_snapshot_that_becomes_shorter(run, tmp_path):
         (["--outstd=0.5"], ["--outstd", "between 0.001 and 0.289"]),
         (["--outstd=0.1,0.2,...,0.25"], ["--outstd", "even steps"]),
         (["--outstd=0.1,0.1001"], ["two widths share a file name"]),
-        (["--outstd=0.1", "--outkimg=7"], ["--outkimg=7: there is no snapshot of that time (there are 1, 2, 3)"]),
+        (
+            ["--outstd=0.1", "--outkimg=7"],
+            ["--outkimg=7: there is no snapshot of that time (nearest: 2, 3; 3 in all, from 1 to 3)"],
+        ),
         (["--outstd=0.1", "--instd=0.07"], ["--instd: no snapshots of width 0.070", "(there are 0.050, 0.100)"]),
-        (["--outstd=0.1", "--inprefix=bogus"], ["no snapshots named bogus-"]),
+        (
+            ["--outstd=0.1", "--inprefix=bogus"],
+            ["no snapshots named bogus-KIMG-WIDTH", "(found: network-snapshot-0000001-0.050.safe", "and 5 more)"],
+        ),
+        (["--outstd=0.1", "--format=pt"], ["--format=pt is for plain state dicts"]),
+        (["--outstd=0.1", "--latest=*mean"], ["--latest is for plain state dicts"]),
+        (["--outstd=0.1", "--memory=5"], ["--memory: '5' is not a number of bytes: write 500MB"]),
+        (["--outstd=0.289"], ["--outstd", "between 0.001 and 0.289"]),
+        (["--outstd=0"], ["--outstd", "between 0.001 and 0.289"]),
         (["--outstd=0.1", "--outprefix=network-snapshot"], ["results in --indir need another prefix"]),
         (["--outstd=0.1", "--indir=nowhere"], ["--indir=nowhere: no such directory"]),
         ([], ["--outstd"]),
@@ -195,7 +253,11 @@ def test_snapshots_of_two_runs(run, tmp_path):
         StandardRGBEncoder(),
         {"nimg": 1024, "ema_std": 0.05},
     )
-    fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "holds another network")
+    fails_with(
+        run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"),
+        "network-snapshot-0000001-0.050.safetensors holds another network than ",
+        "(unet.dec.8x8_block0.conv_res0.weight is [8, 24, 3, 3], there [4, 8, 3, 3])",
+    )
     save_network(tmp_path / "network-snapshot-0000001-0.050.safetensors", tiny_network(), StandardRGBEncoder(), {})
     fails_with(run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"), "does not say its training time")
     shutil.copy(

@@ -206,7 +206,8 @@ class Machine:
         state, target = self.pop(), self.stack[-1]
         if isinstance(target, Record):
             target.build(state)
-        elif not (type(target) is dict and state is None):
+        elif not (type(target) is dict and (state is None or (type(state) is dict and state.keys() == {"_metadata"}))):
+            # Of a state dict, `_metadata` are versions of torch's own modules.
             raise TypeError("attributes for something that has none")
 
     def persistent(self) -> None:

@@ -123,10 +123,20 @@ class StoredTensor:
 
     source: str
     storage: memoryview  # a file of its own as `torch.save` writes it, holding one storage
+    values: memoryview  # those of the storage, which are its end
     dtype: torch.dtype
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @property
+    def elements(self) -> memoryview | None:
+        """The bytes of the tensor's elements in the file; None = they are not in one piece, or not in their order."""
+        steps = contiguous_strides(self.size)
+        if any(n != 1 and a != b for n, a, b in zip(self.size, self.stride, steps, strict=True)):
+            return None
+        start = self.offset * self.dtype.itemsize
+        return self.values[start : start + math.prod(self.size) * self.dtype.itemsize]
 
     def load(self) -> torch.Tensor:
         """The tensor, of `dtype` and `size`, on the CPU.
@@ -148,6 +158,11 @@ class LazyTensor:
 
     load: Callable[[], torch.Tensor]
     is_parameter: bool
+
+
+def contiguous_strides(size: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a tensor whose elements lie in one piece, in their order."""
+    return tuple(math.prod(size[i + 1 :]) for i in range(len(size)))
 
 
 def is_shape(size: Any) -> bool:

@@ -199,7 +199,8 @@ def _tensor(
     # Overlapping elements would make a large tensor of a small file.
     if numel > storage.numel or (numel > 0 and last >= storage.numel):
         raise ValueError("a tensor is larger than its storage")
-    return StoredTensor(storage.source, storage.blob, storage.dtype, offset, size, stride)
+    values = storage.blob[len(storage.blob) - storage.numel * storage.dtype.itemsize :]
+    return StoredTensor(storage.source, storage.blob, values, storage.dtype, offset, size, stride)
 
 
 def _parameter(data: StoredTensor, _requires_grad: Any, _hooks: Any) -> StoredTensor:

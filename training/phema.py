@@ -9,10 +9,14 @@ Its relative width sigma_rel ("std" below) names the profile.
 """
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
+
+MAX_CONDITION = 1 / np.finfo(np.float64).eps  # beyond, rounding decides what solutions are
 
 # ---------------------------------------------------------------------------------------------------------
 # Maths (float64, NumPy)
@@ -82,8 +86,19 @@ def solve_posthoc_coefficients(in_ofs, in_std, out_ofs, out_std):
 
     Returns:
         float64 [n, m]; every column sums to 1.
+
+    Raises:
+        ValueError: the stored averages are too alike to be told apart.
     """
     A, B, _ = _products(in_ofs, in_std, out_ofs, out_std)
+    lengths = np.sqrt(np.diag(A))
+    eigenvalues = np.abs(np.linalg.eigvalsh(A / lengths / lengths[:, None]))
+    condition = eigenvalues.max() / max(eigenvalues.min(), np.finfo(np.float64).tiny)
+    if not condition < MAX_CONDITION:
+        raise ValueError(
+            f"the {len(A)} stored averages are too alike to be told apart (condition number {condition:.0e}; at most "
+            f"{MAX_CONDITION:.0e} works)"
+        )
     X = np.linalg.solve(A, B)
     return X / X.sum(axis=0)
 
@@ -110,10 +125,29 @@ def posthoc_error(in_ofs, in_std, out_ofs, out_std, coefs):
 # Trackers
 
 
+def _frozen_copy(net: torch.nn.Module, device: torch.device | str | None = None) -> torch.nn.Module:
+    """A copy in eval mode and without gradients, of at least float32: averages move by less than float16 can tell.
+
+    Args:
+        device: of the copy; None = that of each tensor.
+    """
+    made = copy.deepcopy(net).eval().requires_grad_(False)
+    for tensor in itertools.chain(made.parameters(), made.buffers()):
+        dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+        tensor.data = tensor.data.to(device, dtype)
+    return made
+
+
+def _parameters(net: torch.nn.Module, like: torch.nn.Module) -> list[torch.Tensor]:
+    """The parameters of a network, with types and on devices of those of its copy."""
+    pairs = zip(net.parameters(), like.parameters(), strict=True)
+    return [p.detach().to(average.device, average.dtype) for p, average in pairs]
+
+
 @torch.no_grad()
-def _lerp_parameters(ema: torch.nn.Module, net: torch.nn.Module, beta: float) -> None:
-    """ema = beta * ema + (1 - beta) * net for all parameters, in place."""
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
+def _lerp_parameters(ema: torch.nn.Module, latest: list[torch.Tensor], beta: float) -> None:
+    """ema = beta * ema + (1 - beta) * latest for all parameters, in place."""
+    torch._foreach_lerp_(list(ema.parameters()), latest, 1 - beta)
 
 
 @torch.no_grad()
@@ -122,42 +156,93 @@ def _copy_buffers(ema: torch.nn.Module, net: torch.nn.Module) -> None:
         dst.copy_(src)
 
 
-def _frozen_copy(net: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(net).eval().requires_grad_(False)
-
-
 class PowerFunctionEMA:
-    """Running power-function averages of a network's parameters, one per width in `stds`."""
+    """Running power-function averages of a module's parameters, one per width in `stds`.
 
-    def __init__(self, net: torch.nn.Module, stds: Sequence[float] = (0.050, 0.100)):
+    The averages are float32 whatever the module computes in (float64 stays). Nothing waits for a GPU unless the
+    averages are on another device.
+
+    Args:
+        net: the module to follow, of any class that can be copied.
+        stds: relative widths of the profiles.
+        device: where the averages are, such as 'cpu' to spare a GPU's memory; None = where the parameters are.
+        every: update the averages once in so many steps, as if the parameters had been the latest ones since the last
+            time. The decay is that of all these steps, so that the profile is the same, only in fewer pieces.
+    """
+
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        stds: Sequence[float] = (0.050, 0.100),
+        device: torch.device | str | None = None,
+        every: int = 1,
+    ):
         self.net = net
         self.stds = list(stds)
-        self.emas = [_frozen_copy(net) for _ in self.stds]
+        self.every = every
+        self.emas = [_frozen_copy(net, device) for _ in self.stds]
+        self.nimg = 0  # at the latest step
+        self.pending = 0  # images since the averages were updated
 
     def update(self, cur_nimg: int, batch_size: int) -> None:
         """Take in the parameters after an optimiser step; `cur_nimg` counts the step's images too."""
-        for std, ema in zip(self.stds, self.emas, strict=True):
-            _lerp_parameters(ema, self.net, float(power_function_beta(std, cur_nimg, batch_size)))
+        self.nimg = cur_nimg
+        self.pending += batch_size
+        if self.pending >= self.every * batch_size:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Bring the averages up to the latest step (Eq. 127; decays of consecutive steps multiply to that of all)."""
+        if self.pending > 0 and self.emas:
+            latest = _parameters(self.net, self.emas[0])
+            for std, ema in zip(self.stds, self.emas, strict=True):
+                _lerp_parameters(ema, latest, float(power_function_beta(std, self.nimg, self.pending)))
+        self.pending = 0
 
     def get(self) -> list[tuple[torch.nn.Module, str]]:
-        """The averaged networks, buffers copied from the live one, each with its file name suffix."""
+        """The averaged networks up to the latest step, buffers copied from the live one, each with its file name
+        suffix."""
+        self._take_in()
         for ema in self.emas:
             _copy_buffers(ema, self.net)
         return [(ema, f"-{std:.3f}") for std, ema in zip(self.stds, self.emas, strict=True)]
 
-    def state_dict(self) -> dict:
-        return {"stds": list(self.stds), "emas": [ema.state_dict() for ema in self.emas]}
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to continue exactly."""
+        emas = [ema.state_dict() for ema in self.emas]
+        return {"stds": list(self.stds), "emas": emas, "nimg": self.nimg, "pending": self.pending}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take over the averages of a `state_dict`.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the averages of a `state_dict`, or of one without nimg and pending, as earlier versions wrote.
 
         Raises:
-            ValueError: the state tracks other widths.
+            ValueError: the state tracks other widths or another network, or has missing or unknown entries. Nothing
+                has changed then.
         """
-        if list(state["stds"]) != self.stds:
+        _check_entries("EMA state", {"stds", "emas"}, state, optional={"nimg", "pending"})
+        if list(state["stds"]) != self.stds or len(state["emas"]) != len(self.stds):
             raise ValueError(f"EMA state tracks stds {state['stds']}, not {self.stds}")
         for ema, ema_state in zip(self.emas, state["emas"], strict=True):
+            wanted = ema.state_dict()
+            _check_entries("EMA state of a network", wanted.keys(), ema_state)
+            for name, tensor in wanted.items():
+                if isinstance(tensor, torch.Tensor) and ema_state[name].shape != tensor.shape:
+                    shapes = f"{list(ema_state[name].shape)} instead of {list(tensor.shape)}"
+                    raise ValueError(f"EMA state of a network: {name!r} is {shapes}")
+        for ema, ema_state in zip(self.emas, state["emas"], strict=True):
             ema.load_state_dict(ema_state)
+        self.nimg, self.pending = state.get("nimg", 0), state.get("pending", 0)
+
+
+def _check_entries(what: str, wanted: Set[str], found: Mapping[str, Any], optional: Set[str] = frozenset()) -> None:
+    """Check that a state has the entries that it needs, and no others.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    for problem, names in [("lacks", wanted - found.keys()), ("has unknown", found.keys() - wanted - optional)]:
+        if names:
+            raise ValueError(f"{what} {problem} {min(names)!r}")
 
 
 class LatestWeights:
@@ -205,7 +290,7 @@ class TraditionalEMA:
         halflife = self.halflife_Mimg * 1e6
         if self.rampup_ratio is not None:
             halflife = min(halflife, cur_nimg * self.rampup_ratio)
-        _lerp_parameters(self.ema, self.net, 0.5 ** (batch_size / max(halflife, 1e-8)))
+        _lerp_parameters(self.ema, _parameters(self.net, self.ema), 0.5 ** (batch_size / max(halflife, 1e-8)))
 
     def get(self) -> torch.nn.Module:
         _copy_buffers(self.ema, self.net)
@@ -239,7 +324,7 @@ class RampedEMA:
         """Take in the parameters after an optimiser step; `cur_nimg` counts the step's images too."""
         steps = cur_nimg / batch_size
         decay = min(self.rate, (1 + steps) / (10 + steps)) if self.ramp_up else self.rate
-        _lerp_parameters(self.ema, self.net, decay)
+        _lerp_parameters(self.ema, _parameters(self.net, self.ema), decay)
 
     def get(self) -> torch.nn.Module:
         """The averaged network, buffers and untrained parameters copied from the live one."""

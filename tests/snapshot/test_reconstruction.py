@@ -12,7 +12,7 @@ from dnnlib.errors import UserError
 from training.encoders import StandardRGBEncoder
 from training.networks.edm2 import Precond
 from training.phema import solve_posthoc_coefficients
-from training.snapshot import load_network, open_snapshot, reconstruction, save_network
+from training.snapshot import load_network, open_snapshot, save_network, sums
 from training.snapshot.reconstruction import list_averages, reconstruct_phema
 
 TIMES = [1000 * (i + 1) for i in range(20)]
@@ -50,9 +50,9 @@ def expected(snapshots):
 
 def check(indir, tmp_path, expected, rtol):
     paths = reconstruct_phema(list_averages(indir, "network-snapshot"), tmp_path / "out", "phema", OUTPUTS)
-    for path, sums in zip(paths, expected, strict=True):
+    for path, wanted in zip(paths, expected, strict=True):
         file = open_snapshot(path)
-        for name, values in sums.items():
+        for name, values in wanted.items():
             error = np.linalg.norm(file.get_tensor(name).double().numpy() - values) / max(np.linalg.norm(values), 1e-30)
             assert error < rtol, name
 
@@ -60,14 +60,14 @@ def check(indir, tmp_path, expected, rtol):
 @pytest.mark.parametrize(
     ("memory", "slice_size"),
     [
-        (reconstruction.MEMORY, reconstruction.SLICE),
-        (1000 * (2 * reconstruction.GROUP + 12 * len(OUTPUTS)), 100),  # parts begin and end within tensors
+        (sums.MEMORY, sums.SLICE),
+        (1000 * (2 * sums.GROUP + 12 * len(OUTPUTS)), 100),  # parts begin and end within tensors
         (1, 1 << 10),  # at least a slice
     ],
 )
 def test_sizes_of_parts(snapshots, expected, tmp_path, monkeypatch, memory, slice_size):
-    monkeypatch.setattr(reconstruction, "MEMORY", memory)
-    monkeypatch.setattr(reconstruction, "SLICE", slice_size)
+    monkeypatch.setattr(sums, "MEMORY", memory)
+    monkeypatch.setattr(sums, "SLICE", slice_size)
     check(snapshots, tmp_path, expected, 1e-5)
 
 

@@ -120,6 +120,10 @@ class SnapshotFile(ABC):
         """Whether `reader(name)` reads on into the tensor `other`. Here: no, each is loaded by itself."""
         return False
 
+    def is_loaded_to_read(self, name: str) -> bool:
+        """Whether what `reader(name)` gives keeps all of the tensor in memory."""
+        return True
+
     def reader(self, name: str) -> Callable[[int, memoryview], None]:
         """A function (start, out) that fills a buffer with the bytes of a tensor's elements from `start` on.
 

@@ -1,12 +1,9 @@
 """Native snapshots: safetensors files with a JSON block."""
 
 import functools
-import io
 import json
-import os
+import math
 import struct
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +17,8 @@ from dnnlib.errors import DamagedFileError, UserError, one_line
 from dnnlib.files import atomic_write
 from training.snapshot.checksums import WORD, mismatch, stored_sums, stored_text, word_sum
 from training.snapshot.description import METADATA_KEY, Description
-from training.snapshot.layout import GetTensor, Request, SnapshotFile, check_storable
+from training.snapshot.layout import GetTensor, Request, check_storable
+from training.snapshot.places import FileOfPlaces
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -39,7 +37,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 GetPieces = Callable[[Iterable[str]], Iterable[tuple[str, torch.Tensor]]]
 
 
-class NativeFile(SnapshotFile):
+class NativeFile(FileOfPlaces):
     """A native snapshot.
 
     Args:
@@ -62,13 +60,12 @@ class NativeFile(SnapshotFile):
         self.description = description or Description.from_json(str(path), block)
         self.names = list(self._file.keys())
         self._sums_text = (self._file.metadata() or {}).get(CHECKSUMS_KEY)
-        self._lock = threading.Lock()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._kinds[name][0]
+        return tuple(self._header[1][name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype | None:
-        return self._kinds[name][1]
+        return DTYPES.get(self._header[1][name]["dtype"])
 
     def get_tensor(self, name: str) -> torch.Tensor:
         try:
@@ -88,39 +85,14 @@ class NativeFile(SnapshotFile):
     def is_followed(self, name: str, other: str) -> bool:
         """Whether a tensor's elements begin where those of `name` end, are of the same type, and whole words if there
         are checksums."""
-        (start, stop), place = self._places[name], self._places[other]
+        (start, stop), place = self.place(name), self.place(other)
         whole = not self._sums or (stop - start) % WORD == 0
         return whole and self.dtype(name) == self.dtype(other) and stop == place[0]
 
-    def reader(self, name: str) -> Callable[[int, memoryview], None]:
-        """As `SnapshotFile.reader`; it reads on into tensors that follow.
-
-        The function raises `UserError` where the file ends early.
-        """
-        dtype = self.dtype(name)
-        assert dtype is not None  # whoever asks has looked
-        itemsize, offset = dtype.itemsize, self._places[name][0]
-        handle = self._handle  # opened here, before threads share it
-        has_preadv = hasattr(os, "preadv")  # not on Windows
-
-        def read_at(position: int, out: memoryview) -> int:
-            if has_preadv:
-                return os.preadv(handle.fileno(), [out], position)
-            with self._lock:
-                handle.seek(position)
-                return handle.readinto(out)
-
-        def read(start: int, out: memoryview) -> None:
-            if read_at(offset + start * itemsize, out) < len(out):
-                raise DamagedFileError(f"{self.path}: cannot be read (the file ends early): copy it again")
-
-        return read
-
-    @functools.cached_property
-    def _kinds(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Shape and type of each tensor, asked for once: the library takes its time."""
-        slices = {name: self._file.get_slice(name) for name in self.names}
-        return {name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype())) for name, part in slices.items()}
+    def place(self, name: str) -> tuple[int, int]:
+        begin, layout = self._header
+        start, stop = layout[name]["data_offsets"]
+        return begin + start, begin + stop
 
     @functools.cached_property
     def _header(self) -> tuple[int, dict[str, Any]]:
@@ -129,17 +101,7 @@ class NativeFile(SnapshotFile):
         They are read from the header, which the library has checked: before version 0.6 it does not say where tensors
         lie, and later only in which order.
         """
-        with open(self.path, "rb") as f:
-            (size,) = struct.unpack("<Q", f.read(8))
-            header = json.loads(f.read(size))
-        return 8 + size, {name: header[name] for name in self.names}
-
-    @functools.cached_property
-    def _places(self) -> dict[str, tuple[int, int]]:
-        """First byte of each tensor in the file, and the byte after its last one."""
-        begin, layout = self._header
-        places = {name: layout[name]["data_offsets"] for name in self.names}
-        return {name: (begin + start, begin + stop) for name, (start, stop) in places.items()}
+        return read_header(self.path)[:2]
 
     @functools.cached_property
     def _sums(self) -> dict[str, int]:
@@ -149,11 +111,28 @@ class NativeFile(SnapshotFile):
         except ValueError as err:
             raise mismatch(self.path, f"the list of checksums ({one_line(err)[:50]})") from None
 
-    @functools.cached_property
-    def _handle(self) -> io.FileIO:
-        handle = io.FileIO(self.path)
-        weakref.finalize(self, handle.close)
-        return handle
+
+def read_header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """The header of a safetensors file that the library has opened: where the data begin, what it says of each tensor
+    (dtype, shape, data_offsets), and its metadata."""
+    with open(path, "rb") as f:
+        (size,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(size))
+    metadata = header.pop("__metadata__", None)
+    return 8 + size, header, metadata or {}
+
+
+def header_of_file(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """As `read_header`, of any safetensors file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return read_header(path)
+    except (safetensors.SafetensorError, ValueError, RecursionError) as err:
+        raise DamagedFileError(f"{path}: damaged or truncated ({one_line(err)}): copy it again") from None
 
 
 def open_native(request: Request) -> NativeFile:
@@ -202,48 +181,70 @@ def write_native_files(
         UserError: a value is NaN, or infinite in the type that it is stored in.
         OSError: one could not be written.
     """
-    dtypes, layout = _plan(net, dtype)
-    sums = [dict.fromkeys(layout, 0) for _ in descriptions]
+    parameters = {name for name, _ in net.named_parameters()}
+    state = net.state_dict()
+    dtypes = {name: dtype if name in parameters else _buffer_dtype(tensor) for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    blocks = {path: {METADATA_KEY: json.dumps(described.to_json())} for path, described in descriptions.items()}
+    write_safetensors(blocks, dtypes, shapes, get_pieces)
+
+
+def write_safetensors(
+    metadata: Mapping[Path, Mapping[str, str]],
+    dtypes: Mapping[str, torch.dtype],
+    shapes: Mapping[str, tuple[int, ...]],
+    get_pieces: GetPieces,
+) -> None:
+    """Write files of the same tensors with other values together, each complete or not at all, piece by piece.
+
+    Args:
+        metadata: of each path; checksums are added.
+        dtypes, shapes: of the tensors by name.
+        get_pieces: gives the values, a network per path.
+
+    Raises:
+        UserError: a value is NaN, or infinite in the type that it is stored in.
+        OSError: one could not be written.
+    """
+    layout = _plan(dtypes, shapes)
+    sums = [dict.fromkeys(layout, 0) for _ in metadata]
     written = dict.fromkeys(layout, 0)
     with ExitStack() as stack:
-        files = [stack.enter_context(atomic_write(path)) for path in descriptions]
-        for f, description in zip(files, descriptions.values(), strict=True):
-            f.write(_header_of(description, layout, [0] * len(layout)))
+        files = [stack.enter_context(atomic_write(path)) for path in metadata]
+        for f, texts in zip(files, metadata.values(), strict=True):
+            f.write(_header_of(texts, layout, [0] * len(layout)))
         for name, piece in get_pieces(layout):
-            outputs = zip(descriptions, files, piece.to("cpu", dtypes[name]), sums, strict=True)
+            outputs = zip(metadata, files, piece.to("cpu", dtypes[name]), sums, strict=True)
             for path, f, values, of_file in outputs:
                 check_storable(path, name, values)
                 data = bytes_of(values)
                 of_file[name] += word_sum(data, written[name])
                 f.write(data)
             written[name] += piece.shape[1] * dtypes[name].itemsize
-        for f, description, of_file in zip(files, descriptions.values(), sums, strict=True):
+        for f, texts, of_file in zip(files, metadata.values(), sums, strict=True):
             f.seek(0)
-            f.write(_header_of(description, layout, list(of_file.values())))
+            f.write(_header_of(texts, layout, list(of_file.values())))
 
 
-def _plan(net: nn.Module, dtype: torch.dtype) -> tuple[dict[str, torch.dtype], dict[str, Any]]:
-    """Types of a network's tensors, and their places in a file as its header says them, in that order.
+def _plan(dtypes: Mapping[str, torch.dtype], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The places of tensors in a file as its header says them, in that order.
 
     Whole words come first, so that many tensors can be read and their checksums compared as one; and among these, and
     among the rest, wider types, as the format wants its tensors aligned.
     """
-    parameters = {name for name, _ in net.named_parameters()}
-    state = net.state_dict()
-    dtypes = {name: dtype if name in parameters else _buffer_dtype(tensor) for name, tensor in state.items()}
-    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in state.items()}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     layout, position = {}, 0
-    for name in sorted(state, key=lambda name: (sizes[name] % WORD != 0, -dtypes[name].itemsize)):
+    for name in sorted(sizes, key=lambda name: (sizes[name] % WORD != 0, -dtypes[name].itemsize)):
         place = [position, position + sizes[name]]
-        layout[name] = dict(dtype=DTYPE_NAMES[dtypes[name]], shape=list(state[name].shape), data_offsets=place)
+        layout[name] = dict(dtype=DTYPE_NAMES[dtypes[name]], shape=list(shapes[name]), data_offsets=place)
         position += sizes[name]
-    return dtypes, layout
+    return layout
 
 
-def _header_of(description: Description, layout: dict[str, Any], sums: list[int]) -> bytes:
+def _header_of(metadata: Mapping[str, str], layout: dict[str, Any], sums: list[int]) -> bytes:
     """What stands before the values; of the same length for all checksums."""
-    metadata = {METADATA_KEY: json.dumps(description.to_json()), CHECKSUMS_KEY: stored_text(layout, sums)}
-    text = json.dumps({"__metadata__": metadata, **layout}).encode()
+    texts = {**metadata, CHECKSUMS_KEY: stored_text(layout, sums)}
+    text = json.dumps({"__metadata__": texts, **layout}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

@@ -9,10 +9,14 @@ import torch
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write
 from dnnlib.util import code_version
-from training.phema import posthoc_error, power_function_response, solve_posthoc_coefficients
-from training.snapshot.reconstruction import StoredAverage, weighted_sums
+from training.phema import posthoc_error, power_function_response
+from training.snapshot.reconstruction import StoredAverage, coefficients
+from training.snapshot.sums import weighted_sums
 
 LARGE = 0.25  # error of a response that brings a note
+LARGE_ROUNDING = 0.005  # likewise, that of rounding
+# Root mean square of what rounding changes, relative to a number.
+ROUNDING = {torch.float16: 2**-12, torch.bfloat16: 2**-9, torch.float32: 2**-25}
 TIMES = 2000  # of a picture
 PANELS = 12
 
@@ -20,8 +24,18 @@ PANELS = 12
 def expected_errors(inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequence[float]) -> np.ndarray:
     """`posthoc_error` of averages of some widths at a time, float64 [stds]; from names and headers of files alone."""
     times, widths = [avg.nimg for avg in inputs], [avg.std for avg in inputs]
-    coefs = solve_posthoc_coefficients(times, widths, out_nimg, stds)
+    coefs = coefficients(inputs, out_nimg, stds)
     return posthoc_error(times, widths, out_nimg, stds, coefs)
+
+
+def rounding_errors(inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequence[float]) -> np.ndarray:
+    """What the rounding of stored weights makes of the weights of results, relative to these: float64 [stds].
+
+    Weights of n snapshots that were rounded by a share u add up to an error of u sqrt(sum_i x_i^2).
+    """
+    names = sorted(inputs[-1].parameters())[:1]
+    shares = [ROUNDING.get(avg.file.dtype(name), 0.0) for avg in inputs for name in names]  # type: ignore[arg-type]
+    return np.linalg.norm(np.array(shares)[:, None] * coefficients(inputs, out_nimg, stds), axis=0)
 
 
 def describe_errors(inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequence[float]) -> list[str]:
@@ -32,6 +46,13 @@ def describe_errors(inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequen
     errors = expected_errors(inputs, out_nimg, stds)
     listed = ", ".join(f"{std:.3f} {error:.1%}" for std, error in zip(stds, errors, strict=True))
     lines = [f"Expected errors, of the weights of training times in {len(inputs)} snapshots: {listed}"]
+    rounding = rounding_errors(inputs, out_nimg, stds)
+    coarse = [f"{std:.3f} {error:.1%}" for std, error in zip(stds, rounding, strict=True) if error > LARGE_ROUNDING]
+    if coarse:
+        lines.append(
+            f"Note: large sums nearly cancel, so that the rounding of stored weights becomes an error of the result: "
+            f"{', '.join(coarse)}"
+        )
     bad = [std for std, error in zip(stds, errors, strict=True) if error > LARGE]
     if bad:
         lines.append(
@@ -42,9 +63,29 @@ def describe_errors(inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequen
     return lines
 
 
+def true_error(inputs: Sequence[StoredAverage], wanted: StoredAverage) -> tuple[float, float]:
+    """The expected error of the average that some snapshots make in the place of a stored one, and the true one.
+
+    That is the error of the parameters as one vector, over its length.
+    """
+    nimg, std = wanted.nimg, wanted.std
+    expected = float(expected_errors(inputs, nimg, [std])[0])
+    coefs = torch.from_numpy(coefficients(inputs, nimg, [std])).float()
+    error, size = 0.0, 0.0
+    names, files = sorted(wanted.parameters()), [avg.file for avg in inputs]
+    with weighted_sums(files, files[-1], coefs, names, torch.float32) as get_pieces:
+        position: dict[str, int] = {}
+        for name, piece in get_pieces(names):
+            start = position.get(name, 0)
+            position[name] = start + piece.shape[1]
+            values = wanted.file.get_tensor(name).flatten()[start : position[name]].double()
+            error += (piece[0].double() - values).square().sum().item()
+            size += values.square().sum().item()
+    return expected, (error / size) ** 0.5
+
+
 def true_errors(inputs: Sequence[StoredAverage], out_nimg: int) -> Iterator[tuple[float, float, float]]:
-    """For each average that is stored for a time: its width, the expected, and the true error of what the other
-    snapshots make of it, which is that of the parameters as one vector, over its length.
+    """For each average that is stored for a time: its width, and the `true_error` of what the other snapshots make.
 
     Raises:
         UserError: there are no others.
@@ -53,21 +94,7 @@ def true_errors(inputs: Sequence[StoredAverage], out_nimg: int) -> Iterator[tupl
         others = [avg for avg in inputs if avg is not stored]
         if not others:
             raise UserError(f"--verify needs another snapshot than {stored.path}")
-        expected = float(expected_errors(others, out_nimg, [stored.std])[0])
-        coefs = solve_posthoc_coefficients([a.nimg for a in others], [a.std for a in others], out_nimg, [stored.std])
-        error, size = 0.0, 0.0
-        names = sorted(stored.parameters())
-        with weighted_sums(
-            others, others[-1], torch.from_numpy(coefs).float(), set(names), torch.float32
-        ) as get_pieces:
-            position: dict[str, int] = {}
-            for name, piece in get_pieces(names):
-                start = position.get(name, 0)
-                position[name] = start + piece.shape[1]
-                wanted = stored.file.get_tensor(name).flatten()[start : position[name]].double()
-                error += (piece[0].double() - wanted).square().sum().item()
-                size += wanted.square().sum().item()
-        yield stored.std, expected, (error / size) ** 0.5
+        yield stored.std, *true_error(others, stored)
 
 
 def draw_responses(path: Path, inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequence[float]) -> None:
@@ -79,7 +106,7 @@ def draw_responses(path: Path, inputs: Sequence[StoredAverage], out_nimg: int, s
 
     chosen = [stds[i] for i in np.unique(np.linspace(0, len(stds) - 1, PANELS).round().astype(int))]
     times, widths = np.array([avg.nimg for avg in inputs]), [avg.std for avg in inputs]
-    coefs = solve_posthoc_coefficients(times, widths, out_nimg, chosen)
+    coefs = coefficients(inputs, out_nimg, chosen)
     errors = posthoc_error(times, widths, out_nimg, chosen, coefs)
     ends = times / out_nimg * (TIMES - 1)
     made = power_function_response(ends, widths, TIMES) @ coefs * TIMES

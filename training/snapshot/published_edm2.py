@@ -19,7 +19,8 @@ from training.networks.edm2 import Block, Precond, UNet
 from training.networks.edm2_layers import MPConv
 from training.networks.toy import ToyModel
 from training.snapshot.description import FORMAT_VERSION, METADATA_KEY, Description
-from training.snapshot.layout import GetTensor, Request, SnapshotFile, check_storable
+from training.snapshot.layout import GetTensor, Request, check_storable
+from training.snapshot.places import FileOfPlaces
 
 # Positional arguments of the published classes.
 PRECOND_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_data", "logvar_channels")
@@ -44,7 +45,7 @@ PUBLISHED_PLACE = "https://nvlabs-fi-cdn.nvidia.com/edm2/"
 PUBLISHED_LICENSE = "cc-by-nc-sa-4.0"
 
 
-class PublishedFile(SnapshotFile):
+class PublishedFile(FileOfPlaces):
     """A network in a published pickle.
 
     Args:
@@ -85,6 +86,13 @@ class PublishedFile(SnapshotFile):
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].load()
+
+    def place(self, name: str) -> tuple[int, int] | None:
+        elements = self._tensors[name].elements
+        if elements is None or len(elements) == 0:
+            return None
+        begin, file = (np.frombuffer(data, np.uint8).ctypes.data for data in (elements, elements.obj))
+        return begin - file, begin - file + len(elements)
 
     def _find_network(self, data: Any, request: Request) -> PersistentObject:
         """The record of the network that is asked for."""

@@ -1,42 +1,35 @@
-"""Post-hoc EMA on snapshot files: stored averages -> averages of other widths."""
+"""Post-hoc EMA on files: stored averages -> averages of other widths."""
 
-import itertools
 import math
-import queue
 import re
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dnnlib.errors import UserError
+from dnnlib.cli import format_bytes
+from dnnlib.errors import UserError, one_line
+from dnnlib.files import clear_leftovers_of
 from dnnlib.progress import Progress
 from training.config.ema import MAX_STD, MIN_STD
 from training.phema import solve_posthoc_coefficients
-from training.preconditioning import PRECISIONS
-from training.snapshot.checksums import MODULUS, WORD, mismatch, word_sum
-from training.snapshot.description import Description
-from training.snapshot.files import open_snapshot, write_snapshot
-from training.snapshot.layout import SnapshotFile, build_for, finite_tensor, weights_dtype
-from training.snapshot.native import GetPieces, write_native_files
+from training.snapshot.files import open_snapshot
+from training.snapshot.layout import SnapshotFile, build_for
+from training.snapshot.results import Results, results_like
+from training.snapshot.state_dicts import StateDictFile, is_state_dict
+from training.snapshot.sums import MAX_THREADS, SLICE, Shares, weighted_sums
 
-GROUP = 32  # files that a thread reads from before it sums up
-MEMORY = 1 << 23  # bytes that it holds then, of float16 inputs and of sums and results
-MAX_THREADS = 8  # more would mostly wait for each other and the disk
-SLICE = 1 << 13  # elements of each file that are converted and summed up at a time: these stay in the cache
+SUFFIXES = (".safetensors", ".pkl", ".pt", ".pth")
+NAME = re.compile(rf"(.+)-(\d+)-(\d*\.\d+)({'|'.join(map(re.escape, SUFFIXES))})")  # prefix, thousands of images, width
+SHOWN = 3  # names in a line
+RUNS = MAX_THREADS + 2  # of tensors that are under way at a time, at most
 
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """A snapshot file and the profile that it holds."""
+    """A file and the profile that it holds."""
 
     path: Path
     nimg: int
@@ -45,38 +38,55 @@ class StoredAverage:
 
     def parameters(self) -> set[str]:
         """Names of what is averaged; the rest are buffers."""
+        if isinstance(self.file, StateDictFile):
+            return self.file.summed()
         return {name for name, _ in build_for(self.file)[0].named_parameters()}
 
 
 def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] | None = None) -> list[StoredAverage]:
-    """The snapshots `{prefix}-{kimg:07d}-{std:.3f}` of a directory, native files and pickles, oldest first.
+    """The files `{prefix}-{kimg}-{std}` of a directory, oldest first.
+
+    They are snapshots of networks, native or pickles, or plain state dicts, `.pt`, `.pth` or `.safetensors`.
 
     Args:
         prefix: start of their names; None = any, of files that are no reconstructions.
         stds: widths to use; None = all.
 
     Raises:
-        UserError: none found, or one of them is damaged.
+        UserError: none found, one of them is damaged, or they are of several kinds.
     """
     if not indir.is_dir():
         raise UserError(f"--indir={indir}: no such directory")
-    pattern = re.compile((".+" if prefix is None else re.escape(prefix)) + r"-\d+-\d\.\d{3}\.(safetensors|pkl)")
-    found = []
-    for path in sorted(path for path in indir.iterdir() if pattern.fullmatch(path.name)):
+    paths = sorted(path for path in indir.iterdir() if path.is_file())
+    found: list[StoredAverage] = []
+    for path in paths:
+        match = NAME.fullmatch(path.name)
+        if match is None or (prefix is not None and match[1] != prefix):
+            continue
         if path.suffix == ".pkl" and path.with_suffix(".safetensors").is_file():
             continue  # its converted copy is there
-        file = open_snapshot(path)
-        if prefix is None and file.description.reconstructed_from is not None:
+        average, reconstructed = _open(path, match)
+        if prefix is None and reconstructed:
             continue
-        nimg, std = file.description.nimg, file.description.ema_std
-        if nimg is None or not nimg > 0 or std is None or not MIN_STD <= std < MAX_STD:
-            raise UserError(f"{path}: the file does not say its training time and EMA width")
-        twin = next((avg for avg in found if (avg.nimg, avg.std) == (nimg, std)), None)
+        twin = next((avg for avg in found if (avg.nimg, avg.std) == (average.nimg, average.std)), None)
         if twin is not None:
-            raise UserError(f"{twin.path} and {path} are of the same time and width: keep one of them")
-        found.append(StoredAverage(path, nimg, std, file))
+            raise UserError(
+                f"{twin.path} and {path} are of the same time and width: keep one of them, or choose by --inprefix"
+            )
+        found.append(average)
     if not found:
-        raise UserError(f"--indir={indir}: no snapshots named {prefix or '*'}-*-*.safetensors or .pkl")
+        names = [path.name for path in paths]
+        there, name = _some([name for name in names if name.endswith(SUFFIXES)] or names, "no files"), prefix or "NAME"
+        raise UserError(
+            f"--indir={indir}: no snapshots named {name}-KIMG-WIDTH.safetensors, .pkl, .pt or .pth (found: {there})"
+        )
+    other = next((avg for avg in found if _is_plain(avg) != _is_plain(found[0])), None)
+    if other is not None:
+        plain, network = (other, found[0]) if _is_plain(other) else (found[0], other)
+        raise UserError(f"{plain.path} is a plain state dict, and {network.path} a snapshot: choose by --inprefix")
+    prefixes = sorted({NAME.fullmatch(avg.path.name)[1] for avg in found})  # type: ignore[index]
+    if _is_plain(found[0]) and len(prefixes) > 1:
+        raise UserError(f"--indir={indir}: state dicts of several names, {_some(prefixes, '')}: choose by --inprefix")
     if stds is not None:
         missing = [std for std in stds if not any(np.isclose(std, avg.std) for avg in found)]
         if missing:
@@ -84,6 +94,68 @@ def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] 
             raise UserError(f"--instd: no snapshots of width {missing[0]:.3f} in {indir} (there are {there})")
         found = [avg for avg in found if any(np.isclose(std, avg.std) for std in stds)]
     return sorted(found, key=lambda avg: (avg.nimg, avg.std))
+
+
+def _is_plain(avg: StoredAverage) -> bool:
+    return isinstance(avg.file, StateDictFile)
+
+
+def _some(names: Sequence[str], none: str) -> str:
+    """The first of some names, and how many others there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return one_line(", ".join(names[:SHOWN])) + more if names else none
+
+
+def _open(path: Path, match: re.Match[str]) -> tuple[StoredAverage, bool]:
+    """The average in a file whose name matches `NAME`, and whether it is a reconstruction.
+
+    Raises:
+        UserError: it is damaged, or does not say its time and width.
+    """
+    if is_state_dict(path):
+        file: SnapshotFile = StateDictFile(path)
+        nimg, std = 1000 * int(match[2]), float(match[3])
+        if not nimg > 0 or not MIN_STD <= std < MAX_STD:
+            raise UserError(
+                f"{path}: time and width in its name must be more than 0, and the width from {MIN_STD} to {MAX_STD:.3f}"
+            )
+        return StoredAverage(path, nimg, std, file), file.reconstructed_from is not None
+    file = open_snapshot(path)
+    nimg, std = file.description.nimg, file.description.ema_std
+    reconstructed = file.description.reconstructed_from is not None
+    if nimg is None or not nimg > 0 or std is None or not MIN_STD <= std < MAX_STD:
+        raise UserError(f"{path}: the file does not say its training time and EMA width")
+    return StoredAverage(path, nimg, std, file), reconstructed
+
+
+def inputs_until(inputs: Sequence[StoredAverage], outkimg: int | None) -> tuple[list[StoredAverage], int]:
+    """The averages up to a time in thousands of images (None = all of them), and that time in images.
+
+    Raises:
+        UserError: none is of that time.
+    """
+    times = sorted({avg.nimg for avg in inputs})
+    if outkimg is not None and outkimg not in [nimg // 1000 for nimg in times]:
+        kimgs = [nimg // 1000 for nimg in times]
+        nearest = sorted(sorted(kimgs, key=lambda kimg: abs(kimg - outkimg))[:2])
+        raise UserError(
+            f"--outkimg={outkimg}: there is no snapshot of that time (nearest: {', '.join(map(str, nearest))}; "
+            f"{len(kimgs)} in all, from {kimgs[0]} to {kimgs[-1]})"
+        )
+    out_nimg = times[-1] if outkimg is None else max(nimg for nimg in times if nimg // 1000 == outkimg)
+    return [avg for avg in inputs if avg.nimg <= out_nimg], out_nimg
+
+
+def coefficients(inputs: Sequence[StoredAverage], out_nimg: int, stds: Sequence[float]) -> np.ndarray:
+    """`solve_posthoc_coefficients` of stored averages, float64 [inputs, stds].
+
+    Raises:
+        UserError: they are too alike to be told apart.
+    """
+    try:
+        return solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
+    except ValueError as err:
+        raise UserError(f"{inputs[0].path.parent}: {err}: choose fewer widths by --instd") from None
 
 
 def reconstruct_phema(
@@ -95,6 +167,9 @@ def reconstruct_phema(
     skip: bool = False,
     batch: int = 8,
     suffix: str | None = None,
+    memory: int | None = None,
+    latest: Sequence[str] | None = None,
+    log: Callable[[str], object] = lambda _line: None,
 ) -> list[Path]:
     """Write the averages of widths `outstds` (EDM2, Algorithm 3).
 
@@ -102,264 +177,114 @@ def reconstruct_phema(
         outkimg: training time of the output in thousands of images, one of the inputs'; None = the latest.
             Later inputs are ignored.
         skip: leave out what exists already.
-        batch: widths made in one pass over the inputs.
-        suffix: '.safetensors' or '.pkl'; None = '.pkl' if all inputs are.
+        batch: widths made in one pass over the inputs, if memory allows.
+        suffix: '.safetensors', '.pkl' for networks, '.pt' or '.pth' for state dicts; None = that of the inputs if they
+            share one, else '.safetensors'.
+        memory: bytes that values may take at a time; None = what is fastest.
+        latest: patterns of names of tensors that state dicts take from the newest input, in place of a sum; None =
+            running statistics. What is no floating-point number is taken from there in any case.
+        log: takes lines about what is done.
 
     Returns:
         All output files, `{outprefix}-{kimg:07d}-{std:.3f}` and suffix.
 
     Raises:
-        UserError: `outkimg` is no input's time, or the inputs are not of one network.
+        UserError: `outkimg` is no input's time, the inputs are not of one network or too alike, or `memory` is too
+            little.
     """
     inputs, out_nimg = inputs_until(inputs, outkimg)
     newest = next(avg for avg in inputs if avg.nimg == out_nimg)
-    shapes = _shapes(newest)
     for avg in inputs:
-        if _shapes(avg) != shapes:
-            raise UserError(f"{avg.path} holds another network than {newest.path}: keep one run per directory")
-    net, _ = build_for(newest.file)
-    parameters = {name for name, _ in net.named_parameters()}
-
-    if suffix is None:
-        suffix = ".pkl" if all(avg.path.suffix == ".pkl" for avg in inputs) else ".safetensors"
-    paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}{suffix}" for std in outstds}
+        _check_same_network(avg, newest)
+    results = results_like(newest.file, {avg.path.suffix for avg in inputs}, suffix, out_nimg, latest)
+    paths = {std: outdir / f"{outprefix}-{out_nimg // 1000:07d}-{std:.3f}{results.suffix}" for std in outstds}
     if len(set(paths.values())) < len(outstds):
         raise UserError("--outstd: two widths share a file name (three decimals count)")
     for path in paths.values():
-        if path.is_file() and not skip and open_snapshot(path).description.reconstructed_from is None:
-            raise UserError(f"{path} exists and is no reconstruction: choose another --outprefix or --outdir")
+        if path.is_file() and not skip and not results.may_replace(path):
+            raise UserError(
+                f"{path} exists and is no reconstruction: choose another --outprefix or --outdir, or --skip it"
+            )
     todo = [std for std in outstds if not (skip and paths[std].is_file())]
-    for start in Progress(range(0, len(todo), batch), unit="pass"):
-        stds = todo[start : start + batch]
-        coefs = solve_posthoc_coefficients([a.nimg for a in inputs], [a.std for a in inputs], out_nimg, stds)
-        names = [avg.path.name for avg in inputs]
-        described = replace(newest.file.description.with_data(net), nimg=out_nimg, reconstructed_from=names)
-        descriptions = {paths[std]: replace(described, ema_std=float(std)) for std in stds}
-        dtype = weights_dtype(newest.file, net)
-        with weighted_sums(inputs, newest, torch.from_numpy(coefs).float(), parameters, dtype) as get_pieces:
-            _write(descriptions, net, get_pieces, dtype)
+    if not todo:
+        return list(paths.values())
+    coefs = torch.from_numpy(coefficients(inputs, out_nimg, todo)).float()
+    batch, held = min(batch, len(todo)), None
+    if memory is not None:
+        held = _Held(results, newest.file, [avg.file for avg in inputs])
+        batch = held.largest_batch(batch, memory)
+    removed = clear_leftovers_of(outdir, f"{outprefix}-") if outdir.is_dir() else []
+    if removed:
+        log(f"Removed {len(removed)} half-written files of commands that were killed: {_some(removed, '')}")
+    passes = -(-len(todo) // batch)
+    total = sum(_bytes(avg.file, results.parameters) for avg in inputs)
+    log(f"Reading {format_bytes(total)} of {len(inputs)} snapshots{f', {passes} times' if passes > 1 else ''}")
+    others = [name for name in newest.file.names if name not in results.parameters]
+    if isinstance(newest.file, StateDictFile) and others:
+        log(f"As in {newest.path.name}, not summed: {_some(others, '')}")
+    files, names = [avg.file for avg in inputs], [avg.path.name for avg in inputs]
+    with Progress(unit="B", unit_scale=True, total=total * passes) as progress:
+        for start in range(0, len(todo), batch):
+            stds, columns = todo[start : start + batch], coefs[:, start : start + batch]
+            rest = None if memory is None or held is None else memory - held.beside_sums(len(stds))
+            with weighted_sums(
+                files, newest.file, columns, results.parameters, results.dtype, rest, progress.update
+            ) as get_pieces:
+                results.write({paths[std]: std for std in stds}, get_pieces, names)
     return list(paths.values())
 
 
-def inputs_until(inputs: Sequence[StoredAverage], outkimg: int | None) -> tuple[list[StoredAverage], int]:
-    """The averages up to a time in thousands of images (None = all of them), and that time in images.
+def _check_same_network(avg: StoredAverage, newest: StoredAverage) -> None:
+    """Check that two files hold tensors of the same names and shapes.
 
     Raises:
-        UserError: none is of that time.
+        UserError: names the first one that differs.
     """
-    times = sorted({avg.nimg for avg in inputs})
-    if outkimg is not None and outkimg not in [nimg // 1000 for nimg in times]:
-        there = ", ".join(str(nimg // 1000) for nimg in times)
-        raise UserError(f"--outkimg={outkimg}: there is no snapshot of that time (there are {there})")
-    out_nimg = times[-1] if outkimg is None else max(nimg for nimg in times if nimg // 1000 == outkimg)
-    return [avg for avg in inputs if avg.nimg <= out_nimg], out_nimg
+    ours, others = (dict.fromkeys(average.file.names) for average in (avg, newest))
+    for name in (*others, *ours):
+        if name in ours and name in others and avg.file.shape(name) == newest.file.shape(name):
+            continue
+        shape, other = (
+            f"{list(average.file.shape(name))}" if name in names else "missing"
+            for average, names in ((avg, ours), (newest, others))
+        )
+        raise UserError(
+            f"{avg.path} holds another network than {newest.path} ({one_line(name)[:100]} is {shape}, there {other}): "
+            "keep one run per directory"
+        )
 
 
-def _shapes(avg: StoredAverage) -> dict[str, tuple[int, ...]]:
-    return {name: avg.file.shape(name) for name in avg.file.names}
+def _bytes(file: SnapshotFile, names: set[str]) -> int:
+    """That the values of these tensors take in a file."""
+    dtypes = {name: file.dtype(name) for name in names}
+    return sum(math.prod(file.shape(name)) * dtype.itemsize for name, dtype in dtypes.items() if dtype is not None)
 
 
-Piece = tuple[str, torch.Tensor]  # some elements of a tensor of each result, [m, elements]
+class _Held:
+    """Bytes that reconstructions keep in memory at a time."""
 
+    def __init__(self, results: Results, newest: SnapshotFile, files: Sequence[SnapshotFile]):
+        self.whole, self.num_files, self.itemsize = results.whole, len(files), results.dtype.itemsize
+        self.network = _bytes(newest, set(newest.names))
+        self.largest = max(math.prod(newest.shape(name)) for name in newest.names) * torch.float32.itemsize
+        # Tensors whose elements are stored in another order are loaded, those of all files at a time.
+        self.loaded = RUNS * max(
+            sum(_bytes(file, {name}) for file in files if file.is_loaded_to_read(name)) for name in results.parameters
+        )
 
-class Place(NamedTuple):
-    """Where the elements of a tensor are in a run of tensors."""
+    def beside_sums(self, count: int) -> int:
+        """Of so many results: all of their values if they are written whole, and copies of the largest tensor then."""
+        return self.loaded + (count * self.network + 3 * self.largest if self.whole else 0)
 
-    name: str
-    start: int
-    stop: int
-
-
-def _runs(files: Sequence[SnapshotFile], names: Iterable[str]) -> Iterator[list[Place]]:
-    """Tensors that lie one after the other in every file, so that they can be read as one."""
-    run: list[Place] = []
-    for name in names:
-        if run and not all(file.is_followed(run[-1].name, name) for file in files):
-            yield run
-            run = []
-        start = run[-1].stop if run else 0
-        run.append(Place(name, start, start + math.prod(files[0].shape(name))))
-    yield run
-
-
-class _Checksums:
-    """Compares a run of tensors in some files with their checksums, once the last part of it has been read."""
-
-    def __init__(self, files: Sequence[SnapshotFile], run: Sequence[Place]):
-        self.files, self.run, self._left, self._lock = files, run, run[-1].stop, threading.Lock()
-        sums = [[file.checksum(place.name) for place in run] for file in files]
-        self._expected = [None if None in row else sum(filter(None, row)) % MODULUS for row in sums]
-        self._found = np.zeros(len(files), np.uint64)
-        self.wanted = any(total is not None for total in self._expected)
-
-    def add(self, found: np.ndarray, count: int) -> None:
-        """Take note of what `count` elements of each file add.
+    def largest_batch(self, wanted: int, memory: int) -> int:
+        """How many results, up to those that are wanted, fit into memory.
 
         Raises:
-            UserError: these were the last ones, and a file is damaged.
+            UserError: none does.
         """
-        with self._lock:
-            self._found += found
-            self._left -= count
-        if self._left > 0:
-            return
-        for file, expected, total in zip(self.files, self._expected, self._found, strict=True):
-            if expected not in (None, int(total)):
-                for place in self.run:
-                    file.get_tensor(place.name)  # says which it is
-                raise mismatch(file.path, self.run[0].name)
-
-
-class Group(NamedTuple):
-    """Up to GROUP files in which a run of tensors has the same type, with their coefficients [outputs, files]."""
-
-    dtype: torch.dtype
-    weights: torch.Tensor
-    readers: list[Callable[[int, memoryview], None]]
-    checksums: _Checksums
-
-
-def _groups(files: Sequence[SnapshotFile], run: Sequence[Place], coefs: torch.Tensor) -> list[Group]:
-    """The files, in groups in which the run has the same type."""
-    indices: dict[torch.dtype, list[int]] = {}
-    name = run[0].name
-    for idx, file in enumerate(files):
-        dtype = file.dtype(name)
-        if dtype is None or dtype not in PRECISIONS.values():
-            raise UserError(f"{file.path}: {name} is not of type float32, float16 or bfloat16")
-        indices.setdefault(dtype, []).append(idx)
-    groups = []
-    for dtype, found in indices.items():
-        for part in (found[i : i + GROUP] for i in range(0, len(found), GROUP)):
-            some = [files[idx] for idx in part]
-            groups.append(Group(dtype, coefs[part].t(), [file.reader(name) for file in some], _Checksums(some, run)))
-    return groups
-
-
-class Views(NamedTuple):
-    """Of a workspace: the bytes of each file's elements, also as words [files, n] if they are whole ones; and by slice,
-    these elements [files, n], where float32 ones of them go [files, n], and their sums [outputs, n]."""
-
-    rows: list[memoryview]
-    words: np.ndarray | None
-    slices: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-
-    def word_sums(self) -> np.ndarray:
-        """What the elements add to the checksum of each file: uint64 [files]."""
-        if self.words is not None:
-            return self.words.sum(axis=1)
-        return np.array([word_sum(row) for row in self.rows], np.uint64)
-
-
-class _Workspace:
-    """What a thread works in: stored elements of up to GROUP files, and float32 sums per output."""
-
-    def __init__(self, num_outputs: int, part_size: int):
-        self.stored = torch.empty(GROUP * part_size * torch.float32.itemsize, dtype=torch.uint8)
-        self.values = torch.empty(GROUP * SLICE)
-        self.sums = torch.empty(num_outputs, part_size)
-        self._views: dict[tuple[torch.dtype, int, int], Views] = {}
-
-    def views(self, dtype: torch.dtype, num_files: int, count: int) -> Views:
-        """For `count` elements of each file. They are kept, since threads that make many wait for each other."""
-        key = (dtype, num_files, count)
-        if key not in self._views:
-            stored = self.stored[: num_files * count * dtype.itemsize].view(num_files, -1)
-            slices = zip(stored.view(dtype).split(SLICE, dim=1), self.sums[:, :count].split(SLICE, dim=1), strict=True)
-            self._views[key] = Views(
-                [row.data for row in stored.numpy()],
-                stored.numpy().view("<u8") if stored.shape[1] % WORD == 0 else None,
-                [(x, self.values[: x.numel()].view_as(x), sums) for x, sums in slices],
-            )
-        return self._views[key]
-
-
-@contextmanager
-def weighted_sums(
-    inputs: Sequence[StoredAverage],
-    newest: StoredAverage,
-    coefs: torch.Tensor,
-    parameters: set[str],
-    dtype: torch.dtype,
-) -> Iterator[GetPieces]:
-    """A function that gives weighted sums of the inputs' tensors of some names, one per column of `coefs` [n, m].
-
-    They come as (name, [m, elements]) in `dtype`, a part of a tensor at a time, in the order of names and elements.
-    Only parameters are summed; buffers are those of `newest`, in float32.
-    """
-    files = [avg.file for avg in inputs]
-    torch_threads = torch.get_num_threads()
-    num_threads = min(torch_threads, MAX_THREADS)
-    num_outputs = coefs.shape[1]
-    part_size = max(MEMORY // (2 * GROUP + 12 * num_outputs) // SLICE, 1) * SLICE  # elements of each file
-    workspaces: queue.SimpleQueue[_Workspace] = queue.SimpleQueue()
-    for _ in range(num_threads):
-        workspaces.put(_Workspace(num_outputs, part_size))
-
-    def part_of(run: Sequence[Place], groups: Sequence[Group], start: int, stop: int) -> list[Piece]:
-        inside = [place for place in run if place.start < stop and place.stop > start]
-        workspace = workspaces.get()
-        try:
-            sums = workspace.sums[:, : stop - start].zero_()
-            for group in groups:
-                views = workspace.views(group.dtype, len(group.readers), stop - start)
-                for read, row in zip(group.readers, views.rows, strict=True):
-                    read(start, row)
-                if group.checksums.wanted:
-                    group.checksums.add(views.word_sums(), stop - start)
-                for stored, values, part in views.slices:
-                    part.addmm_(group.weights, values.copy_(stored))
-            results, total = sums.to(dtype, copy=True), sums.sum()
-        finally:
-            workspaces.put(workspace)
-        # NaN and infinity of any input stay in the sums; those that merely overflow are looked at again.
-        if not math.isfinite(total):
-            for file, place in itertools.product(files, inside):
-                finite_tensor(file, place.name)
-        return [(place.name, results[:, max(place.start - start, 0) : place.stop - start]) for place in inside]
-
-    def buffer_of(name: str) -> list[Piece]:
-        return [(name, finite_tensor(newest.file, name).reshape(1, -1).expand(num_outputs, -1))]
-
-    def jobs(names: Iterable[str]) -> Iterator[Callable[[], list[Piece]]]:
-        for is_parameter, some in itertools.groupby(names, lambda name: name in parameters):
-            if not is_parameter:
-                yield from (partial(buffer_of, name) for name in some)
-                continue
-            for run in _runs(files, some):
-                groups = _groups(files, run, coefs)
-                for start in range(0, run[-1].stop, part_size):
-                    yield partial(part_of, run, groups, start, min(start + part_size, run[-1].stop))
-
-    def get_pieces(names: Iterable[str]) -> Iterator[Piece]:
-        under_way: deque[Future[list[Piece]]] = deque()
-        for job in jobs(names):
-            under_way.append(pool.submit(job))
-            if len(under_way) > num_threads:
-                yield from under_way.popleft().result()
-        for future in under_way:
-            yield from future.result()
-
-    # One thread per part, and not several as torch would: they would wait for each other after every operation.
-    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            yield get_pieces
-        finally:
-            torch.set_num_threads(torch_threads)  # which threads that start later take over
-
-
-def _write(
-    descriptions: Mapping[Path, Description], net: torch.nn.Module, get_pieces: GetPieces, dtype: torch.dtype
-) -> None:
-    """Write the snapshots of these descriptions: native ones as their values come."""
-    if all(path.suffix == ".safetensors" for path in descriptions):
-        write_native_files(descriptions, net, get_pieces, dtype)
-        return
-    outputs: list[dict[str, torch.Tensor]] = [{} for _ in descriptions]
-    state = net.state_dict()
-    for name, pieces in itertools.groupby(get_pieces(state), key=lambda item: item[0]):
-        values = torch.cat([piece for _, piece in pieces], dim=1)
-        for tensors, row in zip(outputs, values, strict=True):
-            tensors[name] = row.reshape(state[name].shape)
-    for (path, description), tensors in zip(descriptions.items(), outputs, strict=True):
-        write_snapshot(path, net, tensors.__getitem__, dtype, description)
+        for count in range(wanted, 0, -1):
+            needed = self.beside_sums(count) + Shares(1, SLICE).memory(self.num_files, count, self.itemsize)
+            if needed <= memory:
+                return count
+        less = "; --format=safetensors needs less" if self.whole else ""
+        raise UserError(f"--memory={format_bytes(memory)}: a result takes {format_bytes(needed)}{less}")
