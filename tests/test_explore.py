@@ -141,6 +141,7 @@ MADE = {
     },
     "of texts": {"setting": {"main": {"network": 2}, "options": ["--steps=4", "--prompt=a seven", "--prompt=it's two"]}},
     "of an NVAE": {"setting": {"main": {"network": 3}, "options": ["--temperature=0.7"]}},
+    "at levels of their own": {"setting": {"options": ["--steps=7"], "more": "--sigmas=20,5,1,.2 --class-policy=balanced"}},
     "with steps of their own": {"setting": {"main": {"network": 1}, "options": ["--sampler=rk45"], "more": "--rtol=0.01"}},
 }  # fmt: skip
 
@@ -222,6 +223,7 @@ def test_averages_say_how_they_came_to_be(session):
         ({"setting": {"more": "--guidance-table=/etc/passwd"}}, ["--guidance-table=/etc/passwd cannot be chosen"]),
         ({"setting": {"more": "--encoder=/etc"}}, ["--encoder=/etc cannot be chosen on this page"]),
         ({"setting": {"more": "--sigmas=/etc/passwd"}}, ["--sigmas=/etc/passwd is no list of numbers"]),
+        ({"setting": {"more": "--sigmas=1.2.3"}}, ["--sigmas=1.2.3 is no list of numbers"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_a_message(session, request_, fragments):

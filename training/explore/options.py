@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnnlib.errors import UserError
-from training.config.explore import MAX_IMAGES, MAX_STEPS, PageRequest, PageSetting
+from training.config.explore import MAX_STEPS, PageRequest, PageSetting
 from training.config.fields import all_fields, show
 from training.config.generation import GenerationConfig, SamplingConfig, check_seed
 from training.config.samplers import SOLVERS
@@ -58,11 +58,10 @@ class Options:
                 "temperature": 1,
             },
             "takes_steps": {name: kind.grid not in ("ends", "listed") for name, kind in SOLVERS.items()},
-            "max_images": MAX_IMAGES,
         }
 
     def of_page(self, setting: PageSetting) -> Words:
-        """The options that the page asks for, but for those that are as by default.
+        """The options that the page asks for, but for those that are as by default, or have no effect beside others.
 
         Raises:
             UserError: one has no place there.
@@ -82,9 +81,10 @@ class Options:
                 raise UserError(f"further options: {word} cannot be chosen on this page; these can: {known}")
             if _name(word) == "sigmas" and _is_file(word):
                 raise UserError(f"{word} is no list of numbers, such as 20,5,1,0.2 (files have no place on this page)")
-        unguided = setting.guide == "none" and not self.has_classifier
-        kept = [word for word in setting.options if not (unguided and _name(word).startswith("guidance"))]
-        return [word for word in kept if not _is_default(word)] + more
+        useless = {"guidance", "guidance-interval"} if setting.guide == "none" and not self.has_classifier else set()
+        useless |= {"steps"} if any(_name(word) == "sigmas" for word in more) else set()
+        kept = [word for word in setting.options if _name(word) not in useless and not _is_default(word)]
+        return kept + more
 
     def read(self, words: Words, main: str, guide: str | None = None) -> GenerationConfig:
         """What options of the page stand for, with those that it cannot change.
@@ -145,7 +145,15 @@ def _is_for_page(word: str) -> bool:
 
 def _is_file(word: str) -> bool:
     """Whether an option that takes numbers or a file is given a file."""
-    return _name(word) == "sigmas" and not set(_value(word)) <= set("0123456789.,e+- ")
+    return _name(word) == "sigmas" and not all(map(_is_number, _value(word).split(",")))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_default(word: str) -> bool:
@@ -154,8 +162,5 @@ def _is_default(word: str) -> bool:
     if default is None:
         return _name(word) == "temperature" and value == "1"
     if isinstance(default, (int, float)):
-        try:
-            return float(value) == default
-        except ValueError:
-            return False  # refused where it is read
+        return _is_number(value) and float(value) == default
     return value == show(default)

@@ -3,7 +3,7 @@
 
 const SMALL = 64; // pixels; smaller images are enlarged as they are, with square pixels
 const COLUMNS = { 1: 1, 2: 2, 4: 2, 9: 3, 16: 4, 32: 8 };
-const PATIENCE = 400; // ms that a request may take before a newer one ends it; else that one waits
+const PATIENCE = 1000; // ms that a request may take before a newer one ends it; else that one waits
 const TYPING = 300; // ms after the last key
 const BUSY = 150; // ms after which the page says that it is working
 const GONE = "The server does not answer: start explore.py again, and reload this page.";
@@ -96,7 +96,7 @@ class Pane {
   listAverages(prefix) {
     const network = info.networks[this.form[`${prefix}network`].value];
     if (!network) return;
-    fill(this.form[`${prefix}kimg`], network.times.map((kimg) => [kimg, `${kimg},000 images`]));
+    fill(this.form[`${prefix}kimg`], network.times.map((kimg) => [kimg, `${(1000 * kimg).toLocaleString("en")} images`]));
     const lengths = network.tracked.length ? [["length", "by its length"]] : [];
     fill(this.form[`${prefix}average`], [...lengths, ...network.other_averages.map((end) => [end, end || "none"])]);
   }
@@ -118,7 +118,7 @@ class Pane {
     const guided = form.guide.value !== "none" || Boolean(info.classifier);
     const byNetwork = form.guide.value === "network" && network.denoiser && !info.classifier;
     const hint = $('[data-hint="network"]', form);
-    hint.textContent = network.about;
+    hint.textContent = [network.about, network.obstacle].filter(Boolean).join("; no other averages: ");
     hint.title = network.name;
     for (const [prefix, there] of [["", true], ["g", byNetwork]]) {
       const { times, tracked, other_averages: others } = info.networks[form[`${prefix}network`].value] ?? network;

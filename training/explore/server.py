@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _answer(self, method: Any) -> None:
-        with contextlib.suppress(ConnectionError, TimeoutError):  # the page has gone
+        with contextlib.suppress(ConnectionError, TimeoutError):
             try:
                 self._check_sender()
                 method()
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._line(job.future.result())
             except SupersededError:
                 self._line({"superseded": True})
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):  # the page has gone
             job.cancel()
             raise
 

@@ -10,7 +10,7 @@ import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.explore import NetworkChoice
-from training.config.training import MAX_STD, MIN_STD, parse_std_list
+from training.config.training import parse_std_list
 from training.families import architecture_of
 from training.guides import load_image_network
 from training.snapshot import Snapshot, SnapshotFile, build_for, open_snapshot
@@ -64,9 +64,9 @@ class Source:
         """Look for the snapshots of a run, of which there may be new ones."""
         if newest_of_run(self.address) is None:
             return
-        for path in sorted(Path(self.address).iterdir()):  # of a time and average, '.safetensors' comes last
-            if match := RUN_SNAPSHOT.fullmatch(path.name):
-                self.saved[int(match[1]), match[2].removeprefix("-")] = path
+        found = [(RUN_SNAPSHOT.fullmatch(path.name), path) for path in sorted(Path(self.address).iterdir())]
+        # Of a time and average, '.safetensors' comes last, and stays.
+        self.saved = {(int(match[1]), match[2].removeprefix("-")): path for match, path in found if match is not None}
         try:
             self.averages = list_averages(Path(self.address))
         except UserError as err:
@@ -78,13 +78,18 @@ class Source:
         match = RUN_SNAPSHOT.fullmatch(self.file.path.name) if self.saved else None
         return NetworkChoice() if match is None else NetworkChoice(kimg=int(match[1]), ema=match[2].removeprefix("-"))
 
+    @property
+    def other_averages(self) -> set[str]:
+        """The ends of the names of a run's snapshots that are no widths."""
+        widths = {f"{avg.std:.3f}" for avg in self.averages}
+        return {end for _, end in self.saved} - widths
+
     def describe(self) -> dict[str, Any]:
         """What the page says of it, as plain JSON values."""
         architecture, spec = architecture_of(self.net), self.net.spec
         names = self.file.metadata.get("class_names")
         parameters = sum(p.numel() for p in self.net.parameters())
         about = f"{architecture.family}, {spec.resolution}x{spec.resolution}, {parameters / 1e6:.2f} M parameters"
-        widths = sorted({round(avg.std, 3) for avg in self.averages})
         return {
             "name": self.address,
             "about": about,
@@ -96,9 +101,8 @@ class Source:
             "text": spec.conditioning.kind == "tokens",
             "knows_none": spec.conditioning.optional,
             "times": sorted({kimg for kimg, _ in self.saved}),
-            "tracked": widths,
-            "limits": [MIN_STD, MAX_STD],
-            "other_averages": sorted({end for _, end in self.saved} - {f"{std:.3f}" for std in widths}),
+            "tracked": sorted({round(avg.std, 3) for avg in self.averages}),
+            "other_averages": sorted(self.other_averages),
             "obstacle": self.obstacle,
             "start": self.start.to_json(),
         }
@@ -115,13 +119,13 @@ class Source:
         kimg = start.kimg if choice.kimg is None else choice.kimg
         ema = start.ema if choice.ema is None else choice.ema
         assert kimg is not None and ema is not None
-        if (kimg, ema) not in self.saved:
-            if any(ema == end for _, end in self.saved) and not _is_number(ema):
-                there = ", ".join(str(time) for time, end in sorted(self.saved) if end == ema)
-                raise UserError(f"{self.address}: no snapshot {ema!r} of {kimg} thousand images (there are {there})")
-            return self._average(_width(ema), kimg)
-        path = str(self.saved[kimg, ema])
-        return Found(path, path)
+        if (kimg, ema) in self.saved:
+            path = str(self.saved[kimg, ema])
+            return Found(path, path)
+        if ema in self.other_averages:
+            there = ", ".join(str(time) for time, end in sorted(self.saved) if end == ema)
+            raise UserError(f"{self.address}: no snapshot {ema!r} of {kimg} thousand images (there are {there})")
+        return self._average(_width(ema), kimg)
 
     def _average(self, std: float, kimg: int) -> Found:
         """The average of a width at a time, as reconstruct_phema.py makes it."""
@@ -139,14 +143,6 @@ class Source:
         note = f"EMA length {std:.3f} made of {len(used)} snapshots, expected error {error:.1%}"
         note += ": far off" if error > LARGE else ""
         return Found(str(made), str(Path(self.address, made.name)), command, note)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _width(text: str) -> float:
