@@ -34,13 +34,13 @@ class CommandLine(click.Command):
         self.after_interrupt = after_interrupt
 
     def make_context(self, *args, **kwargs) -> click.Context:
-        with _one_line_errors():
+        with one_line_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         if sys.__stderr__ is not None:
             faulthandler.enable(sys.__stderr__)  # a dataset cut off while it is read (SIGBUS), and crashes, say where
-        with _one_line_errors(self.after_interrupt):
+        with one_line_errors(self.after_interrupt):
             for param in self.params:
                 value = ctx.params.get(param.name or "")
                 # Infinity is for options whose default it is.
@@ -55,16 +55,16 @@ class CommandGroup(click.Group):
     command_class = CommandLine
 
     def make_context(self, *args, **kwargs) -> click.Context:
-        with _one_line_errors():
+        with one_line_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _one_line_errors():
+        with one_line_errors():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _one_line_errors(after_interrupt: str = "") -> Iterator[None]:
+def one_line_errors(after_interrupt: str = "") -> Iterator[None]:
     """Inside, every expected failure becomes a click error of one line; so does Ctrl-C where there is a text for it."""
     try:
         yield

@@ -16,6 +16,7 @@ COMMANDS = {
     "train_consistency": "train_consistency.py",
     "generate_images": "generate_images.py",
     "edit_images": "edit_images.py",
+    "explore": "explore.py",
     "calculate_likelihood": "calculate_likelihood.py",
     "calculate_metrics": "calculate_metrics.py",
     "reconstruct_phema": "reconstruct_phema.py",

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ ORDER = [
     {"training.training_loop"},
     {"training.planning"},
     {"training.launch"},
-    {"training.advice", "training.release"},
+    {"training.advice", "training.explore", "training.release"},
 ]
 GROUP_OF = {room: group for group, rooms in enumerate(ORDER) for room in rooms}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
@@ -132,6 +133,15 @@ def test_imports_point_down(module):
         if module not in SCRIPTS and room(imported) != room(module):
             above = GROUP_OF[room(imported)] >= GROUP_OF[room(module)]
             assert not above, f"{module} imports {imported}, which stands no lower"
+
+
+def test_all_are_installed():
+    """pyproject.toml lists the packages and scripts."""
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = {name for name, path in SOURCES.items() if path.name == "__init__.py"}
+    for key, wanted in {"packages": packages, "py-modules": SCRIPTS}.items():
+        (listed,) = re.findall(rf"^{key} = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+        assert set(re.findall(r'"([\w.]+)"', listed)) == wanted
 
 
 def test_no_import_cycles():

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL.Image
@@ -30,14 +31,19 @@ def check_picture(option: str, path: Path, inputs: Mapping[str, str | os.PathLik
         raise UserError(f"{option}={path}: is saved as PNG: choose a name that ends in .png")
 
 
-def save_image(path: str | Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
-    """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG, with text by keyword."""
+def write_png(f: IO[bytes], image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+    """Write uint8 [C, H, W] (1, 2, 3 or 4 channels) as PNG to an open file, with text by keyword."""
     pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
     chunks = PIL.PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
+    PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png", pnginfo=chunks)
+
+
+def save_image(path: str | Path, image: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+    """As `write_png`, as a file."""
     with atomic_write(path, sync=False) as f:
-        PIL.Image.fromarray(np.ascontiguousarray(pixels)).save(f, format="png", pnginfo=chunks)
+        write_png(f, image, text)
 
 
 def image_grid(images: np.ndarray, columns: int, captions: Sequence[str] | None = None) -> np.ndarray:

@@ -31,7 +31,7 @@ from training.encoders import (
 )
 from training.families import accelerated, architecture_of, is_other_than_denoiser
 from training.generators import DiffusionGenerator, Generator, PromptChoice
-from training.guides import check_guide, load_guide, load_image_network, that_knows_classes
+from training.guides import ReadNetwork, check_guide, load_guide, load_image_network, that_knows_classes
 from training.prompts import prompts_for
 from training.provenance import ImageRecord, format_seeds, name_of, plain, png_text, weights_sha256
 from training.samplers import StackedRandomGenerator, edm_sampler
@@ -413,8 +413,11 @@ def _say_what_does_not_fit(sampling: SamplingConfig, snapshot: Snapshot, name: s
         )
 
 
-def load(config: GenerationConfig) -> LoadedGenerator:
+def load(config: GenerationConfig, read: ReadNetwork = load_image_network) -> LoadedGenerator:
     """The networks of a configuration, on its device.
+
+    Args:
+        read: loads a network; for callers that keep those that they have loaded.
 
     Raises:
         UserError: a network cannot be loaded, or they do not go together.
@@ -425,11 +428,11 @@ def load(config: GenerationConfig) -> LoadedGenerator:
     if sampling.compiled and device.type != "cpu":
         check_compiler(device)
     assert networks.net is not None
-    snapshot = load_image_network(networks.net, device, networks.arch)
+    snapshot = read(networks.net, device, networks.arch)
     architecture = architecture_of(snapshot.net)
     sampling.check_kind(architecture.is_denoiser, architecture.family)
     _say_what_does_not_fit(sampling, snapshot, networks.net)
-    guide = load_guide(networks, sampling, snapshot, device)
+    guide = load_guide(networks, sampling, snapshot, device, read)
     chosen = _numbered_classes(sampling, that_knows_classes(snapshot, guide))
     config = dataclasses.replace(config, sampling=chosen)
     snapshot.net.precision = resolve_precision(sampling.precision, device)

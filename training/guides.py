@@ -1,5 +1,6 @@
 """What a network is guided by: another network, a classifier of noisy images, or itself."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,10 +70,20 @@ def that_knows_classes(snapshot: Snapshot, guide: Snapshot | None) -> Snapshot:
     return guide if guide is not None and isinstance(guide.net, NoisyClassifier) else snapshot
 
 
+ReadNetwork = Callable[[str, torch.device, str | None], Snapshot]  # as `load_image_network`
+
+
 def load_guide(
-    networks: NetworksConfig, sampling: SamplingConfig, snapshot: Snapshot, device: torch.device
+    networks: NetworksConfig,
+    sampling: SamplingConfig,
+    snapshot: Snapshot,
+    device: torch.device,
+    read: ReadNetwork = load_image_network,
 ) -> Snapshot | None:
     """What guides a network: another, or a classifier of noisy images; None = nothing, or the network itself.
+
+    Args:
+        read: loads the other network.
 
     Raises:
         UserError: it cannot be loaded, or the two do not go together.
@@ -94,7 +105,7 @@ def load_guide(
                 f"{asked} needs a guiding network: give --gnet (that of --net knows no images without a condition)"
             )
         return None
-    guide = load_image_network(given, device, networks.arch)
+    guide = read(given, device, networks.arch)
     check_guide(snapshot.net.spec, guide.net.spec)
     guide.net.precision = resolve_precision(sampling.precision, device)
     _check_same_latents("--gnet", snapshot, guide)

@@ -152,7 +152,7 @@ def print_plan(
 
     device, opts = opts["device"], {**opts, "device": None}  # which need not be here
     if opts["data"] is None:
-        config, preset = chosen_config(config_class, presets, opts, default_preset)
+        config, preset = chosen_config(config_class, presets, opts, default_preset, outdir)
         spec = spec_of_preset(preset, config.data.cond)
     else:
         config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
@@ -243,29 +243,7 @@ def make_config(
     from training.dataset.part import Part
     from training.tuning import check_same_data, with_tuned_network
 
-<<<<<<< HEAD
-    name = opts["preset"] or default_preset
-    if name not in presets:
-        raise unknown_preset("--preset", name, presets)
-    names = {field.key for field in all_fields(config_class)}
-    given = {key: value for key, value in opts.items() if value is not None and key in names}
-    given["preset"] = name
-    if opts.get("fp16") is False:
-        if given.get("precision", "auto") not in ("auto", "fp32"):
-            raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
-        given["precision"] = "fp32"
-    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
-        given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
-    preset = presets[name].config
-    batch = given.get("batch", preset.run.batch)
-    check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))
-    config = config_class.from_flat({**rounded_intervals(preset, batch, given), **given}, preset)
-    if config.data.workers is None:
-        workers = 2 if select_device(config.run.device).type == "cuda" else 0
-        config = config_class.from_flat({"workers": workers}, config)
-=======
-    config, _ = chosen_config(config_class, presets, opts, default_preset)
->>>>>>> scale
+    config, _ = chosen_config(config_class, presets, opts, default_preset, outdir)
     tuned = None
     if isinstance(config, ConsistencyTraining):
         config, tuned = with_tuned_network(config, outdir)
@@ -295,7 +273,11 @@ def make_config(
 
 
 def chosen_config(
-    config_class: type[TrainConfig], presets: Mapping[str, Preset], opts: Mapping[str, Any], default_preset: str
+    config_class: type[TrainConfig],
+    presets: Mapping[str, Preset],
+    opts: Mapping[str, Any],
+    default_preset: str,
+    outdir: Path | None,
 ) -> tuple[TrainConfig, Preset]:
     """Preset and given options -> a configuration that fits the machine, and the preset; arguments as of `make_config`.
 
@@ -316,6 +298,8 @@ def chosen_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
+    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
+        given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
     preset = presets[name].config
     batch = given.get("batch", preset.run.batch)
     check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))

@@ -1,0 +1,1 @@
+"""explore.py: a page in a browser that shows what networks make."""
