@@ -119,9 +119,7 @@ def training_command(
     return main
 
 
-def print_dry_run(
-    config: TrainConfig, dataset: "ImageFolderDataset", outdir: Path, resume: bool, *, timed: bool
-) -> None:
+def print_dry_run(config: TrainConfig, dataset: ImageFolderDataset, outdir: Path, resume: bool, *, timed: bool) -> None:
     """Print what a run would be; with `timed`, what it takes and costs as well."""
     from torch_utils import distributed
     from training.monitoring.outdir import plan_of_run
