@@ -267,7 +267,7 @@ class Pane {
     this.element.classList.toggle("stale", Boolean(result.error));
     $(".bar div", this.view).style.width = "0";
     if (result.error) return;
-    this.view.classList.toggle("small", this.network.resolution <= SMALL);
+    this.view.classList.toggle("small", result.resolution <= SMALL);
     this.showImages(result);
     const path = $(".path", this.view);
     path.replaceChildren(...result.path.map(({ sigma, png }) => {

@@ -58,12 +58,6 @@ class Session:
                 job.cancel()
         self._worker.shutdown(cancel_futures=True)
 
-    @property
-    def idle(self) -> bool:
-        """Whether nobody waits for images."""
-        with self._lock:
-            return not self._newest
-
     def describe(self) -> dict[str, Any]:
         """What the page must know to begin, as plain JSON values."""
         for source in self.sources:
@@ -159,6 +153,7 @@ class Session:
         shown = zip(_pngs(images), seeds, _labels(loaded, seeds, cond), strict=True)
         return {
             "images": [{"png": png, "seed": seed, "label": label} for png, seed, label in shown],
+            "resolution": images.shape[-1],
             "are_latents": images.dtype != torch.uint8,
             **way,
         }
@@ -184,8 +179,9 @@ def _labels(loaded: LoadedGenerator, seeds: Sequence[int], cond: torch.Tensor | 
 
 
 def _pngs(images: torch.Tensor) -> list[str]:
-    """Images or latents [N, C, H, W] as PNG files in base64."""
-    return [_png(picture) for picture in drawable(images)]
+    """Images [N, C, H, W], or three channels of latents, as PNG files in base64."""
+    shown = images if images.dtype == torch.uint8 else images[:, :3]  # a fourth would be how opaque they are
+    return [_png(picture) for picture in drawable(shown)]
 
 
 def _png(picture: np.ndarray) -> str:

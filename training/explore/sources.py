@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dnnlib.errors import UserError, one_line
+from training.config.ema import parse_std_list
 from training.config.explore import NetworkChoice
-from training.config.training import parse_std_list
 from training.families import architecture_of
 from training.guides import load_image_network
 from training.snapshot import Snapshot, SnapshotFile, build_for, open_snapshot
