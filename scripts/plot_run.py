@@ -6,6 +6,7 @@ Examples:
     python scripts/plot_run.py out/a out/b out/c --out=out/compared.png
 """
 
+import itertools
 import json
 import math
 import os
@@ -100,9 +101,9 @@ class Run:
         """Means (sigma, value) of `loss`, `error` or `logvar` by noise level, over segments of the run: for each, the
         images seen till its end; levels of few images are left out, and so are segments without any."""
         result = []
-        size = -(-len(self.diagnoses) // SEGMENTS)
-        for start in range(0, len(self.diagnoses), max(size, 1)):
-            segment = self.diagnoses[start : start + size]
+        ends = [len(self.diagnoses) * k // SEGMENTS for k in range(SEGMENTS + 1)]
+        for start, end in itertools.pairwise(ends):
+            segment = self.diagnoses[start:end]
             sums: dict[float, list[float]] = defaultdict(lambda: [0, 0])
             for found in (record["loss_by_sigma"] for record in segment):
                 for sigma, count, value in zip(found["sigma"], found["count"], found.get(name, []), strict=False):
