@@ -20,7 +20,18 @@ from training.training_loop import TrainingRun
 # Where a process may be hit: in a step; while a training state is copied, written half, complete but without its name,
 # with its name but beside those that it replaces; between two snapshots; while one has no name yet; while a picture is
 # drawn; before and after metrics.
-PLACES = ("training", "copying", "saving", "renaming", "renamed", "snapshots", "snapshot", "preview", "metrics", "measured")
+PLACES = (
+    "training",
+    "copying",
+    "saving",
+    "renaming",
+    "renamed",
+    "snapshots",
+    "snapshot",
+    "preview",
+    "metrics",
+    "measured",
+)
 
 
 def install(rank: int, job: dict[str, Any]) -> None:

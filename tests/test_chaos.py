@@ -20,7 +20,15 @@ from training.snapshot import load_network
 INTERVAL = 1024  # images between training states, and between snapshots
 KILLED = -9
 EVERYWHERE = (*PLACES, "at any time")
-ON_FIRST = {"copying", "saving", "renaming", "renamed", "snapshots", "snapshot", "preview"}  # what other processes do not do
+ON_FIRST = {
+    "copying",
+    "saving",
+    "renaming",
+    "renamed",
+    "snapshots",
+    "snapshot",
+    "preview",
+}  # what other processes do not do
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +87,9 @@ def noted(progress: Path, rank: int) -> int:
     return int(path.read_text()) if path.is_file() else 0
 
 
-def kill_and_continue(forks: Forks, folder: Path, reference: Path, duration: int, kills: int, processes: int) -> Counter:
+def kill_and_continue(
+    forks: Forks, folder: Path, reference: Path, duration: int, kills: int, processes: int
+) -> Counter:
     """Train to the end in spite of so many kills; how many there were at each place.
 
     A run that ends before it is killed often enough starts again from an empty folder: `kills` is to be so few, or
@@ -127,7 +137,9 @@ def assert_same_run(ours: Path, theirs: Path, duration: int) -> None:
         x, y = (load_network(folder / name).net.state_dict() for folder in (ours, theirs))
         assert all(torch.equal(x[key], y[key]) for key in y), name
     for name in ("stats.jsonl", "metric-fd_pixels.jsonl"):
-        x, y = ([comparable(json.loads(line)) for line in (path / name).read_text().splitlines()] for path in (ours, theirs))
+        x, y = (
+            [comparable(json.loads(line)) for line in (path / name).read_text().splitlines()] for path in (ours, theirs)
+        )
         assert x == y, name
 
 

@@ -1,20 +1,15 @@
 """One training, laid out over processes and accumulation rounds in different ways: the same draws, and so the same run."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, fails_with, run_cli, tiny_network
+from conftest import DIGITS
 from forked import Forks
 
-from train_edm2 import main as train_edm2
-from training.config.training import OPTIONS_NAME
 from training.families import ARCHITECTURES
-from training.networks.dropout import ImageMasks, LayerWithDropout, keep, mask_keys
 
 # A tiny network of each family; with dropout, where the family has it.
 SMALL = {
@@ -25,6 +20,8 @@ SMALL = {
     "classifier": ["--preset=digits-classifier", "--depth=10", "--width=1"],
 }
 QUIET = ["--status=0", "--snapshot=0", "--checkpoint=0", "--preview=0", "--device=cpu", f"--data={DIGITS}"]
+
+
 def options_of(family: str, folder: Path, *more: str) -> list[str]:
     return [f"--outdir={folder / family}", *SMALL[family], *QUIET, *more]
 
@@ -38,7 +35,9 @@ def vector(state: dict, part: str) -> torch.Tensor:
     if part == "weights":
         return torch.cat([x.double().flatten() for x in state["net"].values()])
     optimizer = state["optimizer"]
-    moments = [x["exp_avg"] for x in optimizer["state"].values()] if "state" in optimizer else optimizer["exp_avg"].values()
+    moments = (
+        [x["exp_avg"] for x in optimizer["state"].values()] if "state" in optimizer else optimizer["exp_avg"].values()
+    )
     return torch.cat([x.double().flatten() for x in moments])
 
 

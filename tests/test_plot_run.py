@@ -47,3 +47,35 @@ def test_picture(runs, tmp_path):
 
 def test_no_run(tmp_path):
     fails_with(run_cli(main, tmp_path, f"--out={tmp_path / 'x.png'}"), "no run has reported anything there")
+
+
+def diagnosis(nimg: int, loss: float) -> dict:
+    levels = {"sigma": [0.1, 1.0, 10.0], "count": [100, 300, 2], "loss": [loss, 2 * loss, 9.0]}
+    uncertainty = {"error": [1.0, 2.0, 3.0], "logvar": [0.0, 0.7, 1.0]}
+    parts = {f"part{i}": {"gradient_norm": 0.1 * i, "weight_norm": 2.0, "activation": 1.0 + i} for i in range(3)}
+    parts["table"] = {"gradient_norm": None, "weight_norm": 1.0}
+    return {
+        "nimg": nimg,
+        "gradient_norm": 3.0,
+        "weight_norm": 5.0,
+        "loss_by_sigma": levels | uncertainty,
+        "parts": parts,
+    }
+
+
+def test_diagnoses(runs, tmp_path):
+    lines = [diagnosis(256 * k, loss=float(k)) for k in range(1, 11)]
+    lines.append({"nimg": 300, "nonfinite": {"images": []}})
+    (runs[0] / "diagnosis.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = Run(runs[0], "a")
+    assert run.curves["norm of the gradients"][""] == [(256 * k, 3.0) for k in range(1, 11)]
+    assert run.incidents == [300]
+    segments = run.levels("loss")
+    assert [nimg for nimg, _ in segments] == [512, 1024, 1536, 2048, 2560]
+    assert segments[0][1] == [(0.1, 1.5), (1.0, 3.0)]  # of two records; too few images at sigma = 10
+    assert run.of_parts("activation")["part2"][0] == (256, 3.0) and "table" not in run.of_parts("activation")
+    assert set(run.of_parts("weight_norm")) == {"part0", "part1", "part2", "table"}
+    for paths in ([runs[0]], runs):
+        assert run_cli(main, *paths, f"--out={tmp_path / 'x.png'}").exit_code == 0
+        with PIL.Image.open(tmp_path / "x.png") as picture:
+            assert picture.size[1] > 1200  # four rows of panels, not two

@@ -119,9 +119,7 @@ def test_a_held_out_fraction(tmp_path, monkeypatch):
     result = run_cli(train_edm2, f"--outdir={tmp_path}", *args)
     assert result.exit_code == 0, result.output
     count = len(names[True])
-    assert (
-        f"Validating on {count} images of {DIGITS} of {count} that are held out (--val-fraction=0.1)" in result.output
-    )
+    assert f"Validating on {count} of {count} images of {DIGITS} that --val-fraction=0.1 holds out" in result.output
     assert f"{1797 - count} of 1797 images" in result.output
     assert len(seen) == 1024 and seen <= names[False]
     found = records(tmp_path)[0]

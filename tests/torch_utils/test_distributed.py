@@ -103,13 +103,21 @@ def test_processes_of_srun_find_each_other(lost):
     processes = [start(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common) for rank in range(2)]
     outputs = [process.communicate(timeout=100) for process in processes]
     assert all(output.startswith("world 2\n") for output, _ in outputs), outputs
-    name = f"RunError: process {lost} of 2 ({socket.gethostname()}, process id {processes[lost].pid}) ended or no longer"
+    name = (
+        f"RunError: process {lost} of 2 ({socket.gethostname()}, process id {processes[lost].pid}) ended or no longer"
+    )
     assert name in outputs[1 - lost][0], outputs
 
 
 @pytest.mark.parametrize(
     ("hosts", "first"),
-    [("a", "a"), ("a,b", "a"), ("gpu[03-06,9],a", "gpu03"), ("n[1,3]x[02-03]-y,b", "n1x02-y"), ("10.0.0.[7-9]", "10.0.0.7")],
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu[03-06,9],a", "gpu03"),
+        ("n[1,3]x[02-03]-y,b", "n1x02-y"),
+        ("10.0.0.[7-9]", "10.0.0.7"),
+    ],
 )
 def test_the_first_of_the_hosts_of_a_job(hosts, first):
     assert distributed.first_host(hosts) == first

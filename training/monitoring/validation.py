@@ -73,9 +73,13 @@ class Validation:
         self.variance = pixels.var().item() if pixels.numel() > 1 else 1.0
 
     def describe(self) -> str:
-        text = f"Validating on {many(len(self.indices), 'image')} of {self.dataset.path}"
-        chosen = f" of {len(self.dataset)} that are held out (--val-fraction={self.fraction:g}), by their names"
-        return text + (chosen if self.fraction else "")
+        used, total = len(self.indices), len(self.dataset)
+        if not self.fraction:
+            return f"Validating on {many(used, 'image')} of {self.dataset.path}"
+        return (
+            f"Validating on {used} of {many(total, 'image')} of {self.dataset.path} that --val-fraction="
+            f"{self.fraction:g} holds out, chosen by their names"
+        )
 
     def __call__(self, net: Any, path: Path, nimg: int) -> dict[str, float]:
         """Losses by name, the same on all processes, which share the work; recorded beside the snapshot at `path`.
