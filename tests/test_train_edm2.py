@@ -57,14 +57,15 @@ def test_all_training_options(tmp_path):
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
         "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn", "--timeout=5",
         "--checkpoint-minutes=9", "--keep-checkpoints=3", "--milestones=2048", "--slice=4096", "--max-time=1",
+        "--dropout-masks=round", "--on-nonfinite=skip",
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py, monitoring/test_tracker.py and test_validation.py.
+    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py, planning/, monitoring/.
     assert_all_options(
         train,
         [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x", "--tracker=none"]
-        + ["--val-data=x", "--val-images=1"],
+        + ["--val-data=x", "--val-images=1", "--val-fraction=0.1", "--diagnose=1", "--plan"],
     )
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
@@ -73,7 +74,7 @@ def test_all_training_options(tmp_path):
         channel_mult=(1, 2), num_blocks=2, attn_resolutions=(4,), ema_std=(0.01, 0.02, 0.03, 0.04), workers=1, xflip=True,
         cache=True, verify=False, metrics=("fd_pixels",), metrics_ref=str(ref), metrics_num=2, compile=False,
         checkpoint_activations=True, preview=1024, preview_images=7, preview_steps=3, on_divergence="warn", timeout=5,
-        checkpoint_minutes=9.0, keep_checkpoints=3, milestones=2048, slice=4096, max_time=1.0,
+        checkpoint_minutes=9.0, keep_checkpoints=3, milestones=2048, slice=4096, max_time=1.0, dropout_masks="round", on_nonfinite="skip",
     )  # fmt: skip
     assert {key: config.flat()[key] for key in expected} == expected
     assert len(list(tmp_path.glob("network-snapshot-*"))) == 4
