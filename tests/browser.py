@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shlex
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ class Browser:
         their_read, write = os.pipe()
         options = ["--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"]
         options += ["--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--disable-background-networking"]
-        options += ["--no-sandbox"] * (os.geteuid() == 0)  # which root cannot have
+        options += ["--no-sandbox"]  # root and containers cannot have one, and the pages are ours
         # The pipe is at 3 and 4.
         command = f"exec {shlex.join([program, *options, 'about:blank'])} 3<&{their_read} 4>&{their_write}"
         self.process = subprocess.Popen(
@@ -73,8 +74,9 @@ class Browser:
 
     def _next(self) -> bytes:
         while b"\0" not in self.rest:
-            more = os.read(self.answers, 1 << 20)
-            assert more, "the browser has ended"
+            ready, _, _ = select.select([self.answers], [], [], PATIENCE)
+            more = os.read(self.answers, 1 << 20) if ready else b""
+            assert more, "the browser has ended, or hangs"
             self.rest += more
         message, _, self.rest = self.rest.partition(b"\0")
         return message

@@ -6,6 +6,7 @@ const COLUMNS = { 1: 1, 2: 2, 4: 2, 9: 3, 16: 4, 32: 8 };
 const PATIENCE = 1000; // ms that a request may take before a newer one ends it; else that one waits
 const TYPING = 300; // ms after the last key
 const BUSY = 150; // ms after which the page says that it is working
+const AS_SAVED = { "": "none", ema: "as trained (ema)" }; // by the ends of the names of snapshots
 const GONE = "The server does not answer: start explore.py again, and reload this page.";
 
 const $ = (selector, inside = document) => inside.querySelector(selector);
@@ -97,8 +98,9 @@ class Pane {
     const network = info.networks[this.form[`${prefix}network`].value];
     if (!network) return;
     fill(this.form[`${prefix}kimg`], network.times.map((kimg) => [kimg, `${(1000 * kimg).toLocaleString("en")} images`]));
-    const lengths = network.tracked.length ? [["length", "by its length"]] : [];
-    fill(this.form[`${prefix}average`], [...lengths, ...network.other_averages.map((end) => [end, end || "none"])]);
+    const lengths = network.tracked.length ? [["length", "any EMA length"]] : [];
+    const others = network.other_averages.map((end) => [end, AS_SAVED[end] ?? `as saved: ${end}`]);
+    fill(this.form[`${prefix}average`], [...lengths, ...others]);
   }
 
   /** Choose what a network's address stands for; of a guide that is the same network, the first snapshot. */

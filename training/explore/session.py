@@ -113,7 +113,7 @@ class Session:
                 guide = self._find(setting.guiding)
                 config = self.options.read(words, main.path, guide.path)
             loaded = load(config, self.shelf)
-            made = self._images(job, loaded, seeds, request.path_of)
+        made = self._images(job, loaded, seeds, request.path_of)
         notes = [network.note for network in (main, guide) if network is not None and network.note]
         if setting.guide != "none" and not config.sampling.guidance.acts:
             notes.append(f"A guide has no effect with weight {config.sampling.guidance.guidance:g}")
