@@ -107,7 +107,7 @@ def test_two_processes_record_the_same(diagnosed, tmp_path):
 def test_activations_of_a_compiled_network(diagnosed, tmp_path):
     compiled = records(train(tmp_path, "--diagnose=512", "--compile=1"))[0]["parts"]
     for name, part in records(diagnosed)[0]["parts"].items():
-        assert part.get("activation") == pytest.approx(compiled[name].get("activation"), rel=1e-2)
+        assert part.get("activation", 0) == pytest.approx(compiled[name].get("activation", 0), rel=1e-2)
 
 
 def test_interval_is_a_multiple_of_the_batch(tmp_path):
