@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
+from forked import Forks
 from servers import server  # noqa: F401 - a fixture
 
 import calculate_metrics
@@ -190,6 +191,13 @@ def run(tmp_path_factory) -> Path:
     result = run_cli(train_edm2.main, f"--outdir={path}", f"--data={DIGITS}", *TINY, "--duration=3Ki")
     assert result.exit_code == 0, result.output
     return path
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """What runs training commands in processes that start at once."""
+    with Forks(tmp_path_factory.mktemp("forks") / "log.txt") as forks:
+        yield forks
 
 
 # Another set of golden files of the same layout can be named.

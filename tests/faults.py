@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 import dnnlib.files
+from torch_utils import distributed
 from training.monitoring import snapshots
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
@@ -41,6 +43,8 @@ def install(rank: int, job: dict[str, Any]) -> None:
     if job.get("fault") and job["fault"][0] == rank:
         _, nimg, where = job["fault"]
         fail_at(nimg, where)
+    if job.get("slow"):
+        be_slow(*job["slow"])
     if job.get("spoil") and job["spoil"][0] == rank:
         spoil_weights(job["spoil"][1])
     if job.get("draws"):
@@ -50,6 +54,9 @@ def install(rank: int, job: dict[str, Any]) -> None:
     if job.get("signal") and job["signal"][0] == rank:
         _, number, where = job["signal"]
         fail_at(0, where, lambda: os.kill(os.getpid(), number))
+    if job.get("hang") and job["hang"][0] == rank:
+        _, nimg, where = job["hang"]
+        fail_at(nimg, where, lambda: time.sleep(1000))
 
 
 def kill() -> None:
@@ -63,13 +70,20 @@ def note(path: Path, rank: int) -> None:
     _after(TrainingRun, "step", lambda run, *_: os.pwrite(file, b"%-20d" % run.nimg, 0))
 
 
+def be_slow(timeout: float, seconds: float) -> None:
+    """Have processes wait `timeout` minutes for each other, and the first one take `seconds` for pictures and states."""
+    distributed.TIMEOUT_MINUTES = timeout
+    _before(Previews, "draw", lambda *_: time.sleep(seconds))
+    _before(StateWriter, "save", lambda *_: time.sleep(seconds))
+
+
 def spoil_weights(nimg: int) -> None:
     """Have a bit of a weight of this process flip after `nimg` images."""
 
     def spoil(run: TrainingRun, *_args: object) -> None:
         if run.nimg == nimg:
             weight = max((p.detach() for p in run.net.parameters()), key=torch.Tensor.numel)
-            weight.view(torch.int32).flatten()[7].bitwise_xor_(1)
+            weight.view(torch.int32)[(0,) * weight.ndim].bitwise_xor_(1 << 20)
 
     _after(TrainingRun, "step", spoil)
 
@@ -127,7 +141,6 @@ def count_sums(path: Path) -> None:
 
 def fail_at(nimg: int, where: str, fault: Callable[[], object] = kill) -> None:
     """Have `fault` happen to this process, once, at the first time that it is at a place with at least `nimg` images."""
-    assert where in PLACES, where
     state: dict[str, Any] = {"nimg": 0, "armed": True}
 
     def hit(*_args: object) -> None:
@@ -140,6 +153,9 @@ def fail_at(nimg: int, where: str, fault: Callable[[], object] = kill) -> None:
 
     _before(TrainingRun, "step", begin_step)
     _after(TrainingRun, "step", begin_step)
+    if where == "loading":  # before there are any images
+        _before(TrainingRun, "restore", hit)
+        return
     places: dict[str, Callable[[], None]] = {
         "training": lambda: _after(TrainingRun, "loss_of_round", hit),
         "copying": lambda: _before(StateWriter, "save", hit),
@@ -195,7 +211,11 @@ class _Hit:
 
 def _within_save(call: Callable[[], object]) -> None:
     original = torch.save
-    torch.save = lambda value, file: original(value, _Hit(file, call))
+
+    def save(value: Any, file: Any, **options: Any) -> None:
+        original(value, file if options else _Hit(file, call), **options)  # with options, torch itself saves in memory
+
+    torch.save = save
 
 
 def _around_replace(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 90.0  # seconds after the end of a process in which the others of its job have to end
+PATIENCE = 90.0  # seconds
 
 
 class Forks:
@@ -53,8 +53,8 @@ class Forks:
 
         Args:
             commands: pairs of a module, which has a `main`, and its options, one after the other.
-            more: `fault` = (rank, nimg, where) for `faults.fail_at`; `kill` = (rank, seconds after the start);
-                `signal` = (rank, number of a signal, where) for `faults.signal_at`; `progress` = file for `faults.note`.
+            more: `kill` = (rank, seconds after the start); `patience` = seconds after the end of a process in which the
+                others have to end; and what `faults.install` knows.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         job = {"processes": processes, "commands": [(name, list(options)) for name, options in commands], **more}
@@ -122,8 +122,8 @@ def _run(job: dict[str, Any]) -> list[int]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
-                last_end = time.monotonic()
-        if time.monotonic() - last_end > PATIENCE:  # they hang, which is an error
+                last_end = min(last_end, time.monotonic())
+        if time.monotonic() - last_end > job.get("patience", PATIENCE):  # they hang
             for pid in set(pids) - codes.keys():
                 with suppress(ProcessLookupError):
                     os.kill(pid, 9)
@@ -137,6 +137,7 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import torch._dynamo  # which optimisers import
     import torch.utils.tensorboard
 
     import train_classifier

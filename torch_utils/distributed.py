@@ -145,9 +145,11 @@ def _missing_processes() -> str:
 
 def shutdown() -> None:
     """Leave the process group, all processes together."""
+    global _roll_call
     if dist.is_initialized():
         if _roll_call is not None:
             _roll_call.leave()
+            _roll_call = None
         _exchange(0, dist.ReduceOp.MAX)
         for work in _recent:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(work))  # outlives Python, too
@@ -202,6 +204,16 @@ def print0(message: str) -> None:
 def barrier() -> None:
     """Wait until all processes are here."""
     _exchange(0, dist.ReduceOp.MAX)
+
+
+def wait_for_first() -> None:
+    """Wait for the first process, which alone has worked before this call, as long as it takes.
+
+    Exchanges, which have a timeout, come after it.
+    """
+    if _roll_call is not None:
+        with _naming_lost_processes():
+            _roll_call.wait_for_first()
 
 
 @contextmanager

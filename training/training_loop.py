@@ -24,7 +24,7 @@ from training.monitoring.diagnosis import status_line as diagnosis_line
 from training.monitoring.incidents import Incidents
 from training.monitoring.journal import Journal
 from training.monitoring.observers import Observers
-from training.monitoring.outdir import STATE_PATTERN, check_outdir, next_steps
+from training.monitoring.outdir import STATE_PATTERN, check_outdir, is_owed, next_steps
 from training.monitoring.snapshots import SnapshotWriter
 from training.monitoring.states import StateWriter
 from training.monitoring.status import StatusReports, opening_lines
@@ -131,7 +131,7 @@ class TrainingRun:
         if distributed.any_rank(newest.item() != self.nimg):
             raise RunError(f"{outdir}: the processes read different training states: check the disk, and try again")
         if found:
-            if self.nimg >= config.run.duration:
+            if self.nimg >= config.run.duration and not distributed.from_first(is_owed(outdir, config.run, self.nimg)):
                 journal.log(f"Nothing to do: {outdir} has its {self.nimg} images. A longer --duration continues it.")
                 return False
             journal.log(f"Resuming at {self.nimg} images from {outdir}")
@@ -191,10 +191,7 @@ class TrainingRun:
             if saved:
                 self.save_state()
             # What takes long comes after the state, and is left where a signal asks to stop.
-            if observers.preview_interval != 0 and due(observers.preview_interval):
-                status.pause(observers.draw(self.ema, self.nimg))
-            if observers.evaluation is not None and due(run.snapshot):
-                status.pause(observers.measure(observers.evaluation, self.ema, self.nimg))
+            status.pause(observers.look(self.ema, self.nimg, due))
             limit = self.limit_reached(self.nimg - start_nimg, time.time() - start)
             suspended = distributed.any_rank(suspend.received or bool(limit))
             if suspended and not saved and self.nimg > start_nimg:
@@ -312,6 +309,7 @@ class TrainingRun:
         state = self.state_dict()
         if distributed.get_rank() == 0:
             self.states.save(self.nimg, state)
+        distributed.wait_for_first()
 
     def state_dict(self) -> dict[str, Any]:
         objective, diagnosis = self.objective.state_dict(), self.diagnosis.state_dict()

@@ -1,6 +1,7 @@
 """Processes that are started in odd ways, and processes that are lost."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -95,18 +96,17 @@ def test_a_lost_process_is_one_line():
     assert processes[0].returncode == 1 and "Traceback" not in errors
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_processes_of_srun_find_each_other(lost):
-    """And name the one that is lost, be it the first, which holds what they share."""
-    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2],other", "LOST": str(lost)}
-    common |= {"SLURM_JOB_ID": str(2 * os.getpid() + lost), "SLURM_STEP_ID": "0"}
+def test_processes_of_srun_find_each_other():
+    """And name the first one, too, where that is lost, with all that they share."""
+    common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2],other", "LOST": "0"}
+    common |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
     processes = [start(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common) for rank in range(2)]
     outputs = [process.communicate(timeout=100) for process in processes]
     assert all(output.startswith("world 2\n") for output, _ in outputs), outputs
     name = (
-        f"RunError: process {lost} of 2 ({socket.gethostname()}, process id {processes[lost].pid}) ended or no longer"
+        f"RunError: process 0 of 2 ({socket.gethostname()}, process id {processes[0].pid}) ended or no longer answers"
     )
-    assert name in outputs[1 - lost][0], outputs
+    assert name in outputs[1][0], outputs
 
 
 @pytest.mark.parametrize(
@@ -216,3 +216,18 @@ print("done")
     result = torchrun(2, script, timeout=100)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done") == 2
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_job_again(tmp_path):
+    """`--max-restarts`: it continues from the last training state when a process has died, and ends as it should."""
+    script = ["train_edm2.py", f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--duration=24Ki"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    process = subprocess.Popen([*command, *script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("training-state-*.pt")):
+        time.sleep(0.1)
+    workers = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    workers["1"].kill()
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert re.search(r"Resuming at \d+ images", output) and f"Done: {24 << 10} images" in output

@@ -11,7 +11,7 @@ from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import Encoder
 from training.monitoring.journal import Journal
-from training.monitoring.outdir import snapshot_name
+from training.monitoring.outdir import is_owed, owes_picture, picture_name, snapshot_name, unmeasured
 from training.monitoring.previews import Previews
 from training.monitoring.snapshot_metrics import SnapshotEvaluation
 from training.monitoring.tracker import Tracker
@@ -45,7 +45,8 @@ class Observers:
         stop: Callable[[], bool],
     ):
         run = config.run
-        self.stop = stop
+        self.run, self.stop = run, stop
+        self.owes = distributed.from_first(is_owed(journal.outdir, run, nimg))  # since the start before
         self.journal, self.outdir, self.duration = journal, journal.outdir, run.duration
         self.preview_interval = run.snapshot if run.preview is None else run.preview  # in images; 0 = none
         self.preview_seconds = 0.0  # that the last preview took
@@ -67,6 +68,22 @@ class Observers:
                 self.previews = Previews(dataset, encoder, device, self.outdir, journal.log, *shown)
                 journal.show(self.outdir / "reals.png", nimg)
 
+    def look(self, ema: EMA, nimg: int, due: Callable[[int], bool]) -> float:
+        """Draw and measure what is due, or is owed since the start before, which was ended before it had; returns the
+        seconds it took. To be called by all processes.
+
+        Args:
+            due: interval -> whether it is the time for what is done so often.
+        """
+        owed, self.owes = self.owes, False
+        seconds = 0.0
+        picture_owed = owed and distributed.from_first(owes_picture(self.outdir, self.run, nimg))
+        if picture_owed or (self.preview_interval != 0 and due(self.preview_interval)):
+            seconds += self.draw(ema, nimg)
+        if self.evaluation is not None and (due(self.run.snapshot) or owed):
+            seconds += self.measure(self.evaluation, ema, nimg)
+        return seconds
+
     def measure(self, observer: SnapshotEvaluation | Validation, ema: EMA, nimg: int) -> float:
         """Measure the snapshots that were just saved; returns the seconds it took. To be called by all processes.
 
@@ -74,12 +91,19 @@ class Observers:
         """
         begin = time.time()
         for ema_net, suffix in ema.get():
-            results = observer(ema_net, self.outdir / snapshot_name(nimg, suffix), nimg)
+            path = self.outdir / snapshot_name(nimg, suffix)
+            if observer is self.evaluation and not distributed.from_first(self._lacks(path.name, nimg)):
+                continue
+            results = observer(ema_net, path, nimg)
             if results or distributed.get_rank() > 0:
                 self.journal.report_metrics(nimg, f"EMA{suffix}", results)
             else:
                 self.journal.log(f"EMA{suffix} at {nimg} images is not measured: the run is to stop")
         return time.time() - begin
+
+    def _lacks(self, snapshot: str, nimg: int) -> list[str]:
+        """Metrics of a snapshot that are not recorded."""
+        return [metric for metric in self.run.metrics if snapshot in unmeasured(self.outdir, metric, nimg)]
 
     def draw(self, ema: EMA, nimg: int) -> float:
         """Draw what the last averaged network makes, on the first process; returns the seconds it took.
@@ -87,12 +111,14 @@ class Observers:
         A request to stop cuts it short.
         """
         if self.previews is None:
+            distributed.wait_for_first()
             return 0.0
         begin = time.time()
         ema_net, _ = ema.get()[-1]
-        path = self.outdir / f"fakes-{nimg // 1000:07d}.png"
+        path = self.outdir / picture_name(nimg)
         self.previews.draw(ema_net, path, self.stop)
         self.journal.show(path, nimg)
+        distributed.wait_for_first()
         self.preview_seconds = time.time() - begin
         return self.preview_seconds
 

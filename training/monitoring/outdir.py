@@ -5,8 +5,9 @@ import shlex
 from pathlib import Path
 
 from dnnlib.errors import UserError
+from dnnlib.files import read_records
 from torch_utils import checkpoint, distributed
-from training.config.training import OPTIONS_NAME, Preset, TrainConfig
+from training.config.training import OPTIONS_NAME, Preset, RunConfig, TrainConfig
 from training.dataset.images import ImageFolderDataset
 
 STATE_PATTERN = r"training-state-(\d+)\.pt"
@@ -18,6 +19,31 @@ SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
 def snapshot_name(nimg: int, suffix: str) -> str:
     """File name of a snapshot; `suffix` names the EMA profile."""
     return f"network-snapshot-{nimg // 1000:07d}{suffix}.safetensors"
+
+
+def picture_name(nimg: int) -> str:
+    """File name of a picture of what is learned."""
+    return f"fakes-{nimg // 1000:07d}.png"
+
+
+def unmeasured(outdir: Path, metric: str, nimg: int) -> set[str]:
+    """File names of the snapshots of `nimg` images without a record of a metric."""
+    path = outdir / f"metric-{metric}.jsonl"
+    records = read_records(path) if path.is_file() else []
+    measured = {record.get("net") for record in records if record.get("nimg") == nimg}
+    return {path.name for path in outdir.glob(snapshot_name(nimg, "*"))} - measured
+
+
+def is_owed(outdir: Path, run: RunConfig, nimg: int) -> bool:
+    """Whether a run that continues at `nimg` images was ended before it had drawn or measured what it had there."""
+    return owes_picture(outdir, run, nimg) or any(unmeasured(outdir, metric, nimg) for metric in run.metrics)
+
+
+def owes_picture(outdir: Path, run: RunConfig, nimg: int) -> bool:
+    """Whether there is no picture of `nimg` images, where there should be one."""
+    interval = run.snapshot if run.preview is None else run.preview
+    here = interval > 0 and nimg > 0 and (nimg % interval == 0 or nimg == run.duration)
+    return here and not (outdir / picture_name(nimg)).is_file()
 
 
 def state_name(nimg: int) -> str:
@@ -70,6 +96,6 @@ def plan_of_run(config: TrainConfig, outdir: Path, resume: bool) -> str:
             outdir, STATE_PATTERN, lambda state: found.append(state["nimg"]), distributed.print0
         )
     nimg = found[0] if found else 0
-    if nimg >= config.run.duration:
+    if nimg >= config.run.duration and not is_owed(outdir, config.run, nimg):
         return f"do nothing: {outdir} has its {nimg} images"
     return f"{'resume' if found else 'start'} at {nimg} images"

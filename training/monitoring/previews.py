@@ -67,7 +67,7 @@ class Previews:
         self._save(self.latents, outdir / "reals.png")
 
     def draw(self, net: Any, path: Path, stop: Callable[[], bool] = lambda: False) -> None:
-        """Sample the grid with `net` and write it; nothing where `stop` says so between two evaluations of a denoiser."""
+        """Sample the grid with `net` and write it; nothing where `stop` says so between evaluations of a denoiser."""
         generator = architecture_of(net).generator(net, self.sampling, min(len(self.seeds), BATCH))
         parts = []
         for first, labels in enumerate(self.labels.split(BATCH)):

@@ -16,6 +16,7 @@ from training.families import architecture_of
 from training.generation import ImageBatches, image_resolution
 from training.generators import Generator
 from training.metrics.evaluation import Evaluation, save_records
+from training.monitoring.outdir import unmeasured
 
 BATCH = 64
 
@@ -87,7 +88,8 @@ class SnapshotEvaluation:
             records = self.evaluation(self._until_stopped(images), provenance, verbose=False)
         except _AskedToStopError:
             return {}
-        save_records(path.parent, records)
+        # What was recorded before the process was killed stays as it is.
+        save_records(path.parent, [r for r in records if path.name in unmeasured(path.parent, r["metric"], nimg)])
         return {name: value for record in records for name, value in record["results"].items()}
 
     def _until_stopped(self, images: ImageBatches) -> Iterator[Any]:

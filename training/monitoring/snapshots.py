@@ -48,12 +48,12 @@ class SnapshotWriter:
             for _, (ema_net, _) in averaged:
                 name = weight_beyond_float16(ema_net)
                 object_to(None if name is None else f"{name} holds values that float16 cannot", nimg)
-        if distributed.get_rank() != 0:
-            return
-        for std, (ema_net, suffix) in averaged:
-            path = self.outdir / snapshot_name(nimg, suffix)
-            dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32
-            save_network(path, ema_net, self.encoder, {"nimg": nimg, "ema_std": std, **self.described}, dtype)
+        if distributed.get_rank() == 0:
+            for std, (ema_net, suffix) in averaged:
+                path = self.outdir / snapshot_name(nimg, suffix)
+                dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32
+                save_network(path, ema_net, self.encoder, {"nimg": nimg, "ema_std": std, **self.described}, dtype)
+        distributed.wait_for_first()
 
 
 def average_batch_statistics_(net: torch.nn.Module) -> None:

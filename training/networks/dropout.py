@@ -15,7 +15,7 @@ from torch import nn
 class LayerWithDropout(nn.Module):
     """A layer that drops some of its activations in training.
 
-    Its `mask_keys`, int32 [2, N], say which of each image: two numbers of each, as `ImageMasks` sets them. None = torch's
+    Its `mask_keys`, int32 [2, N], say which: two numbers of each image, as `ImageMasks` sets them. None = torch's
     generator decides.
     """
 
