@@ -27,7 +27,7 @@ from dnnlib.errors import UserError
 from dnnlib.files import check_not_input
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
+from training.config.generation import KEPT_NETWORKS, GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 from training.config.metric_options import (
     BATCH_OPTION,
     DETECTOR_OPTIONS,
@@ -237,7 +237,7 @@ def gen(
     "--keep-memory",
     help="Networks that stay in memory, for settings that share them, as far as they are no more than this",
     metavar="SIZE",
-    default="2GiB",
+    default=f"{KEPT_NETWORKS >> 30}GiB",
     show_default=True,
     callback=parsed_by(parse_bytes),
 )

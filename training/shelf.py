@@ -2,11 +2,11 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from training.config.generation import KEPT_NETWORKS
 from training.guides import load_image_network
 from training.snapshot import Snapshot
 
@@ -15,13 +15,13 @@ class Shelf:
     """Loads networks, and keeps those that were used last. It stands for `load_image_network` (see `generation.load`).
 
     Args:
+        workdir: files below it are deleted when their networks are no longer kept; None = no files are.
         limit: bytes of networks that are kept.
         at_least: how many are kept in any case: as many as are used at a time.
-        dropped: called with the path of a network that is no longer kept.
     """
 
-    def __init__(self, limit: int, at_least: int = 2, dropped: Callable[[Path], object] = lambda _path: None):
-        self.limit, self.at_least, self.dropped = limit, at_least, dropped
+    def __init__(self, workdir: Path | None = None, limit: int = KEPT_NETWORKS, at_least: int = 2):
+        self.workdir, self.limit, self.at_least = workdir, limit, at_least
         self.kept: OrderedDict[tuple[str, int], Snapshot] = OrderedDict()
 
     def __call__(
@@ -35,7 +35,8 @@ class Shelf:
         self.kept.move_to_end(key)
         while len(self.kept) > self.at_least and sum(map(_size, self.kept.values())) > self.limit:
             (old, _), _ = self.kept.popitem(last=False)
-            self.dropped(Path(old))
+            if self.workdir is not None and Path(old).is_relative_to(self.workdir):
+                Path(old).unlink(missing_ok=True)
         return self.kept[key]
 
 

@@ -14,7 +14,7 @@ from dnnlib.files import append_line, atomic_write, read_records
 from dnnlib.util import code_version
 from torch_utils import distributed
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig
+from training.config.generation import KEPT_NETWORKS, GenerationConfig
 from training.generation import LoadedGenerator, load
 from training.guides import check_makes_images
 from training.metrics.evaluation import Evaluation
@@ -53,7 +53,7 @@ class Room:
     None = all of them.
     """
 
-    memory: int = 2 << 30
+    memory: int = KEPT_NETWORKS
     disk: int | None = None
 
 
@@ -91,7 +91,7 @@ class Sweep:
         self.results: dict[tuple[str, ...], dict[str, Any]] = {}
         self.by_effect: dict[tuple[str, ...], dict[str, Any]] = {}  # the same, by what settings come to
         self.networks: OrderedDict[tuple[str, str, int | None], Path] = OrderedDict()  # the latest one last
-        self.room, self.shelf = room, Shelf(room.memory, AT_A_TIME)
+        self.room, self.shelf = room, Shelf(None, room.memory, AT_A_TIME)
         self.measured = 0  # images of this start
         self.file = outdir / "sweep.jsonl"
         task = {"fixed": self.fixed, "num_images": num_images, "seed": seed, **facts}

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from dnnlib.errors import UserError
+from training.config.ema import parse_std_list
 from training.config.fields import all_fields
 from training.config.generation import GenerationConfig
-from training.config.ema import parse_std_list
 
 NETWORKS = {"ema-std": "net", "guide-std": "gnet"}  # axes that choose networks, and the option that they set
 KIMG = "kimg"  # likewise: the training time of both
