@@ -19,13 +19,15 @@ from dnnlib.cli import (
     given_options,
     imported_when_used,
     offline_option,
+    parse_bytes,
+    parsed_by,
     with_options,
 )
 from dnnlib.errors import UserError
 from dnnlib.files import check_not_input
 from training.config.edm2 import GENERATION_PRESETS, files_for
 from training.config.fields import click_options
-from training.config.generation import GenerationConfig, NetworksConfig, SamplingConfig, check_seed
+from training.config.generation import KEPT_NETWORKS, GenerationConfig, NetworksConfig, SamplingConfig, check_seed
 from training.config.metric_options import (
     BATCH_OPTION,
     DETECTOR_OPTIONS,
@@ -211,10 +213,17 @@ def gen(
 )
 @click.option(
     "--search",
-    help="grid = all settings; coordinate = one axis after the other from the middle of all, until none improves",
-    type=click.Choice(["grid", "coordinate"]),
+    help="grid = all settings; coordinate = one axis after the other from the middle of all, until none improves; "
+    "golden = likewise, by golden sections of ranges, whose ends are two EMA widths or two values of a real number",
+    type=click.Choice(["grid", "coordinate", "golden"]),
     default="grid",
     show_default=True,
+)
+@click.option(
+    "--tolerance",
+    help="Share of a range within which --search=golden finds a value  [default: 0.05]",
+    metavar="FLOAT",
+    type=click.FloatRange(min=0.001, max=0.5),
 )
 @click.option("--budget", help="Stop before more images than this are made", metavar="INT", type=click.IntRange(min=1))
 @click.option(
@@ -223,6 +232,21 @@ def gen(
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
+)
+@click.option(
+    "--keep-memory",
+    help="Networks that stay in memory, for settings that share them, as far as they are no more than this",
+    metavar="SIZE",
+    default=f"{KEPT_NETWORKS >> 30}GiB",
+    show_default=True,
+    callback=parsed_by(parse_bytes),
+)
+@click.option(
+    "--keep-disk",
+    help="Reconstructed networks that stay in --outdir, as far as they are no more than this; others are made again "
+    "when they are needed  [default: all]",
+    metavar="SIZE",
+    callback=parsed_by(parse_bytes),
 )
 @REF_OPTION
 @METRICS_OPTION
@@ -238,8 +262,11 @@ def sweep(
     ctx: click.Context,
     vary: tuple[str, ...],
     search: str,
+    tolerance: float | None,
     budget: int | None,
     outdir: Path,
+    keep_memory: int,
+    keep_disk: int | None,
     ref: str,
     metrics: list[str],
     num_images: int,
@@ -252,24 +279,31 @@ def sweep(
     """Metrics of a run at many settings, the best of them, and a picture.
 
     \b
-    Example:
+    Examples:
       python calculate_metrics.py sweep --net=out/digits --vary=ema-std=0.03,0.05,0.10 --vary=guidance=1,1.25,1.5 \\
           --ref=datasets/digits.zip --metrics=fd_pixels --num=1000 --steps=12 --outdir=out/sweep
+      # The best width between two, in about ten trials
+      python calculate_metrics.py sweep --net=out/digits --vary=ema-std=0.02,0.25 --search=golden \\
+          --ref=datasets/digits.zip --metrics=fd_pixels --num=1000 --steps=12 --outdir=out/golden
     """
     from training.metrics.session import begin
-    from training.sweep import Axis, Sweep, run
+    from training.sweep import TOLERANCE, Axis, Room, Sweep, run
 
     check_seed(seed + num_images - 1)
     axes = [Axis.parse(text) for text in vary]
     if len({axis.name for axis in axes}) < len(axes):
         raise UserError("--vary: the same name twice")
+    if tolerance is not None and search != "golden":
+        raise UserError(f"--tolerance has no effect with --search={search}: leave it out")
     generation = [param.name for param in ctx.command.params if param.name in opts]
     fixed = [word for text in given_options(ctx, set(ctx.params) - set(generation)) for word in shlex.split(text)]
     settings = {"metrics": metrics, "ref": ref, "resize": resize, "detector_weights": detector_weights}
     rest = {"device": opts["device"] or "auto", "outdir": outdir, "error_bars": False, "force": False, "held_out": None}
     evaluation = begin({**settings, **rest})
     facts = {"ref": ref, "metrics": metrics, "resize": resize}
-    run(Sweep(axes, fixed, evaluation, num_images, seed, batch, outdir, facts), search, budget)
+    room = Room(keep_memory, keep_disk)
+    task = Sweep(axes, fixed, evaluation, num_images, seed, batch, outdir, facts, room)
+    run(task, search, budget, TOLERANCE if tolerance is None else tolerance)
 
 
 @main.command()

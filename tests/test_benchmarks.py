@@ -1,8 +1,10 @@
 """The comparisons of benchmarks/: that they can be run, and that nothing became much slower."""
 
+import itertools
 import subprocess
 import sys
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -10,10 +12,11 @@ from conftest import AVX2_ALONE, ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import solvers
+from benchmarks import phema_science, solvers
 from benchmarks.harness import Job, measure
 from benchmarks.run import all_jobs
 from training.config.samplers import SOLVERS
+from training.phema import power_function_response
 
 SLACK = 0.85
 
@@ -56,6 +59,31 @@ def test_solvers_are_compared(monkeypatch, tmp_path):
     solvers.draw(tmp_path / "solvers.png", results, floor=0.1)
     with PIL.Image.open(tmp_path / "solvers.png") as picture:
         assert picture.size[0] > 100
+
+
+def test_reconstructions_are_compared_with_tracked_averages(tmp_path):
+    """Of weights that grow as powers of time."""
+    for index in range(1, phema_science.TIMES + 1):
+        end = index == phema_science.TIMES
+        for std in (*phema_science.STORED, *(phema_science.OTHERS if end else ())):
+            steps = np.arange(40 * index + 1)
+            response = power_function_response(40 * index, std, 40 * index + 1)
+            weights = [response @ steps**k for k in (0.25, 0.5, 1.0)]
+            state = {"weight": torch.tensor(weights, dtype=torch.float32)}
+            torch.save(state, tmp_path / f"net-{index}-{std:.3f}.pt")
+    errors = phema_science.measure("EDM2", tmp_path)
+    assert len(errors) == len(phema_science.COUNTS) * len(phema_science.OTHERS)
+    assert all(e.true < e.predicted for e in errors)
+    for fewer, more in itertools.pairwise(phema_science.COUNTS):
+        a, b = ([e.predicted for e in errors if e.times == count] for count in (fewer, more))
+        assert all(np.array(b) < a)
+    (low, high) = phema_science.ratios(errors)["EDM2"]
+    assert 0 < low < high < 1
+    text = phema_science.table(errors)
+    assert text.count("\n") == len(phema_science.OTHERS) + 2 and "| 0.250 | " in text
+    phema_science.draw(tmp_path / "science.png", errors)
+    with PIL.Image.open(tmp_path / "science.png") as picture:
+        assert picture.size[0] > 500
 
 
 @pytest.mark.slow

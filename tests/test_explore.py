@@ -31,8 +31,8 @@ from training.encoders import RawLatentEncoder, StandardRGBEncoder, WordEncoder,
 from training.explore.jobs import FRAMES, Job, SupersededError, Watched
 from training.explore.server import PageServer
 from training.explore.session import Session
-from training.explore.sources import Shelf
 from training.networks.classifier import NoisyClassifier
+from training.shelf import Shelf
 from training.snapshot import save_network
 from training.sweep import read_options
 
@@ -282,7 +282,7 @@ def test_networks_of_unlimited_number_are_not_kept(tmp_path):
     paths = [tmp_path / place / f"{i}.safetensors" for place in ("work", "theirs") for i in range(4)]
     for i, path in enumerate(paths):
         save_network(path, tiny_network(seed=i), StandardRGBEncoder(), {})
-    shelf = Shelf(tmp_path / "work", limit=0)
+    shelf = Shelf(tmp_path / "work", limit=0, at_least=4)
     kept = [shelf(str(path)) for path in paths]
     assert [path.is_file() for path in paths] == [False] * 4 + [True] * 4  # of ours, those in memory stay
     assert shelf(str(paths[7])) is kept[7]

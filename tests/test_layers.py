@@ -54,7 +54,7 @@ ORDER = [
     {"training.snapshot"},
     {"training.prompts", "training.guides", "training.tuning"},
     {"training.generation"},
-    {"training.editing", "training.dataset_likelihood"},
+    {"training.editing", "training.dataset_likelihood", "training.shelf"},
     {"training.monitoring", "training.sweep"},
     {"training.training_loop"},
     {"training.planning"},

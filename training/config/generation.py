@@ -16,6 +16,8 @@ from training.config.metrics import PRECISIONS
 from training.config.names import unknown_preset
 from training.config.samplers import SamplerConfig
 
+KEPT_NETWORKS = 2 << 30  # bytes of networks that stay in memory where several are used in turn
+
 
 def check_seed(largest: int) -> None:
     """Check the largest of some seeds.

@@ -23,10 +23,13 @@ from training.config.generation import GenerationConfig
 from training.denoiser import Denoiser
 from training.explore.jobs import Job, SupersededError, Watched
 from training.explore.options import Options, Words, seeds_of
-from training.explore.sources import Found, Shelf, Source
+from training.explore.sources import Found, Source
 from training.generation import LoadedGenerator, load
 from training.generators import DiffusionGenerator
 from training.samplers import StackedRandomGenerator
+from training.shelf import Shelf
+
+AT_A_TIME = 4  # networks: two settings and their guides
 
 
 class Session:
@@ -45,7 +48,7 @@ class Session:
         addresses = list(dict.fromkeys(filter(None, [config.networks.net, config.networks.gnet, *also])))
         self.sources = [Source(address, workdir / str(i), config.networks.arch) for i, address in enumerate(addresses)]
         self.options = Options(config, words)
-        self.shelf = Shelf(workdir)
+        self.shelf = Shelf(workdir, at_least=AT_A_TIME)
         # One thread for all images: they take turns, and each has the processor to itself.
         self._worker = ThreadPoolExecutor(1)
         self._newest: dict[str, Job] = {}

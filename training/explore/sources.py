@@ -1,24 +1,18 @@
 """What the page can choose from: files of networks, and runs with the averages that their snapshots make."""
 
 import shlex
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dnnlib.errors import UserError, one_line
 from training.config.ema import parse_std_list
 from training.config.explore import NetworkChoice
 from training.families import architecture_of
-from training.guides import load_image_network
-from training.snapshot import Snapshot, SnapshotFile, build_for, open_snapshot
+from training.snapshot import SnapshotFile, build_for, open_snapshot
 from training.snapshot.layout import RUN_SNAPSHOT, newest_of_run
 from training.snapshot.profiles import LARGE, expected_errors
 from training.snapshot.reconstruction import StoredAverage, inputs_until, list_averages, reconstruct_phema
-
-KEPT_BYTES = 2 << 30  # of networks in memory, beside those in use
 
 
 @dataclass(frozen=True)
@@ -156,33 +150,3 @@ def _width(text: str) -> float:
     except ValueError as err:
         raise UserError(f"EMA length {one_line(err)}") from None
     return float(f"{std:.3f}")
-
-
-class Shelf:
-    """Loads networks, and keeps those that were used last.
-
-    Args:
-        workdir: files below it are deleted when their networks are no longer kept.
-        limit: bytes of networks that are kept beside the last four, which two settings and their guides may be.
-    """
-
-    def __init__(self, workdir: Path, limit: int = KEPT_BYTES):
-        self.workdir, self.limit = workdir, limit
-        self.kept: OrderedDict[tuple[str, int], Snapshot] = OrderedDict()
-
-    def __call__(self, path: str, device: torch.device | str = "cpu", arch: str | None = None) -> Snapshot:
-        """As `load_image_network`; a network is read again when its file has changed."""
-        key = path, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
-        if key not in self.kept:
-            self.kept[key] = load_image_network(path, device, arch)
-        self.kept.move_to_end(key)
-        while len(self.kept) > 4 and sum(map(_size, self.kept.values())) > self.limit:
-            (old, _), _ = self.kept.popitem(last=False)
-            if Path(old).is_relative_to(self.workdir):
-                Path(old).unlink(missing_ok=True)
-        return self.kept[key]
-
-
-def _size(snapshot: Snapshot) -> int:
-    """Bytes of a network."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in snapshot.net.state_dict().values())

@@ -91,7 +91,7 @@ class PublishedFile(FileOfPlaces):
         elements = self._tensors[name].elements
         if elements is None or len(elements) == 0:
             return None
-        begin, file = (np.frombuffer(data, np.uint8).ctypes.data for data in (elements, elements.obj))
+        begin, file = (_address(data) for data in (elements, elements.obj))
         return begin - file, begin - file + len(elements)
 
     def _find_network(self, data: Any, request: Request) -> PersistentObject:
@@ -123,6 +123,11 @@ class PublishedFile(FileOfPlaces):
             if class_name in OTHER_FAMILIES:
                 family = OTHER_FAMILIES[class_name]
                 raise UserError(f"{self.path}: holds {family} ({class_name}), not one of EDM2 or its toy example")
+
+
+def _address(data: Any) -> int:
+    """Where bytes, or a file that is mapped into memory, begin there."""
+    return np.frombuffer(data, np.uint8).ctypes.data
 
 
 def _listed(keys: Any) -> str:

@@ -243,7 +243,8 @@ def write_state_dicts(
         UserError: a value is NaN, or infinite in the type that it is stored in.
         OSError: one could not be written.
     """
-    dtypes, shapes = ({name: get(name) for name in like.names} for get in (like.dtype, like.shape))
+    dtypes = {name: like.dtype(name) for name in like.names}
+    shapes = {name: like.shape(name) for name in like.names}
     if all(path.suffix == ".safetensors" for path in paths):
         write_safetensors({path: {MADE_KEY: "\n".join(made_from)} for path in paths}, dtypes, shapes, get_pieces)
         return
