@@ -122,6 +122,19 @@ def leftovers(folder: Path, prefix: str = "") -> list[Path]:
     return sorted(folder.glob(f".{prefix}*.tmp"))
 
 
+def allow_open_files(count: int) -> None:
+    """Let this process have so many files open, as far as the system allows: often no more than 1024 at first."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def append_line(path: str | os.PathLike, line: str) -> None:
     """Add a line to a text file.
 

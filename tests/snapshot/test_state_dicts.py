@@ -12,6 +12,7 @@ from conftest import fails_with, run_cli
 
 from reconstruct_phema import main as reconstruct
 from training.phema import solve_posthoc_coefficients
+from training.snapshot.reconstruction import list_averages, reconstruct_phema
 from training.snapshot.state_dicts import StateDictFile
 
 TIMES, WIDTHS = (100, 200, 300, 400), (0.05, 0.10)
@@ -94,6 +95,20 @@ def test_options_of_state_dicts(tmp_path):
     assert run_cli(reconstruct, *args).exit_code == 0
     fails_with(run_cli(reconstruct, *args), "phema-0000300-0.100.pt exists and is no reconstruction", "--skip")
     assert run_cli(reconstruct, *args, "--skip").exit_code == 0
+
+
+def test_more_files_than_a_process_may_open_at_first(tmp_path):
+    resource = pytest.importorskip("resource")
+    for kimg in range(1, 101):
+        torch.save({"weight": torch.full([3], float(kimg))}, tmp_path / f"net-{kimg}-0.05.pt")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = len(list(Path("/proc/self/fd").iterdir())) + 50 if Path("/proc/self/fd").exists() else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    try:
+        (path,) = reconstruct_phema(list_averages(tmp_path), tmp_path / "out", "made", [0.05])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    torch.testing.assert_close(torch.load(path)["weight"], torch.full([3], 100.0))
 
 
 class Hostile:

@@ -11,7 +11,7 @@ import torch
 
 from dnnlib.cli import format_bytes
 from dnnlib.errors import UserError, one_line
-from dnnlib.files import clear_leftovers_of
+from dnnlib.files import allow_open_files, clear_leftovers_of
 from dnnlib.progress import Progress
 from training.config.ema import MAX_STD, MIN_STD
 from training.phema import solve_posthoc_coefficients
@@ -24,6 +24,7 @@ from training.snapshot.sums import MAX_THREADS, SLICE, Shares, weighted_sums
 SUFFIXES = (".safetensors", ".pkl", ".pt", ".pth")
 NAME = re.compile(rf"(.+)-(\d+)-(\d*\.\d+)({'|'.join(map(re.escape, SUFFIXES))})")  # prefix, thousands of images, width
 SHOWN = 3  # names in a line
+OTHER_FILES = 256  # that a process has open beside snapshots, and more
 RUNS = MAX_THREADS + 2  # of tensors that are under way at a time, at most
 
 
@@ -58,6 +59,7 @@ def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] 
     if not indir.is_dir():
         raise UserError(f"--indir={indir}: no such directory")
     paths = sorted(path for path in indir.iterdir() if path.is_file())
+    allow_open_files(2 * len(paths) + OTHER_FILES)  # pickles stay open twice
     found: list[StoredAverage] = []
     for path in paths:
         match = NAME.fullmatch(path.name)
