@@ -101,7 +101,7 @@ def inpaint(
     check_seed(seed + fills * (max(indices) + 1))
 
     from training.editing.masks import known_pixels
-    from training.editing.session import check_places, open_editor, save_fills
+    from training.editing.session import check_places, open_editor, save_fills, save_record
 
     check_places(outdir, sheet, {"--data": data, "--mask": masks.path})
     editor = open_editor(opts, batch)
@@ -109,7 +109,9 @@ def inpaint(
     known = known_pixels(masks, indices, seed, editor.net.spec.resolution)
     filled = editor.inpaint(images, known, fills, seed)
     hidden = (images.pixels * known.to(images.pixels.device)).to(images.pixels.dtype)
-    save_fills(outdir, sheet, images, hidden, filled, ["image", "known", *["filled"] * fills])
+    save_fills(outdir, sheet, indices, [images.pixels, hidden], filled, ["image", "known", *["filled"] * fills])
+    options = {"data": data, "indices": indices, "fills": fills, "seed": seed, **masks.flat()}
+    save_record(outdir, "inpaint", editor.describe(images.cond), options)
 
 
 @main.command()
@@ -129,7 +131,8 @@ def restore(
     """Damage images and restore them, several times each: enlarge, deblur, or fill in what noise has not hidden.
 
     What is known of an image is a linear function of it with noise, drawn by --seed for each image. Restored images
-    agree with it as far as the noise allows, and differ where it leaves a choice.
+    agree with it as far as the noise allows, and differ where it leaves a choice. With --degraded=1, the images of
+    --data are damaged already, of super-resolution so many times smaller.
 
     \b
     Examples:
@@ -141,16 +144,19 @@ def restore(
     config = RestorationConfig.take(opts)
     check_seed(seed + fills * (max(indices) + 1))
 
-    from training.editing.restoring import restore_images
-    from training.editing.session import check_places, open_editor, save_fills
+    from training.editing.restoring import restore_images, summary
+    from training.editing.session import check_places, open_editor, save_fills, save_record
 
     check_places(outdir, sheet, {"--data": data, "--mask": config.masks.path})
     editor = open_editor(opts, batch)
-    images = editor.images_of(data, indices)
+    images = editor.images_of(data, indices, config.shrinks if config.degraded else 1)
     print(f"Known: {config.describe()}")
-    damaged, restored, lines = restore_images(editor, images, config, fills, seed)
-    save_fills(outdir, sheet, images, damaged, restored, ["image", "known", *["restored"] * fills])
-    print("\n".join(lines))
+    damaged, restored, results = restore_images(editor, images, config, fills, seed)
+    before = {"known": damaged} if config.degraded else {"image": images.pixels, "known": damaged}
+    save_fills(outdir, sheet, indices, [*before.values()], restored, [*before, *["restored"] * fills])
+    options = {"data": data, "indices": indices, "fills": fills, "seed": seed, **config.used()}
+    save_record(outdir, "restore", editor.describe(images.cond), options, results)
+    print("\n".join(summary(results, config.noise)))
 
 
 @main.command()
@@ -173,7 +179,7 @@ def colorize(
       python edit_images.py colorize --net=checkpoint_24.pth --arch=ve/cifar10_ncsnpp_continuous --sampler=pc \\
           --steps=1000 --data=photos.zip --outdir=out/coloured --sheet=out/coloured.png
     """
-    from training.editing.session import check_places, open_editor, save_fills
+    from training.editing.session import check_places, open_editor, save_fills, save_record
 
     check_seed(seed + fills * (max(indices) + 1))
     check_places(outdir, sheet, {"--data": data})
@@ -181,7 +187,9 @@ def colorize(
     images = editor.images_of(data, indices)
     coloured = editor.colorize(images, fills, seed)
     grey = images.pixels.float().mean(dim=1, keepdim=True).round().expand_as(images.pixels).to(images.pixels.dtype)
-    save_fills(outdir, sheet, images, grey, coloured, ["image", "grey", *["coloured"] * fills])
+    save_fills(outdir, sheet, indices, [images.pixels, grey], coloured, ["image", "grey", *["coloured"] * fills])
+    options = {"data": data, "indices": indices, "fills": fills, "seed": seed}
+    save_record(outdir, "colorize", editor.describe(images.cond), options)
 
 
 @main.command()
@@ -200,7 +208,7 @@ def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batc
     import numpy as np
 
     from dnnlib.files import atomic_write
-    from training.editing.session import check_places, draw_sheet, open_editor
+    from training.editing.session import check_places, draw_sheet, open_editor, save_record
 
     check_places(outdir, sheet, {"--data": data})
     editor = open_editor(opts, batch, flow=True)
@@ -210,6 +218,7 @@ def encode(data: str, indices: list[int], outdir: Path, sheet: Path | None, batc
     for index, z in zip(indices, noise, strict=True):
         with atomic_write(outdir / f"{index:06d}.npy") as f:
             np.save(f, z.cpu().numpy())
+    save_record(outdir, "encode", editor.describe(images.cond), {"data": data, "indices": indices})
     if sheet is not None:
         import torch
 
@@ -259,26 +268,28 @@ def interpolate(
     if len(chosen) < 2:
         raise UserError("to blend, two images are needed: see --indices and --seeds")
 
-    from training.editing.session import check_places, open_editor, open_vae, save_results, works_with_denoiser
+    from training.editing import session
 
-    check_places(outdir, sheet, {"--data": data})
+    session.check_places(outdir, sheet, {"--data": data})
     if seeds is not None:
         check_seed(max(seeds))
-    if works_with_denoiser(opts):
-        editor = open_editor(opts, batch, flow=True)
+    if session.works_with_denoiser(opts):
+        editor = session.open_editor(opts, batch, flow=True)
         if seeds is not None:
             noise, cond = editor.ends_of_seeds(seeds)
         else:
             images = editor.images_of(str(data), indices)
             noise, cond = editor.encode(images), images.cond
-        pictures = editor.interpolate(noise, cond, frames)
+        pictures, maker = editor.interpolate(noise, cond, frames), editor.describe(None if seeds else cond)
     else:
-        editor = open_vae(opts)
+        editor = session.open_vae(opts)
         latents = editor.draw(seeds) if seeds is not None else editor.encode(editor.images_of(str(data), indices))
-        pictures = editor.interpolate(latents, frames)
+        pictures, maker = editor.interpolate(latents, frames), editor.describe()
     rows = {f"{a:06d}-{b:06d}": row for a, b, row in zip(chosen[:-1], chosen[1:], pictures, strict=True)}
     captions = [f"{k / (frames - 1):.2f}" for k in range(frames)]
-    save_results(outdir, sheet, rows, [row[:0] for row in pictures], captions)
+    session.save_results(outdir, sheet, rows, [row[:0] for row in pictures], captions)
+    which = {"data": data, "indices": indices} if seeds is None else {"seeds": seeds}
+    session.save_record(outdir, "interpolate", maker, {**which, "frames": frames})
 
 
 @main.command()
@@ -317,7 +328,7 @@ def reconstruct(
           --data=datasets/digits.zip --keep=3,2,1 --sheet=out/digits-nvae/reconstructions.png
     """
     from torch_utils.pictures import save_image
-    from training.editing.session import check_places
+    from training.editing.session import check_places, save_record
     from training.editing.vae import Editor, save_sheet
     from training.editing.vae import reconstruct as reconstructions
 
@@ -329,6 +340,7 @@ def reconstruct(
         outdir.mkdir(parents=True, exist_ok=True)
         for index, image in zip(indices, images, strict=True):
             save_image(outdir / f"{index:06d}.png", image)
+        save_record(outdir, "reconstruct", editor.describe(), {"data": data, "indices": indices})
     print(f"Contact sheet: {sheet}")
 
 
@@ -380,7 +392,7 @@ def traverse(
     if (data is None) == (seeds is None):
         raise UserError("which images? Give --data, or --seeds of images to generate")
 
-    from training.editing.session import check_places
+    from training.editing.session import check_places, save_record
     from training.editing.vae import Editor, save_sheet
     from training.editing.vae import traverse as traversal
 
@@ -398,6 +410,9 @@ def traverse(
         path = outdir / f"{editor.name_of_group(group).replace(' ', '-')}.png"
         save_sheet(path, traversal(editor, latents, group, columns, temperature))
         print(f"Contact sheet: {path}")
+    which = {"data": data, "indices": indices} if seeds is None else {"seeds": seeds}
+    options = {**which, "groups": groups, "columns": columns, "temperature": temperature}
+    save_record(outdir, "traverse", editor.describe(), options)
 
 
 if __name__ == "__main__":

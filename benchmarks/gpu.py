@@ -29,7 +29,13 @@ from benchmarks.sampling import IMG_CHANNELS, LABEL_DIM, RESOLUTION, call, input
 from dnnlib.errors import one_line
 from dnnlib.files import atomic_write
 from torch_utils.device import set_up_device
-from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
+from torch_utils.gradients import (
+    channels_last_views,
+    count_nonfinite,
+    flat_gradients,
+    replace_nonfinite_,
+    use_channels_last,
+)
 from training.config.edm2 import TRAINING_PRESETS
 from training.families import denoiser_inputs
 from training.flops import count_operations
@@ -88,11 +94,13 @@ def training(variant: str, precision: str, channels: int, batch: int, device: to
     flat = flat_gradients(net.parameters())
     optimizer = torch.optim.Adam(channels_last_views(net.parameters()), lr=1e-4, betas=(0.9, 0.99), fused=True)
     ema = PowerFunctionEMA(net, STDS)
+    nonfinite = torch.zeros([], dtype=torch.int64, device=flat.device)
 
     def step() -> torch.Tensor:
         flat.zero_()
         with effective_weights(net, normalize_first=True):
             loss = gradients(net)
+        nonfinite.add_(count_nonfinite(flat))
         replace_nonfinite_(flat)
         optimizer.step()
         ema.update(batch, batch)

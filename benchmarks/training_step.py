@@ -14,7 +14,13 @@ from benchmarks import textbook
 from benchmarks.harness import Job
 from benchmarks.step import some
 from torch_utils.device import set_up_device
-from torch_utils.gradients import channels_last_views, flat_gradients, replace_nonfinite_, use_channels_last
+from torch_utils.gradients import (
+    channels_last_views,
+    count_nonfinite,
+    flat_gradients,
+    replace_nonfinite_,
+    use_channels_last,
+)
 from training.losses import EDM2Loss
 from training.networks.edm2 import Precond
 from training.networks.edm2_layers import MPConv, effective_weights, normalize_weights_
@@ -122,7 +128,10 @@ def our_parameters() -> Callable[[], np.ndarray]:
             for conv, grad in zip(convs, found, strict=True):
                 assert conv.shared_weight is not None
                 conv.shared_weight.grad = grad
-        nonfinite.add_(replace_nonfinite_(gradients))
+        count = count_nonfinite(gradients)
+        nonfinite.add_(count)
+        if count > 0:
+            replace_nonfinite_(gradients)
         optimizer.step()
         ema.update(BATCH, BATCH)
         return some(in_order(net))

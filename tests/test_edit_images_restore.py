@@ -1,11 +1,15 @@
 """edit_images.py restore: every task, method and family of networks, and bad input."""
 
+import json
+import re
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import DIGITS, fails_with, images_in, run_cli, tiny_network
+from conftest import DIGITS, fails_with, images_in, make_dataset, png, run_cli, tiny_network
 
+from dnnlib.files import file_sha256
 from edit_images import main as edit
 from training.conditioning import DataSpec
 from training.config.restoration import METHODS
@@ -16,7 +20,7 @@ from training.dataset.images import ImageFolderDataset
 from training.editing.restoring import measure, operator_for, psnr
 from training.encoders import StandardRGBEncoder
 from training.families import preset_network
-from training.restoration.operators import Mask
+from training.restoration.operators import AveragePool, Blur, Mask, gaussian_kernel
 from training.snapshot import save_network
 
 TASKS = {
@@ -162,6 +166,69 @@ def test_noise_of_measurements():
     assert seen.std().item() == pytest.approx(0.3, rel=0.02) and (y[:, :, :, ::2] == 0).all()
     assert (measure(operator, x[:1], 0.3, [7], seed=1)[0] == y[7]).all()
     assert (measure(operator, x[:1], 0.3, [7], seed=2)[0] != y[7]).any() and (y[0] != y[1]).any()
+
+
+def test_record(nets, tmp_path):
+    """What made the results, and how good they are: beside them."""
+    args = [f"--net={nets['edm2']}", f"--data={DIGITS}", "--indices=3,5-6", "--fills=2", "--seed=4", *FAST]
+    options = ["--task=deblur", "--blur=box", "--blur-width=2", "--method=dps", "--dps-step=1"]
+    result = run_cli(edit, "restore", *args, *options, f"--outdir={tmp_path}")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "edit.json").read_text())
+    wanted = {"edit": "restore", "data": str(DIGITS), "indices": "3,5-6", "fills": 2, "seed": 4}
+    wanted |= {"task": "deblur", "blur": "box", "blur_width": 2.0, "noise": 0.05, "method": "dps", "dps_step": 1.0}
+    wanted |= {"degraded": False, "labels": "those of the images", "net_sha256": file_sha256(nets["edm2"])}
+    assert wanted.items() <= record.items()
+    assert not {"factor", "prior_std", "diffpir_weight", "blur_angle", "mask", "box", "ratio"} & set(record)
+    assert record["sampler"]["solver"] == "euler" and record["sampler"]["num_steps"] == 3
+    found = re.search(r"known ([\d.]+), restored ([\d.]+), their means ([\d.]+)", result.output)
+    assert found
+    names = ("PSNR of known", "PSNR of restored", "PSNR of their means")
+    assert [f"{record['results'][name]:.2f}" for name in names] == list(found.groups())
+    assert f"differ from what is known by {record['results']['residual']:.3g} of" in result.output
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_damaged_images(nets, tmp_path, task):
+    """Images that something else has damaged are restored as those that the command damages itself."""
+    options, damage = {
+        "super-resolution": (TASKS[task], AveragePool(2)),
+        "deblur": (["--task=deblur", "--blur-width=0.5"], Blur(gaussian_kernel(0.5), (8, 8))),  # can be undone
+        "mask": (["--task=mask", "--box=2,2,6,6"], Mask(torch.ones(8, 8))),
+    }[task]
+    data, files = ImageFolderDataset(DIGITS), {}
+    for i in range(3):
+        pixels = damage(torch.from_numpy(data[i][0]).float()[None])[0, 0].round().byte().numpy()
+        if task == "mask":
+            pixels[2:6, 2:6] = 255  # what is hidden counts for nothing
+        files[f"00000/{i}.png"] = png(pixels)
+    labels = {name: data.get_stored_label(i) for i, name in enumerate(files)}
+    labels["00000/last.png"] = 9  # as many classes as the network knows
+    files["00000/last.png"] = files["00000/0.png"]
+    damaged = make_dataset(tmp_path / "damaged.zip", files, labels)
+    common = [f"--net={nets['edm2']}", "--indices=0-2", "--fills=1", "--noise=0", "--method=diffpir", *options, *FAST]
+    sheet = tmp_path / "sheet.png"
+    result = run_cli(
+        edit, "restore", *common, f"--data={damaged}", "--degraded=1", f"--outdir={tmp_path / 'a'}", f"--sheet={sheet}"
+    )
+    assert result.exit_code == 0, result.output
+    assert "PSNR" not in result.output and "Residual: " in result.output
+    with PIL.Image.open(sheet) as picture:
+        assert picture.size[0] == 2 * 72 - 8  # what is known, and one restored image
+    result = run_cli(edit, "restore", *common, f"--data={DIGITS}", f"--outdir={tmp_path / 'b'}")
+    assert result.exit_code == 0, result.output
+    ours, theirs = restored(tmp_path / "a"), restored(tmp_path / "b")
+    # Pixels of files are whole numbers, whose rounding undoing a blur makes more of.
+    assert max(np.abs(ours[name] - theirs[name]).max() for name in ours) <= 4
+    record = json.loads((tmp_path / "a" / "edit.json").read_text())
+    assert record["degraded"] is True and set(record["results"]) == {"residual"}
+
+
+def test_damaged_images_of_another_size(nets, tmp_path):
+    args = [f"--net={nets['edm2']}", f"--data={DIGITS}", "--degraded=1", f"--outdir={tmp_path / 'out'}"]
+    line = "but the network knows 8x8 with 1 and is to make images of 4x4 larger"
+    fails_with(run_cli(edit, "restore", *args, "--task=super-resolution"), line)
+    fails_with(run_cli(edit, "restore", *args, "--task=mask", "--ratio=0.5"), "with --degraded=1, give --mask or --box")
 
 
 def test_psnr():

@@ -1,10 +1,13 @@
 """edit_images.py with an NVAE: every subcommand and option, what must hold for latents, and bad input."""
 
+import json
+
 import PIL.Image
 import pytest
 import torch
 from conftest import DIGITS, assert_all_options, fails_with, make_dataset, random_images, run_cli
 
+from dnnlib.files import file_sha256
 from edit_images import main
 from training.editing.vae import Editor, reconstruct, traverse
 
@@ -27,18 +30,21 @@ def test_all_options(nvae, tmp_path):
     options = [*common, sheet, "--keep=3,1", "--temperature=0.7", f"--outdir={tmp_path / 'out'}"]
     run("reconstruct", *options)
     assert_all_options(reconstruct_command, options)
-    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [f"{i:06d}.png" for i in range(3)]
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.png"))] == [f"{i:06d}.png" for i in range(3)]
     with PIL.Image.open(tmp_path / "out" / "000000.png") as image:
         assert image.size == (8, 8)
     blended = f"--outdir={tmp_path / 'blended'}"
     run("interpolate", common[0], *common[1:4], sheet, "--frames=3", blended)
     run("interpolate", common[0], "--seeds=1-3", "--frames=2", blended)
-    assert len(list((tmp_path / "blended").iterdir())) == 3 + 3 + 2
+    assert len(list((tmp_path / "blended").glob("*.png"))) == 3 + 3 + 2
+    record = json.loads((tmp_path / "blended" / "edit.json").read_text())
+    assert record["edit"] == "interpolate" and (record["seeds"], record["frames"]) == ("1-3", 2)
+    assert record["net"] == str(nvae) and record["net_sha256"] == file_sha256(nvae)
     options = [f"--outdir={tmp_path / 'groups'}", "--groups=0,2", "--columns=3", "--temperature=0.5"]
     run("traverse", *common, *options)
     run("traverse", common[0], "--seeds=1,2", *options)
     assert_all_options(traverse_command, [*common, *options, "--seeds=1"])
-    assert [path.name for path in sorted((tmp_path / "groups").iterdir())] == ["g00-2x2.png", "g02-4x4.png"]
+    assert [path.name for path in sorted((tmp_path / "groups").glob("*.png"))] == ["g00-2x2.png", "g02-4x4.png"]
 
 
 def test_what_latents_say(editor):

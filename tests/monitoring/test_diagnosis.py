@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DIGITS, TINY, fails_with, run_cli, torchrun
 
+from train_classifier import main as train_classifier
 from train_edm2 import main as train_edm2
 from train_nvae import main as train_nvae
 from train_score_sde import main as train_score_sde
@@ -17,6 +18,7 @@ from training.monitoring.diagnosis import LossByNoiseLevel, norms_by_part, parts
 
 RUN = ["--duration=512", "--batch=128", "--status=512", "--snapshot=0", "--checkpoint=0", "--preview=0"]
 FAMILIES = {
+    "classifier": (train_classifier, ["--preset=digits-classifier"]),
     "score_sde": (train_score_sde, ["--preset=digits-vp", "--nf=8"]),
     "uvit": (train_uvit, ["--preset=digits-uvit", "--depth=2", "--embed-dim=32"]),
     "nvae": (train_nvae, ["--preset=digits-nvae", "--num_channels_enc=4", "--num_channels_dec=4", "--num_groups_per_scale=1"]),

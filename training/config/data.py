@@ -7,6 +7,7 @@ from training.config.fields import Config, option
 
 TRANSFORMS = ("center-crop", "center-crop-wide", "center-crop-dhariwal", "center-crop-celeba", "celeba", "shorter-side")
 RECORD_NAME = "generation.json"  # says what made the images of a folder
+EDIT_NAME = "edit.json"  # says how they were edited
 TINY, HUGE = 1e-12, 1e12  # what scales are believed to lie between
 MAX_CHANNELS = 1 << 12
 MAX_RESOLUTION = 1 << 14

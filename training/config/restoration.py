@@ -58,6 +58,9 @@ class RestorationConfig(Config):
     """A task, which is how images are damaged before they are restored, and a method."""
 
     task: str | None = option(None, "What is undone", choices=TASKS, default_text=REQUIRED)
+    degraded: bool = option(
+        False, "The images of --data are damaged already; otherwise, they are damaged before they are restored"
+    )
     method: str = option(
         METHODS[0],
         "How the network learns of the damaged image: PiGDM and DPS differentiate it, which takes about twice as "
@@ -66,7 +69,7 @@ class RestorationConfig(Config):
     )
     noise: float = option(
         0.05,
-        "Standard deviation of noise in the damaged image, as a share of the range from black to white",
+        "Standard deviation of the noise in damaged images, as a share of the range from black to white",
         low=0,
         high=10,
     )
@@ -113,6 +116,8 @@ class RestorationConfig(Config):
                     raise UserError(f"--{name.replace('_', '-')} has no effect with --{kind}={chosen}: leave it out")
         if config.task == "mask":
             config.masks.check()
+        if config.degraded and config.masks.ratio is not None:
+            raise UserError("--ratio chooses the pixels that it hides: with --degraded=1, give --mask or --box")
         if "blur_angle" in given and config.blur != "motion":
             raise UserError("--blur-angle has no effect without --blur=motion: leave it out")
         if config.blur != "gaussian" and not config.width.is_integer():
@@ -123,6 +128,23 @@ class RestorationConfig(Config):
     def width(self) -> float:
         """Of the blur."""
         return BLURS[self.blur] if self.blur_width is None else self.blur_width
+
+    def used(self) -> dict[str, Any]:
+        """The options that the task and the method look at, by name; those of a mask that are not given are None."""
+        chosen = {**dict.fromkeys(OF_TASKS.values()), **dict.fromkeys(OF_METHODS.values())}
+        chosen |= {self.task: True, self.method: True}
+        owners = {**OF_TASKS, **OF_METHODS}
+        values = {name: value for name, value in self.flat().items() if chosen.get(owners.get(name), True)}
+        if self.task == "deblur":
+            values["blur_width"] = self.width
+            if self.blur != "motion":
+                del values["blur_angle"]
+        return values
+
+    @property
+    def shrinks(self) -> int:
+        """By which factor damaged images are smaller."""
+        return self.factor if self.task == "super-resolution" else 1
 
     def describe(self) -> str:
         """What is done, in words for users."""

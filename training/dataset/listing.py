@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import PIL.Image
 
-from training.config.data import RECORD_NAME
+from training.config.data import EDIT_NAME, RECORD_NAME
 
 ARRAY_SUFFIX = ".npy"
 CONTEXTS_SUFFIX = ".contexts"  # of captions, beside images
 NAMES_FILE = "names.json"  # what the images of a dataset were called before
-OUR_FILES = ("dataset.json", "report.json", RECORD_NAME, NAMES_FILE)  # beside images
+OUR_FILES = ("dataset.json", "report.json", RECORD_NAME, EDIT_NAME, NAMES_FILE)  # beside images
 # Folders in which systems keep thumbnails, deleted files and earlier versions; all of them may hold images.
 SYSTEM_FOLDERS = ("__MACOSX", "Network Trash Folder", "Temporary Items")  # macOS
 SYSTEM_FOLDERS += ("@eaDir", "@tmp", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot")  # NAS

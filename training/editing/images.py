@@ -67,8 +67,11 @@ class Editor:
         assert isinstance(generator, DiffusionGenerator)
         self.generator = generator
 
-    def images_of(self, data: str, indices: Sequence[int]) -> Images:
+    def images_of(self, data: str, indices: Sequence[int], factor: int = 1) -> Images:
         """Images of a dataset, with their classes where it has those that the network knows.
+
+        Args:
+            factor: by which they are smaller than those that the network makes.
 
         Raises:
             UserError: they are not such as the network was trained on, or an index is too large.
@@ -76,12 +79,25 @@ class Editor:
         spec = self.net.spec
         dataset = ImageFolderDataset(data, use_labels=spec.conditioning.num_classes > 0)
         grey = spec.channels == 3 and dataset.num_channels == 1
-        check_images(dataset, data, indices, spec, channels=1 if grey else spec.channels)
+        check_images(dataset, data, indices, spec, channels=1 if grey else spec.channels, factor=factor)
         images, labels = zip(*(dataset[i] for i in indices), strict=True)
         pixels = torch.from_numpy(np.stack(images)).to(self.device)
         known = dataset.label_dim > 0 and dataset.label_dim == spec.conditioning.num_classes
         cond = torch.from_numpy(np.stack(labels)).float().to(self.device) if known else None
         return Images(list(indices), pixels.expand(-1, spec.channels, -1, -1), cond)
+
+    def describe(self, cond: Cond) -> dict[str, Any]:
+        """What edits images, as plain JSON values.
+
+        Args:
+            cond: the classes of the images, where they are known.
+        """
+        facts = self.loaded.describe([])
+        del facts["seeds"]
+        if cond is not None:
+            facts.pop("class_policy", None)
+            facts["labels"] = "those of the images"
+        return facts
 
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in the units of the denoiser, float32 [N, C, H, W]."""
@@ -208,17 +224,21 @@ class Editor:
         return pictures.reshape(len(noise) - 1, frames, *pictures.shape[1:])
 
 
-def check_images(dataset: ImageFolderDataset, data: str, indices: Sequence[int], spec: DataSpec, channels: int) -> None:
-    """Check that a dataset holds images for a network of a spec, with so many channels.
+def check_images(
+    dataset: ImageFolderDataset, data: str, indices: Sequence[int], spec: DataSpec, channels: int, factor: int = 1
+) -> None:
+    """Check that a dataset holds images for a network of a spec, with so many channels, and smaller by a factor.
 
     Raises:
         UserError: they are not such as the network was trained on, or an index is too large; `data` names them.
     """
-    if dataset.dtype != np.uint8 or (dataset.num_channels, dataset.resolution) != (channels, spec.resolution):
+    wanted = (channels, spec.resolution // factor)
+    smaller = f" and is to make images of {wanted[1]}x{wanted[1]} larger" if factor > 1 else ""
+    if dataset.dtype != np.uint8 or (dataset.num_channels, dataset.resolution) != wanted:
         raise UserError(
             f"--data={data}: images of {dataset.resolution}x{dataset.resolution} with {dataset.num_channels} "
-            f"channels, but the network knows {spec.resolution}x{spec.resolution} with {spec.channels}: convert "
-            f"them as its training data were"
+            f"channels, but the network knows {spec.resolution}x{spec.resolution} with {spec.channels}{smaller}: "
+            f"convert them as its training data were"
         )
     if max(indices) >= len(dataset):
         raise UserError(f"--indices: {max(indices)} is too large, {data} has {len(dataset)} images")

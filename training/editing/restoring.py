@@ -71,10 +71,12 @@ def wrapper_for(
 
 def restore_images(
     editor: Editor, images: Images, config: RestorationConfig, fills: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Damaged images, uint8 [N, C, H, W], restored ones, uint8 [N, fills, C, H, W], and what to say of them.
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Damaged images, uint8 [N, C, H, W], restored ones, uint8 [N, fills, C, H, W], and how good they are by name:
+    `compared` where it is known what the images were, and `residual`.
 
     Args:
+        images: that are damaged first, or, with `config.degraded`, damaged ones.
         fills: of each image.
         seed: of the noise, and of the first fill of the first image of the dataset; each fill has its own.
 
@@ -89,7 +91,10 @@ def restore_images(
         mask = mask.expand(len(images.indices), -1, -1, -1).to(editor.device)
     operator = operator_for(config, mask, spec.resolution)
     latents = editor.latents(images.pixels)
-    y = measure(operator, latents, config.noise * (high - low), images.indices, seed)
+    if config.degraded:
+        y = latents * operator.observed(latents)
+    else:
+        y = measure(operator, latents, config.noise * (high - low), images.indices, seed)
 
     def wrapped(part: torch.Tensor) -> Callable[[Denoiser], Denoiser]:
         own = operator if mask is None else Mask(mask[part])
@@ -98,15 +103,30 @@ def restore_images(
     restored = editor.restore(images, wrapped, fills, seed)
     with torch.no_grad():
         damaged = editor.encoder.decode(operator.picture(y, low))
-    return damaged, restored, summary(images.pixels, damaged, restored)
+        far = [residual(operator, editor.latents(fill), y) / (high - low) for fill in restored.unbind(1)]
+    results = {} if config.degraded else compared(images.pixels, damaged, restored)
+    return damaged, restored, {**results, "residual": math.hypot(*far) / math.sqrt(fills)}
 
 
-def summary(pixels: torch.Tensor, damaged: torch.Tensor, restored: torch.Tensor) -> list[str]:
-    """How near damaged and restored images, and the means of all restored ones of an image, are to the images."""
+def residual(operator: Operator, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Root mean square of y - A x over what is measured: about the standard deviation of the noise, if images fit."""
+    observed = operator.observed(y)
+    return math.sqrt(float(((y - operator(x)) * observed).square().sum() / observed.sum()))
+
+
+def compared(pixels: torch.Tensor, damaged: torch.Tensor, restored: torch.Tensor) -> dict[str, float]:
+    """How near damaged and restored images, and the means of all restored ones of an image, are to the images: PSNR."""
     fills = restored.flatten(0, 1), pixels.repeat_interleave(restored.shape[1], dim=0)
     pairs = {"known": (damaged, pixels), "restored": fills, "their means": (restored.float().mean(dim=1), pixels)}
-    values = ", ".join(f"{name} {psnr(a, b):.2f}" for name, (a, b) in pairs.items())
-    return [f"PSNR in dB: {values}"]
+    return {f"PSNR of {name}": psnr(a, b) for name, (a, b) in pairs.items()}
+
+
+def summary(results: dict[str, float], noise: float) -> list[str]:
+    """What to say of results of `restore_images`, a line each."""
+    found = [f"{name[8:]} {value:.2f}" for name, value in results.items() if name.startswith("PSNR of ")]
+    lines = [f"PSNR in dB: {', '.join(found)}"] if found else []
+    text = f"Residual: restored images, damaged likewise, differ from what is known by {results['residual']:.3g}"
+    return [*lines, f"{text} of the range of pixels, beside --noise={noise:g}"]
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:

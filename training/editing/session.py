@@ -1,18 +1,23 @@
 """A run of edit_images.py: what it edits with, and where the results go."""
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dnnlib.errors import UserError
-from dnnlib.files import check_not_input
+from dnnlib.files import atomic_write, check_not_input
 from torch_utils.pictures import check_picture, drawable, image_grid, save_image
+from training.config.data import EDIT_NAME
 from training.config.generation import GenerationConfig
 from training.editing import vae
-from training.editing.images import Editor, Images
+from training.editing.images import Editor
 from training.families import ARCHITECTURES
 from training.generation import fetch, load
+from training.provenance import format_seeds
 from training.snapshot import open_snapshot
 
 FLOW_SOLVER = "rk45"  # what carries images to noise, and back
@@ -79,8 +84,32 @@ def save_results(outdir: Path, sheet: Path | None, rows: dict[str, Any], origina
 
 
 def save_fills(
-    outdir: Path, sheet: Path | None, images: Images, known: torch.Tensor, fills: torch.Tensor, captions: list[str]
+    outdir: Path,
+    sheet: Path | None,
+    indices: list[int],
+    before: Sequence[torch.Tensor],
+    fills: torch.Tensor,
+    captions: list[str],
 ) -> None:
-    """Fills [N, K, C, H, W] of images, and a sheet of each image, what is known of it, and its fills."""
-    rows = {f"{index:06d}": pictures for index, pictures in zip(images.indices, fills, strict=True)}
-    save_results(outdir, sheet, rows, torch.stack([images.pixels, known], dim=1), captions)
+    """Fills [N, K, C, H, W] of images, and a sheet of what was there `before` of each image, and of its fills."""
+    rows = {f"{index:06d}": pictures for index, pictures in zip(indices, fills, strict=True)}
+    save_results(outdir, sheet, rows, torch.stack(list(before), dim=1), captions)
+
+
+def save_record(
+    outdir: Path, edit: str, maker: Mapping[str, Any], options: Mapping[str, Any], results: Mapping[str, float] = {}
+) -> None:
+    """Say in edit.json what made the results of the newest edit in a folder.
+
+    Args:
+        edit: the command.
+        maker: network, sampler and the like, as plain JSON values.
+        options: of the command itself; None = not given.
+        results: what was found of the images.
+    """
+    texts = {key: format_seeds(value) if isinstance(value, list) else value for key, value in options.items()}
+    given = {key: value for key, value in texts.items() if value is not None}
+    finite = {name: value for name, value in results.items() if math.isfinite(value)}
+    record = {"edit": edit, **given, **maker, **({"results": finite} if finite else {})}
+    with atomic_write(outdir / EDIT_NAME, "w") as f:
+        f.write(json.dumps(record, indent=2) + "\n")

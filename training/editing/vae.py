@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from dnnlib.errors import UserError
+from dnnlib.files import file_sha256
+from dnnlib.util import code_version
 from torch_utils import pictures
 from torch_utils.device import select_device, set_up_device
 from training.dataset.images import ImageFolderDataset
@@ -56,10 +58,15 @@ class Editor:
     def __init__(self, net: str, device: str = "auto", arch: str | None = None):
         self.device = select_device(device)
         set_up_device(self.device)
-        found: Any = load_image_network(net, self.device, arch).net
+        self.snapshot = load_image_network(net, self.device, arch)
+        self.source, found = net, self.snapshot.net
         if not isinstance(found, NVAE):
             raise UserError(f"--net={net}: holds a {type(found).__name__}, and this needs the latents of an NVAE")
         self.net, self.latents = found, NVAELatents(found)
+
+    def describe(self) -> dict[str, Any]:
+        """What edits images, as plain JSON values."""
+        return {"net": self.source, "net_sha256": file_sha256(self.snapshot.path), "code_version": code_version()}
 
     def images_of(self, data: str, indices: Sequence[int]) -> torch.Tensor:
         """Images of a dataset, uint8 [N, C, H, W].

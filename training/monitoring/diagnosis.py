@@ -189,7 +189,8 @@ class Diagnosis:
         training = self.net.training
         self.net.eval()
         try:
-            with torch.no_grad(), eagerly(self.config.run.compile):
+            gpus = [self.device] if self.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(gpus), eagerly(self.config.run.compile):
                 for items, latents, cond in self.probes:
                     rnd = StackedRandomGenerator(self.device, items)
                     self.objective(self.net, latents, cond, rnd=rnd, nimg=0)

@@ -24,7 +24,7 @@ SHOWN = 3  # parameters in a message
 
 class Counts:
     """Counts of the latest steps, made on the device: read at once on a CPU, and some steps later on a GPU, so that no
-    step waits for it."""
+    step waits for it; on others when `wait` says so."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -46,7 +46,7 @@ class Counts:
         Args:
             wait: read those of the latest steps of a GPU, too.
         """
-        kept = 0 if wait or self.device.type == "cpu" else DELAY
+        kept = 0 if wait else {"cpu": 0, "cuda": DELAY}.get(self.device.type, len(self.pending))
         found = []
         while len(self.pending) > kept:
             nimg, count, event = self.pending.popleft()
