@@ -15,6 +15,7 @@ from dnnlib.errors import tell_torchrun
 BEAT = 4.0  # seconds between signs of life
 SILENT_BEATS = 10  # after which a process that gives none is lost
 LATE = 45.0  # seconds between processes at the sum of gradients after which one is lost
+NO_SIGN = "has given no sign of life for {:.0f} seconds"
 ANSWER = 3.0  # seconds that all have to answer a roll call
 
 
@@ -62,7 +63,7 @@ class RollCall:
         self._store, self.rank, self.world_size = store, rank, world_size
         self._on_lost, self._beat, self._late = on_lost, beat, late
         self._arrivals, self._waited, self._longest = 0, 0.0, 0.0
-        self._waits = 0
+        self._waits, self._beats = 0, 0
         self._stopped = threading.Event()
         store.set(f"name/{rank}", f"{socket.gethostname()}, process id {os.getpid()}")
         store.set(f"arrivals/{rank}", "0")
@@ -70,13 +71,16 @@ class RollCall:
         self.first = self.names([0])  # can be said when the store is gone
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+        self._guard = threading.Thread(target=self._watch_store, daemon=True)
+        self._guard.start()
         atexit.register(self.stop)  # a thread in torch's code while Python shuts down could end the process
 
     def stop(self) -> None:
         """Give no more signs, and watch no more."""
         self._stopped.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(2 * self._beat)
+        for thread in (self._thread, self._guard):
+            if threading.current_thread() is not thread:
+                thread.join(2 * self._beat)
 
     def arrive(self) -> None:
         """Say that this process has come to a point that all come to, again and again, at about the same time."""
@@ -129,14 +133,14 @@ class RollCall:
     def _watch(self) -> None:
         """Beat, and listen to the next process; ends with the store, or when that process is lost."""
         other = (self.rank + 1) % self.world_size
-        last, silent, count = b"", 0, 0
+        last, silent = b"", 0
         # Own beats are counted, not seconds: a job that is suspended as a whole is not lost.
         while not self._stopped.wait(self._beat):
             try:
-                count += 1
+                self._beats += 1
                 self._waited += self._beat
                 self._store.set(f"arrivals/{self.rank}", str(self._arrivals))
-                self._store.set(f"beat/{self.rank}", str(count))
+                self._store.set(f"beat/{self.rank}", str(self._beats))
                 if late := self._late_ones():
                     self._lose(late, f"did not come within {self._late:.0f} seconds to where the others wait")
                     return
@@ -145,10 +149,20 @@ class RollCall:
                 last = heard
                 if silent < SILENT_BEATS or self._store.check([f"left/{other}"]):
                     continue
-                self._lose([other], f"has given no sign of life for {SILENT_BEATS * self._beat:.0f} seconds")
+                self._lose([other], NO_SIGN.format(SILENT_BEATS * self._beat))
             except RuntimeError:  # the store is gone
                 pass
             return
+
+    def _watch_store(self) -> None:
+        """End with the thread that watches; should it wait for the store, then that is on a machine that hangs."""
+        last, silent = -1, 0
+        while self._thread.is_alive() and not self._stopped.wait(self._beat):
+            silent = silent + 1 if self._beats == last else 0
+            last = self._beats
+            if silent >= SILENT_BEATS:
+                self._on_lost(f"{self.first} {NO_SIGN.format(SILENT_BEATS * self._beat)}")
+                return
 
     def _lose(self, ranks: Sequence[int], why: str) -> None:
         """Give up processes, for a reason that their names are the beginning of."""

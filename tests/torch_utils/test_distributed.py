@@ -149,6 +149,30 @@ def test_a_process_that_does_not_come_is_named():
     second.stop()
 
 
+class StoreThatHangs(dist.HashStore):
+    """As one in a process that was stopped, or on a machine that is gone."""
+
+    hangs = False
+
+    def check(self, keys: list[str]) -> bool:
+        while self.hangs:
+            time.sleep(0.01)
+        return super().check(keys)
+
+
+def test_the_first_process_is_named_where_the_store_hangs():
+    """Which it holds, or the torchrun of its machine."""
+    store, lost = StoreThatHangs(), []
+    roll_call = RollCall(store, 0, 2, lost.append, beat=0.01)
+    store.hangs = True
+    roll_call._guard.join(10)
+    store.hangs = False
+    roll_call.stop()
+    assert lost == [
+        f"process 0 of 2 ({socket.gethostname()}, process id {os.getpid()}) has given no sign of life for 0 seconds"
+    ]
+
+
 def test_slow_steps_are_not_late():
     """Nor is anybody while all have come and one has other work to do."""
     store, lost = dist.HashStore(), []
