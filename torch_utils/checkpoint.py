@@ -77,6 +77,7 @@ def restore_newest_state(
     pattern: str,
     restore: Callable[[dict[str, Any]], None],
     log: Callable[[str], None],
+    load: Callable[[Path], dict[str, Any]] = load_state,
 ) -> bool:
     """Restore the newest state of a directory that is not damaged.
 
@@ -84,6 +85,7 @@ def restore_newest_state(
         pattern: regular expression that the whole file name matches, its first group a number that grows.
         restore: puts a state (on the CPU) into effect; may fail on one that is incomplete.
         log: takes a warning about each damaged file, which is skipped.
+        load: reads a state; raises where it is damaged.
 
     Returns:
         Whether there was a state.
@@ -94,7 +96,7 @@ def restore_newest_state(
     found = [(int(match[1]), path) for path in Path(directory).iterdir() if (match := re.fullmatch(pattern, path.name))]
     for _number, path in sorted(found, reverse=True):
         try:
-            restore(load_state(path))
+            restore(load(path))
             return True
         except (MemoryError, torch.OutOfMemoryError):
             raise

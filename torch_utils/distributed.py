@@ -58,7 +58,7 @@ def init(timeout_minutes: float | None = None) -> None:
     # CPU tensors go through gloo, so that small flags are exchanged without waiting for the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     group = f"group {next(_groups)}"
-    with _naming_lost_processes():
+    with naming_lost_processes():
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(group, store)
         dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=timeout)
@@ -106,7 +106,7 @@ def _begin_roll_call(group: str) -> None:
 
 
 @contextmanager
-def _naming_lost_processes() -> Iterator[None]:
+def naming_lost_processes() -> Iterator[None]:
     """Where the block fails because another process is gone, the first of those that are left says so in one line.
 
     Raises:
@@ -167,7 +167,7 @@ def _exchange(value: int, op: Any) -> int:
     if get_world_size() == 1:
         return value
     message = torch.tensor([value])  # on the CPU: no GPU needs to be chosen yet
-    with _naming_lost_processes():
+    with naming_lost_processes():
         work = dist.all_reduce(message, op=op, async_op=True)
         assert work is not None
         work.wait()
@@ -212,7 +212,7 @@ def wait_for_first() -> None:
     Exchanges, which have a timeout, come after it.
     """
     if _roll_call is not None:
-        with _naming_lost_processes():
+        with naming_lost_processes():
             _roll_call.wait_for_first()
 
 
@@ -234,11 +234,11 @@ def fail_together() -> Iterator[None]:
         raise SystemExit(1)
 
 
-def all_reduce_sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, which replaces it."""
+def all_reduce_sum_(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """The sum of a tensor over all processes, or those of a group, which replaces it."""
     if get_world_size() > 1:
-        with _naming_lost_processes():
-            dist.all_reduce(tensor)
+        with naming_lost_processes():
+            dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -255,7 +255,7 @@ def sum_gradients_(gradients: torch.Tensor) -> None:
 def broadcast_(tensors: Iterable[torch.Tensor]) -> None:
     """Copy rank 0's values to all processes, in place."""
     if get_world_size() > 1:
-        with _naming_lost_processes():
+        with naming_lost_processes():
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
@@ -264,7 +264,7 @@ def from_first(value: Any) -> Any:
     """The value that the first process passed, on all of them."""
     values = [value]
     if get_world_size() > 1:
-        with _naming_lost_processes():
+        with naming_lost_processes():
             dist.broadcast_object_list(values, src=0)
     return values[0]
 
@@ -274,7 +274,7 @@ def gather_to_first(value: Any) -> list[Any]:
     if get_world_size() == 1:
         return [value]
     parts = [None] * get_world_size() if get_rank() == 0 else None
-    with _naming_lost_processes():
+    with naming_lost_processes():
         dist.gather_object(value, parts)
     return [] if parts is None else [part for part in parts if part is not None]
 
@@ -291,7 +291,7 @@ def check_same(tensors: Iterable[torch.Tensor], what: str) -> None:
     if get_world_size() == 1:
         return
     digests = [torch.zeros(1, dtype=torch.int64) for _ in range(get_world_size())]
-    with _naming_lost_processes():
+    with naming_lost_processes():
         dist.all_gather(digests, _digest(tensors).cpu())
     values = [int(digest) for digest in digests]
     usual = max(values, key=values.count)  # the first process's where none is the most frequent

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from torch_utils import distributed
+
 
 def flat_gradients(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """One vector of zeros, float32 [number of weights], of which the gradients of all parameters become views.
@@ -36,19 +38,42 @@ def use_channels_last(net: torch.nn.Module) -> None:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
 
 
-def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """Parameters and their gradients with the channels last, and so contiguous after `use_channels_last`.
+def storage_order(p: torch.Tensor) -> tuple[int, ...]:
+    """The order of dimensions in which a tensor is contiguous: with the channels last where it is after
+    `use_channels_last`, else as it is."""
+    last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    return (0, 2, 3, 1) if last else tuple(range(p.ndim))
 
-    Fused Adam would copy tensors that are not contiguous.
-    """
+
+def channels_last_views(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """Parameters and their gradients in `storage_order`. Fused Adam would copy tensors that are not contiguous."""
     views = []
     for p in parameters:
         if p.grad is not None:
-            order = (0, 2, 3, 1) if p.ndim == 4 else tuple(range(p.ndim))
+            order = storage_order(p)
             view = p.detach().permute(order)
             view.grad = p.grad.permute(order)
             views.append(view)
     return views
+
+
+class Totals:
+    """Figures of a vector of gradients where each process has those of all weights.
+
+    `torch_utils.sharding.TotalsOfPieces` has them where each has those of a part.
+    """
+
+    def sum_(self, gradients: torch.Tensor) -> None:
+        """Sum the gradients over processes, in place."""
+        distributed.sum_gradients_(gradients)
+
+    def norm(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Euclidean norm of the gradients of all weights, float32 []."""
+        return norm_of(gradients)
+
+    def count_nonfinite(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Number of NaN and infinities among the gradients of all weights, int64 []."""
+        return count_nonfinite(gradients)
 
 
 def count_nonfinite(values: torch.Tensor) -> torch.Tensor:
@@ -63,12 +88,15 @@ def replace_nonfinite_(values: torch.Tensor) -> None:
     torch.nan_to_num(values, nan=0, posinf=0, neginf=0, out=values)
 
 
-def clip_by_norm_(gradients: torch.Tensor, max_norm: float) -> torch.Tensor:
+def clip_by_norm_(gradients: torch.Tensor, max_norm: float, norm: torch.Tensor | None = None) -> torch.Tensor:
     """Scale a vector of gradients down to the norm `max_norm`, in place; returns its norm before, float32 [].
 
     A negative `max_norm` changes nothing. A GPU is not waited for.
+
+    Args:
+        norm: of the gradients of which the vector is a part; None = of the vector.
     """
-    norm = norm_of(gradients)
+    norm = norm_of(gradients) if norm is None else norm
     if max_norm >= 0:
         gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
     return norm

@@ -31,6 +31,24 @@ if TYPE_CHECKING:
     from training.dataset.images import ImageFolderDataset
 
 
+FIRST_LOOKS = [
+    click.option(
+        "--plan",
+        help="Print how much memory a run takes, by batch and precision, and exit; needs no GPU, and no --data if they "
+        "are as the preset says",
+        is_flag=True,
+    ),
+    click.option(
+        "-n",
+        "--dry-run",
+        help="Print the configuration and exit; with --dry-run=timed also memory, time and cost, by a few steps",
+        type=click.Choice(["config", "timed"]),
+        is_flag=False,
+        flag_value="config",
+    ),
+]
+
+
 def training_command(
     config_class: type[TrainConfig], presets: Mapping[str, Preset], default_preset: str, help_text: str
 ) -> click.Command:
@@ -73,20 +91,7 @@ def training_command(
         expose_value=False,
         callback=list_presets,
     )
-    @click.option(
-        "--plan",
-        help="Print how much memory a run takes, by batch and precision, and exit; needs no GPU, and no --data if they "
-        "are as the preset says",
-        is_flag=True,
-    )
-    @click.option(
-        "-n",
-        "--dry-run",
-        help="Print the configuration and exit; with --dry-run=timed also memory, time and cost, by a few steps",
-        type=click.Choice(["config", "timed"]),
-        is_flag=False,
-        flag_value="config",
-    )
+    @with_options(FIRST_LOOKS)
     def main(outdir: Path | None, resume: bool, plan: bool, dry_run: str | None, **opts: Any) -> None:
         from torch_utils import distributed
         from training.dataset.images import COMPRESSED
@@ -102,6 +107,7 @@ def training_command(
             with distributed.fail_together():
                 check_not_input("--outdir", outdir, {"--data": opts["data"]})
                 config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
+                check_shared_out(config)
             if opts["batch_gpu"] == AUTO:
                 config = with_fitting_batch(config, dataset)
             for note in config.notes():
@@ -156,7 +162,8 @@ def print_plan(
         config, dataset = make_config(config_class, presets, opts, default_preset, outdir)
         spec = spec_of(config, dataset)
     kind = select_device("auto").type if device in (None, "auto") else device
-    for line in plan_lines(config, spec, kind, distributed.get_world_size()):
+    processes = max(distributed.get_world_size(), config.run.shard)  # which need not be here, either
+    for line in plan_lines(config, spec, kind, processes):
         distributed.print0(line)
 
 
@@ -363,6 +370,21 @@ def check_memory(dataset: ImageFolderDataset, workers: int) -> None:
             f"--cache needs {needed:.1f} GB in {copies} processes, and {available:.1f} GB are free: "
             f"leave it out, or use fewer --workers"
         )
+
+
+def check_shared_out(config: TrainConfig) -> None:
+    """Check that weights can be shared out as --shard says.
+
+    Raises:
+        UserError: they cannot.
+    """
+    from torch_utils.sharding import check_sharding
+    from training.families import trained_by
+    from training.holding import sharing_of
+
+    if config.run.shard > 1:
+        sharing_of(trained_by(config), config.run.shard)
+        check_sharding(config.run.shard)
 
 
 def check_processes(batch: int, batch_gpu: int) -> None:

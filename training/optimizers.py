@@ -7,12 +7,14 @@ import torch
 
 from torch_utils import distributed
 from torch_utils.gradients import (
+    Totals,
     channels_last_views,
     clip_by_norm_,
     count_nonfinite,
     flat_gradients,
     flat_weights,
     replace_nonfinite_,
+    storage_order,
 )
 from training.config.nvae import NVAETraining
 from training.lr import warmup_cosine
@@ -103,6 +105,7 @@ class AdamOptimizer:
 
     `nonfinite` counts the gradient elements that were replaced, or the steps that were skipped, since the start of the
     run, int64 [], on the device.
+    `totals` says how gradients are summed over processes; `names` are those of the parameters in Adam's order.
     """
 
     def __init__(
@@ -121,15 +124,18 @@ class AdamOptimizer:
     ):
         self.rate, self.max_norm, self.loss_scaling = learning_rate, max_norm, loss_scaling
         self.on_nonfinite = on_nonfinite or "zero"
+        self.totals = Totals()
         self.gradients = flat_gradients(net.parameters())
         device = self.gradients.device
         self.fused = device.type != "mps"
         make = torch.optim.AdamW if decoupled else torch.optim.Adam
-        decayed = [p for name, p in net.named_parameters() if name not in undecayed]
-        others = [p for name, p in net.named_parameters() if name in undecayed]
-        groups: list[dict[str, Any]] = [{"params": channels_last_views(decayed)}]
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        decayed, others = ([n for n in trained if (n in undecayed) == without] for without in (False, True))
+        self.names = [*decayed, *others]
+        self.orders = [storage_order(trained[name]) for name in self.names]
+        groups: list[dict[str, Any]] = [{"params": channels_last_views(trained[name] for name in decayed)}]
         if others:
-            groups.append({"params": channels_last_views(others), "weight_decay": 0.0})
+            groups.append({"params": channels_last_views(trained[name] for name in others), "weight_decay": 0.0})
         self.adam = make(groups, learning_rate(0), betas, eps, weight_decay, fused=self.fused)
         self.nonfinite = torch.zeros([], dtype=torch.int64, device=device)
 
@@ -149,10 +155,10 @@ class AdamOptimizer:
 
     def step(self, nimg: int, look: Look = unseen) -> None:
         """Change the weights by the gradients of all processes, `nimg` images having been seen before."""
-        distributed.sum_gradients_(self.gradients)
+        self.totals.sum_(self.gradients)
         if self.loss_scaling != 1:
             self.gradients /= self.loss_scaling
-        count = count_nonfinite(self.gradients)
+        count = self.totals.count_nonfinite(self.gradients)
         look(count)
         on_gpu = self.gradients.device.type == "cuda"
         if self.on_nonfinite == "zero":
@@ -166,25 +172,25 @@ class AdamOptimizer:
             elif count > 0:
                 return
         if self.max_norm > 0:
-            clip_by_norm_(self.gradients, self.max_norm)
+            clip_by_norm_(self.gradients, self.max_norm, self.totals.norm(self.gradients))
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate(nimg)
         self.adam.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Adam's state, its moments in the shapes of the weights."""
-        return _permuted(self.adam.state_dict(), (0, 3, 1, 2))
+        return _permuted(self.adam.state_dict(), [sorted(range(len(o)), key=o.__getitem__) for o in self.orders])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adam.load_state_dict(_permuted(state, (0, 2, 3, 1)))
+        self.adam.load_state_dict(_permuted(state, self.orders))
         for group in self.adam.param_groups:
             group["fused"] = self.fused  # a matter of the device, which may have changed
 
 
-def _permuted(state: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
+def _permuted(state: dict[str, Any], orders: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Adam's state with the dimensions of its moments permuted: files hold them as the weights are, [out, in, ...]."""
     moments = {
-        idx: {name: x.permute(*order).contiguous() if x.ndim == 4 else x for name, x in values.items()}
+        idx: {name: x.permute(*orders[idx]).contiguous() if x.ndim > 0 else x for name, x in values.items()}
         for idx, values in state["state"].items()
     }
     return {**state, "state": moments}

@@ -12,13 +12,13 @@ from dnnlib.errors import RunError
 from dnnlib.util import code_version
 from torch_utils import checkpoint, distributed
 from torch_utils.device import check_compiler, resolve_precision, select_device, set_up_device
-from torch_utils.gradients import use_channels_last
 from torch_utils.training_stats import Collector
 from training.config.training import BY_IMAGE, OPTIONS_NAME, TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.order import RunSampler, begin_loader_process, collate, start_loading
 from training.encoders import Encoder, data_spec, encoder_for
 from training.families import trained_by
+from training.holding import Shared, Whole
 from training.monitoring.diagnosis import Diagnosis
 from training.monitoring.diagnosis import status_line as diagnosis_line
 from training.monitoring.incidents import Incidents
@@ -87,25 +87,26 @@ class TrainingRun:
         torch.backends.cudnn.benchmark = config.run.bench
         if config.data.cache or dataset.decoded_bytes() <= SMALL_DATASET:
             dataset.keep_in_memory()
-        self.share = Share.of(config)
+        self.share, shard = Share.of(config), config.run.shard
         encoder = encoder_for(dataset, config.data.encoder, config.data.trust_encoder, journal.log)
         self.architecture = architecture = trained_by(config)
         self.net = net = build_network(config, dataset, encoder).to(device)
         self.encoder = encoder.for_pixels(*net.spec.pixel_range)
         net.precision = resolve_precision(config.run.precision, device)
-        if device.type != "mps":
-            use_channels_last(net)
-        assert architecture.ema is not None and architecture.objective is not None
-        assert architecture.optimizer is not None
-        self.ema = architecture.ema(net, config)
-        self.masks = ImageMasks(net) if config.run.dropout_masks == BY_IMAGE else masks_of_round
         core: Any = architecture.core(net)
         core.checkpoint_activations = config.run.checkpoint_activations
+        self.holding = Whole(architecture, net) if shard == 1 else Shared(architecture, net, shard)
+        self.held = self.holding.held  # of the network, by this process
+        self.masks = ImageMasks(net) if config.run.dropout_masks == BY_IMAGE else masks_of_round
         if config.run.compile:
             check_compiler(device)
-            core.compile(dynamic=False)
+            self.holding.compile()
+        assert architecture.ema is not None and architecture.objective is not None
+        assert architecture.optimizer is not None
+        self.ema = self.holding.averages(architecture.ema(self.held, config))
         self.objective = architecture.objective(net, config)
-        self.optimizer = architecture.optimizer(net, config)
+        self.optimizer = architecture.optimizer(self.held, config)
+        self.holding.attach(self.optimizer)
         self.stats = Collector(device)
         self.nimg, self.seconds = 0, 0.0
         self.sampler = RunSampler(
@@ -125,7 +126,8 @@ class TrainingRun:
         """Continue from the newest training state; False if there is nothing left to do."""
         config, journal, outdir = self.config, self.journal, self.outdir
         with distributed.fail_together():
-            found = checkpoint.restore_newest_state(outdir, STATE_PATTERN, self.load_state_dict, journal.log)
+            restore, load = self.load_state_dict, self.holding.load
+            found = checkpoint.restore_newest_state(outdir, STATE_PATTERN, restore, journal.log, load)
         newest = torch.tensor([self.nimg])
         distributed.broadcast_([newest])
         if distributed.any_rank(newest.item() != self.nimg):
@@ -140,7 +142,7 @@ class TrainingRun:
                 journal.log(f"There are snapshots but no training state in {outdir}: starting again from 0 images")
             if config.run.init_from:
                 self.take_initial_weights(config.run.init_from)
-        distributed.broadcast_([*self.net.parameters(), *self.net.buffers()])
+        distributed.broadcast_([*self.holding.everywhere(), *self.net.buffers()])
         if distributed.get_rank() == 0:
             for line in opening_lines(config, self.dataset, self.encoder, self.net, self.share, self.nimg, outdir):
                 journal.log(line)
@@ -149,10 +151,13 @@ class TrainingRun:
     def take_initial_weights(self, path: str) -> None:
         """Start with those of a snapshot; the averages, too."""
         with distributed.fail_together():
-            for line in take_weights_(self.net, path, self.encoder):
+            for line in self.holding.take_(
+                lambda net: take_weights_(net, path, self.encoder),
+                lambda: build_network(self.config, self.dataset, self.encoder),
+            ):
                 self.journal.log(line)
         assert self.architecture.ema is not None
-        self.ema = self.architecture.ema(self.net, self.config)
+        self.ema = self.holding.averages(self.architecture.ema(self.held, self.config))
 
     def train(self, suspend: distributed.SuspendSignals) -> None:
         """Train until the end, or until a signal asks to stop; reports, saves and measures at their intervals."""
@@ -258,7 +263,7 @@ class TrainingRun:
     ) -> None:
         """Add this process's gradients of the step that begins at `nimg` images; `see` is shown the losses."""
         scaling = self.optimizer.loss_scaling
-        with self.architecture.step(self.net):
+        with self.holding.step():
             for first in self.share.starts(nimg):
                 loss = self.loss_of_round(first, *next(batches))
                 see(loss)
@@ -305,16 +310,14 @@ class TrainingRun:
             RunError: they do not hold the same weights.
         """
         self.incidents.check()
-        distributed.check_same(self.net.parameters(), f"weights at {self.nimg} images")
-        state = self.state_dict()
-        if distributed.get_rank() == 0:
-            self.states.save(self.nimg, state)
+        distributed.check_same(self.holding.everywhere(), f"weights at {self.nimg} images")
+        self.holding.save(self.states, self.nimg, self.state_dict())
         distributed.wait_for_first()
 
     def state_dict(self) -> dict[str, Any]:
         objective, diagnosis = self.objective.state_dict(), self.diagnosis.state_dict()
         return {
-            "net": self.net.state_dict(),
+            "net": self.held.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict(),
             "stats": self.stats.state_dict(),  # of all processes
@@ -327,7 +330,7 @@ class TrainingRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
+        self.held.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])
         self.stats.load_state_dict(state["stats"])

@@ -36,7 +36,7 @@ def with_tuned_network(
     source = config.run.init_from
     if not source:
         raise UserError("which network is to be tuned? Give its snapshot by --init-from")
-    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
+    if outdir is not None and list(outdir.glob("training-state-*")) and (outdir / OPTIONS_NAME).is_file():
         begun = ConsistencyTraining.load(outdir / OPTIONS_NAME)
         conditions = {"cond": begun.data.cond, "captions": begun.data.captions}
         return dataclasses.replace(config.from_flat(conditions, config), network=begun.network), None

@@ -84,6 +84,12 @@ class RunConfig(Config):
         metavar="NIMG",
         may_change=True,
     )
+    shard: int = option(
+        1,
+        "Share out weights, gradients, moments and averages over groups of so many processes (FSDP2), 1 = each has all",
+        low=1,
+        may_change=True,
+    )
     device: str = option(
         "auto",
         "Where to compute; auto = the first of cuda, mps, cpu that is there",
@@ -241,6 +247,8 @@ class RunConfig(Config):
                 f"{', '.join(uneven)} must be multiples of --batch={self.batch} (or 0 = only at the end); "
                 f"what is not given comes from the preset"
             )
+        if self.shard > 1 and self.diagnose:
+            raise UserError(f"--diagnose={self.diagnose} needs whole networks, not --shard={self.shard}: leave one out")
         if self.milestones % (self.checkpoint or self.milestones + 1):
             raise UserError(
                 f"--milestones={self.milestones} must be a multiple of --checkpoint={self.checkpoint}, as only "

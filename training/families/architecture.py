@@ -32,6 +32,26 @@ def plain(net: Any, _batch_size: int, _compiled: bool) -> Denoiser:
     return net
 
 
+def as_they_are(_net: nn.Module) -> dict[str, torch.Tensor | None]:
+    """Nothing in place of parameters."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the weights of a family's networks are shared out over processes (--shard).
+
+    Args:
+        blocks: classes of the modules whose weights are gathered one after the other.
+        acting: inside `step`, what acts in place of parameters, by their names; outside, only the names count.
+        hold: (net) -> None, tells a network that its parameters are what `acting` says.
+    """
+
+    blocks: tuple[type[nn.Module], ...]
+    acting: Callable[[nn.Module], dict[str, torch.Tensor | None]] = as_they_are
+    hold: Callable[[nn.Module], None] = lambda _net: None
+
+
 def denoiser_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
     """Noisy images, noise levels and null conditions of one evaluation of a denoiser."""
     spec: DataSpec = net.spec
@@ -58,6 +78,7 @@ class Architecture:
             averages them.
         core: the module that --compile and --checkpoint-activations act on.
         step: entered around the forward and backward passes of a training step.
+        sharing: how weights are shared out over processes; None = each has all of them.
         accelerate: (net, batch size, compiled) -> the fastest form of a finished network for sampling, which does not
             follow its later changes.
         makes_images: whether it can be asked for images.
@@ -80,6 +101,7 @@ class Architecture:
     ema: Callable[[nn.Module, Any], EMA] | None = None
     core: Callable[[Any], nn.Module] = lambda net: net
     step: Callable[[nn.Module], AbstractContextManager] = no_context
+    sharing: Sharing | None = None
     accelerate: Callable[[Any, int, bool], Denoiser] = plain
     makes_images: bool = True
     generate: Callable[[Any, SamplingConfig], Generator] | None = None

@@ -8,13 +8,13 @@ from torch import nn
 from training.conditioning import Conditioning, DataSpec
 from training.config.edm2 import TRAINING_PRESETS, EDM2Network, EDM2Training
 from training.config.likelihood import LikelihoodConfig
-from training.families.architecture import Architecture
+from training.families.architecture import Architecture, Sharing
 from training.families.parts import edm2_optimizer, power_function_ema
 from training.likelihood import FlowLikelihood
 from training.losses import EDM2Loss
 from training.networks import edm2_cpu
-from training.networks.edm2 import Precond
-from training.networks.edm2_layers import effective_weights
+from training.networks.edm2 import Block, Precond
+from training.networks.edm2_layers import effective_weights, hold_effective_weights, shared_weights
 
 
 def _objective(_net: nn.Module, config: EDM2Training) -> EDM2Loss:
@@ -50,6 +50,7 @@ ENTRY = Architecture(
     ema=power_function_ema,
     core=lambda net: net.unet,
     step=partial(effective_weights, normalize_first=True),
+    sharing=Sharing((Block,), acting=shared_weights, hold=hold_effective_weights),
     accelerate=edm2_cpu.for_sampling,
     likelihood=_likelihood,
     take_data=_take_data,

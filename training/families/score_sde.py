@@ -6,9 +6,11 @@ from torch import nn
 
 from training.config.score_sde import ScoreNetwork, ScoreTraining
 from training.config.score_sde_presets import SCORE_PRESETS
-from training.families.architecture import Architecture
+from training.families.architecture import Architecture, Sharing
 from training.families.parts import flow_likelihood, from_data, profiles_and_ema, warmed_up_adam
 from training.losses import ScoreLoss
+from training.networks.ncsnv2 import RefineBlock, ResidualBlock
+from training.networks.score_layers import AttnBlock, ResnetBlock
 from training.networks.score_sde import ScoreSDE, schedule_for
 
 
@@ -36,5 +38,6 @@ ENTRY = Architecture(
     optimizer=warmed_up_adam,
     ema=partial(profiles_and_ema, ramp_up=True),
     core=lambda net: net.net,
+    sharing=Sharing((ResnetBlock, AttnBlock, ResidualBlock, RefineBlock)),
     likelihood=flow_likelihood,
 )

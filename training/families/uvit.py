@@ -6,11 +6,12 @@ from torch import nn
 
 from training.config.uvit import UViTNetwork, UViTTraining
 from training.config.uvit_presets import UVIT_PRESETS
-from training.families.architecture import Architecture
+from training.families.architecture import Architecture, Sharing
 from training.families.parts import flow_likelihood, from_data, profiles_and_ema
 from training.losses import NoiseLoss, WithoutSomeConditions
 from training.lr import warmup_cosine, warmup_linear
 from training.networks import uvit_cpu
+from training.networks.uvit import Block
 from training.networks.uvit_denoiser import UViTDenoiser, uvit_schedule
 from training.optimizers import AdamOptimizer
 
@@ -60,6 +61,7 @@ ENTRY = Architecture(
     optimizer=_optimizer,
     ema=partial(profiles_and_ema, ramp_up=False),
     core=lambda net: net.net,
+    sharing=Sharing((Block,)),
     accelerate=uvit_cpu.for_sampling,
     likelihood=flow_likelihood,
 )

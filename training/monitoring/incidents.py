@@ -69,7 +69,7 @@ class Finding:
     layer: str | None = None  # the first that makes NaN or infinities of finite inputs
     images: list[dict[str, Any]] = field(default_factory=list)
     every: bool = False  # image of the process does it, as far as was tried
-    repeated: bool = False  # gradients of all processes were not finite again
+    repeated: bool | None = False  # gradients of all processes were not finite again; None = it was not tried
 
 
 class Incidents:
@@ -114,8 +114,12 @@ class Incidents:
     def _inquire(self, nimg: int) -> None:
         """Find out what happened in a step, and say so."""
         run = self.run
-        with self._everything_as_it_was():
-            found = self._repeat(nimg)
+        if run.config.run.shard > 1:  # where no process computes anything alone
+            named = run.held.named_parameters()
+            found = Finding(parameters=nonfinite_by_name((name, p.grad) for name, p in named), repeated=None)
+        else:
+            with self._everything_as_it_was():
+                found = self._repeat(nimg)
         findings = distributed.gather_to_first(found)
         with distributed.fail_together():
             if distributed.get_rank() == 0:
@@ -210,8 +214,11 @@ class Incidents:
 def merged(findings: Sequence[Finding]) -> Finding:
     """What all processes found together."""
     first = findings[0]
+    parameters = first.parameters
+    if first.repeated is None:  # each process has its pieces; what all of them have counts with the first's
+        parameters = {name: n for f in reversed(findings) for name, n in f.parameters.items()}
     return Finding(
-        parameters=first.parameters,
+        parameters=parameters,
         weights=first.weights,
         layer=next((f.layer for f in findings if f.layer), None),
         images=[image for f in findings for image in f.images],
@@ -225,6 +232,8 @@ def describe(found: Finding, nimg: int) -> str:
     names = ", ".join(f"{name} {n}" for name, n in list(found.parameters.items())[:SHOWN])
     more = f", and {len(found.parameters) - SHOWN} more parameters" if len(found.parameters) > SHOWN else ""
     text = f"gradients of the step at {nimg} images were not finite ({names or 'none of this process'}{more})"
+    if found.repeated is None:
+        return f"{text}; with --shard, the step is not repeated"
     if not found.repeated:
         return f"{text}, but were so when it was repeated: the processor, its memory or a driver has computed wrongly"
     text += ", nor when it was repeated"

@@ -106,15 +106,16 @@ class Observers:
         return [metric for metric in self.run.metrics if snapshot in unmeasured(self.outdir, metric, nimg)]
 
     def draw(self, ema: EMA, nimg: int) -> float:
-        """Draw what the last averaged network makes, on the first process; returns the seconds it took.
+        """Draw what the last averaged network makes, on the first process; returns the seconds it took. To be called by
+        all processes.
 
         A request to stop cuts it short.
         """
+        begin = time.time()
+        ema_net, _ = ema.get()[-1]  # where weights are shared out, by all processes together
         if self.previews is None:
             distributed.wait_for_first()
             return 0.0
-        begin = time.time()
-        ema_net, _ = ema.get()[-1]
         path = self.outdir / picture_name(nimg)
         self.previews.draw(ema_net, path, self.stop)
         self.journal.show(path, nimg)

@@ -7,10 +7,11 @@ from pathlib import Path
 from dnnlib.errors import UserError
 from dnnlib.files import read_records
 from torch_utils import checkpoint, distributed
+from torch_utils.sharded_state import load_rest
 from training.config.training import OPTIONS_NAME, Preset, RunConfig, TrainConfig
 from training.dataset.images import ImageFolderDataset
 
-STATE_PATTERN = r"training-state-(\d+)\.pt"
+STATE_PATTERN = r"training-state-(\d+)\.(?:pt|dcp)"  # a file, or a directory of pieces
 MEASURED = "fd_pixels,prdc_pixels"  # metrics that need no weights
 MEASURED_IMAGES = 1000
 SNAPSHOT_PATTERN = r"network-snapshot-.*\.safetensors"
@@ -46,9 +47,9 @@ def owes_picture(outdir: Path, run: RunConfig, nimg: int) -> bool:
     return here and not (outdir / picture_name(nimg)).is_file()
 
 
-def state_name(nimg: int) -> str:
-    """File name of a training state."""
-    return f"training-state-{nimg // 1000:07d}.pt"
+def state_name(nimg: int, in_pieces: bool = False) -> str:
+    """File name of a training state; `in_pieces` = of the directory of one that several processes write."""
+    return f"training-state-{nimg // 1000:07d}.{'dcp' if in_pieces else 'pt'}"
 
 
 def next_steps(outdir: Path, dataset: ImageFolderDataset, preset: Preset | None) -> list[str]:
@@ -93,7 +94,11 @@ def plan_of_run(config: TrainConfig, outdir: Path, resume: bool) -> str:
     if outdir.is_dir():
         check_outdir(outdir, config, resume)
         checkpoint.restore_newest_state(
-            outdir, STATE_PATTERN, lambda state: found.append(state["nimg"]), distributed.print0
+            outdir,
+            STATE_PATTERN,
+            lambda state: found.append(state["nimg"]),
+            distributed.print0,
+            lambda path: load_rest(path) if path.is_dir() else checkpoint.load_state(path),
         )
     nimg = found[0] if found else 0
     if nimg >= config.run.duration and not is_owed(outdir, config.run, nimg):

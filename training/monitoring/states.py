@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dnnlib.errors import RunError
+from torch_utils import distributed
 from torch_utils.checkpoint import save_state
 from training.config.training import TrainConfig
 from training.monitoring.outdir import STATE_PATTERN, state_name
@@ -122,18 +123,49 @@ class StateWriter:
         """
         begin = time.perf_counter()
         self.wait()
-        needed, free = bytes_of(state), shutil.disk_usage(self.outdir).free
-        if needed > free:
-            raise RunError(
-                f"{self.outdir}: a training state needs {megabytes(needed)}, and {megabytes(free)} are free: make "
-                f"room, and repeat the command to continue from the last one"
-            )
+        needed = self._check_room(bytes_of(state))
         copied = on_cpu(state)
         self._thread = threading.Thread(target=self._write, args=(nimg, copied), name="training state")
         self._thread.start()
         self._last = time.monotonic()
         pause = (time.perf_counter() - begin) * 1000
         self._log(f"Saving a training state of {megabytes(needed)}: training waited {pause:.0f} ms")
+
+    def save_together(self, nimg: int, size: int, write: Callable[[Path], None]) -> None:
+        """Have all processes write their pieces of a state of `nimg` images, before training continues.
+
+        Args:
+            size: bytes that all write together.
+            write: writes the state under a path; called on all processes.
+
+        Raises:
+            RunError: there is no room for it, or it could not be written.
+        """
+        begin = time.perf_counter()
+        with distributed.fail_together():
+            if distributed.get_rank() == 0:
+                self._check_room(size)
+        name = state_name(nimg, in_pieces=True)
+        write(self.outdir / name)
+        if distributed.get_rank() == 0:
+            self._remove_old(name)
+        self._last = time.monotonic()
+        pause = (time.perf_counter() - begin) * 1000
+        self._log(f"Saved a training state of {megabytes(size)} in pieces: training waited {pause:.0f} ms")
+
+    def _check_room(self, needed: int) -> int:
+        """Check that so many bytes are free, and return them.
+
+        Raises:
+            RunError: they are not.
+        """
+        free = shutil.disk_usage(self.outdir).free
+        if needed > free:
+            raise RunError(
+                f"{self.outdir}: a training state needs {megabytes(needed)}, and {megabytes(free)} are free: make "
+                f"room, and repeat the command to continue from the last one"
+            )
+        return needed
 
     def wait(self) -> None:
         """Wait until the last state is on disk.
@@ -161,10 +193,13 @@ class StateWriter:
 
     def _remove_old(self, written: str) -> None:
         """Remove what is neither the state just written, nor among the newest, nor a milestone."""
-        found = {int(m[1]): path for path in self.outdir.iterdir() if (m := re.fullmatch(STATE_PATTERN, path.name))}
-        others = sorted(kimg for kimg, path in found.items() if path.name != written and not self._is_milestone(kimg))
-        for kimg in others[: max(len(others) - (self.keep - 1), 0)]:
-            found[kimg].unlink(missing_ok=True)
+        found = [(int(m[1]), p) for p in self.outdir.iterdir() if (m := re.fullmatch(STATE_PATTERN, p.name))]
+        others = sorted((k, path) for k, path in found if path.name != written and not self._is_milestone(k))
+        for _, path in others[: max(len(others) - (self.keep - 1), 0)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _is_milestone(self, kimg: int) -> bool:
         """Whether the name of a state is that of a milestone."""

@@ -154,9 +154,12 @@ class MPConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(_drawn(torch.randn, [out_channels, in_channels, *kernel]))
         self.shared_weight: torch.Tensor | None = None  # set inside `effective_weights`
+        self.is_effective = False  # whether `weight` is the effective weight already, see `hold_effective_weights`
 
     def effective_weight(self) -> torch.Tensor:
         """normalize(weight) / sqrt(fan_in), that is, w / (|w| + eps sqrt(fan_in))."""
+        if self.is_effective:
+            return self.weight
         (norm,), (root,) = _row_norms([self.weight]), _fan_in_roots([self.weight])
         return self.weight / (norm + EPS * root)
 
@@ -188,7 +191,7 @@ def _mp_convs(net: nn.Module) -> list[MPConv]:
 
 
 def _fan_in_roots(weights: Sequence[torch.Tensor]) -> list[float]:
-    return [math.sqrt(w[0].numel()) for w in weights]
+    return [math.sqrt(math.prod(w.shape[1:])) for w in weights]  # also of no rows, as processes may hold
 
 
 def _row_norms(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -233,6 +236,18 @@ def effective_weights(net: nn.Module, normalize_first: bool = False) -> Iterator
     finally:
         for conv in convs:
             conv.shared_weight = None
+
+
+def hold_effective_weights(net: nn.Module) -> None:
+    """From now on, the weights of `net` are effective ones, as another network with the stored ones provides them."""
+    for conv in _mp_convs(net):
+        conv.is_effective = True
+
+
+def shared_weights(net: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The effective weights inside `effective_weights`, by the names of the stored ones; outside, None for each."""
+    convs = {name: module for name, module in net.named_modules() if isinstance(module, MPConv)}
+    return {f"{name}.weight": conv.shared_weight for name, conv in convs.items()}
 
 
 # What follows works on lists, which a GPU goes through with few kernels; norms have a value per row, [out, 1, ...].

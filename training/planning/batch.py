@@ -26,7 +26,8 @@ def fitting_batch_gpu(config: TrainConfig, spec: DataSpec, device: str, processe
     """
     rehearsal, run = Rehearsal(config, spec, device), config.run
     precision = run.precision if run.precision != "auto" else "fp32" if device == "cpu" else "fp16"
-    fixed = rehearsal.kept.total + (rehearsal.kept.state if device == "cpu" else 0)
+    copied = device == "cpu" and run.shard == 1  # while a training state is written
+    fixed = rehearsal.kept.total + (rehearsal.kept.state if copied else 0)
 
     def needs(batch: int) -> float:
         return MARGIN * (fixed + rehearsal.step(batch, precision, run.checkpoint_activations))

@@ -17,7 +17,10 @@ from torch_utils.gradients import flat_gradients, use_channels_last
 from training.conditioning import Conditioning, DataSpec
 from training.config.training import Preset, TrainConfig
 from training.families import trained_by
+from training.families.architecture import no_context
+from training.holding import sharing_of
 from training.monitoring.states import MOMENTS, stored_copies
+from training.monitoring.states import averages as averages_of
 from training.networks.nvae_layers import DataInitConv2d
 from training.samplers.noise import StackedRandomGenerator
 
@@ -34,10 +37,12 @@ class Kept:
     """Bytes that a process holds throughout a run, on its device.
 
     Args:
-        weights: parameters and buffers.
+        weights: parameters and buffers; where weights are shared out, also what acts in place of EDM2's.
+        gradients: of these.
         moments: of Adam or Adamax.
         averages: of the weights.
-        state: of a training state, which is copied to the memory of the host, and from there to disk.
+        state: of a training state, which is copied to the memory of the host, and from there to disk; where weights are
+            shared out, it is written as it is.
     """
 
     weights: int
@@ -59,6 +64,9 @@ class Rehearsal:
     On processors the operations are theirs. Of GPUs, they are what networks do where there is no processor, with fused
     attention; workspaces of their libraries are not counted. NVAE is gone through as on a processor in both cases, as
     autocast knows no tensors without a device.
+
+    Where weights are shared out (`config.run.shard`), what is kept follows from the sizes of their pieces, and the room
+    for gathered weights and their gradients, four times the largest block, is added to that of a step.
 
     Args:
         config: what is trained.
@@ -89,6 +97,36 @@ class Rehearsal:
             self._gradients = flat_gradients(self.net.parameters())
         trained = self._gradients.nbytes
         self.kept = Kept(weights, trained, MOMENTS * trained, averages, trained * stored_copies(config))
+        self._step, self._gathered = self.architecture.step, 0  # bytes
+        if config.run.shard > 1:
+            self._share_out(config.run.shard)
+
+    def _share_out(self, size: int) -> None:
+        """From now on, weights are shared out over groups of `size` processes.
+
+        Raises:
+            UserError: those of the family are not.
+        """
+        sharing, core = sharing_of(self.architecture, size), self.architecture.core(self.net)
+        blocks = [module for module in core.modules() if isinstance(module, sharing.blocks)]
+        sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+        outside = sum(p.nbytes for p in core.parameters()) - sum(sizes)
+        self.kept = self.kept_in_pieces(size)
+        acting = self.kept.gradients - self.kept.moments // MOMENTS
+        self._step, self._gathered = no_context, 4 * max(sizes) + 2 * outside + acting
+        sharing.hold(self.net)
+
+    def kept_in_pieces(self, size: int) -> Kept:
+        """What is kept where weights are shared out over groups of `size` processes."""
+        sharing, core = sharing_of(self.architecture, size), self.architecture.core(self.net)
+        shared = {p for p in core.parameters() if p.ndim > 0}
+        pieces = {
+            name: 4 * (-(-len(p) // size) * p[0].numel() if p in shared else p.numel())
+            for name, p in self.net.named_parameters()
+        }
+        total, acting = sum(pieces.values()), sum(pieces[name] for name in sharing.acting(self.net))
+        moments, copies = MOMENTS * total, averages_of(self.config)
+        return Kept(total + acting, total + acting, moments, copies * total, stored_copies(self.config) * total)
 
     @property
     def can_checkpoint_activations(self) -> bool:
@@ -111,10 +149,10 @@ class Rehearsal:
             start = memory.peak = memory.now
             images = torch.empty([batch, *spec.shape], device=self._device)
             cond = torch.empty([batch, *spec.conditioning.shape], device=self._device)
-            with self.architecture.step(net):
+            with self._step(net):
                 loss = self._objective(net, images, cond, rnd=_Draws(self._device), nimg=0)
                 loss.sum().backward()
-        return memory.peak - start
+        return memory.peak - start + self._gathered
 
     @contextmanager
     def _rehearsing(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from training.flops import count_parameters
 from training.planning.memory import Rehearsal
 
 COLUMNS = 5  # batches, at most
+GROUPS = (2, 4, 8)  # processes that share weights out
 PRECISIONS = {"fp32": "fp32", "bf16": "bf16 or fp16"}  # 16 bits are 16 bits
 
 
@@ -27,8 +28,9 @@ def plan_lines(config: TrainConfig, spec: DataSpec, device: str, processes: int)
     """
     rehearsal = Rehearsal(config, spec, device)
     kept = rehearsal.kept
+    sharing = f", which share out weights in groups of {config.run.shard}," if config.run.shard > 1 else ""
     yield (
-        f"Memory of each process on {device}, by a rehearsal of a step of {config.preset or 'the network'}, "
+        f"Memory of each process{sharing} on {device}, by a rehearsal of a step of {config.preset or 'the network'}, "
         f"{count_parameters(rehearsal.net) / 1e6:.2f} million parameters:"
     )
     for what, count in {
@@ -48,7 +50,13 @@ def plan_lines(config: TrainConfig, spec: DataSpec, device: str, processes: int)
             totals = (kept.total + rehearsal.step(batch, precision, checkpointed) for batch in batches)
             yield f"{row:<46s}" + "".join(f"{total / 1e9:10.3f}" for total in totals)
     where = "to that" if device == "cpu" else "in the memory of the host"
-    yield f"A training state is copied while it is written: {gigabytes(kept.state)} {where}, on the first process."
+    if config.run.shard > 1:
+        yield f"Each process writes its {gigabytes(kept.state)} of a training state, while training waits."
+    else:
+        yield f"A training state is copied while it is written: {gigabytes(kept.state)} {where}, on the first process."
+        if rehearsal.architecture.sharing is not None:
+            in_pieces = (f"{n}: {gigabytes(rehearsal.kept_in_pieces(n).total)}" for n in GROUPS)
+            yield f"Kept all the time with --shard={', '.join(in_pieces)}."
 
 
 def round_size(config: TrainConfig, processes: int) -> int:
