@@ -61,11 +61,11 @@ def test_all_training_options(tmp_path):
     ]  # fmt: skip
     result = run_cli(train, *args)
     assert result.exit_code == 0, result.output
-    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py, planning/, monitoring/.
+    # The others are tested in test_latent_provenance.py, snapshot/test_initial.py, test_sharding.py, planning/, monitoring/.
     assert_all_options(
         train,
         [*args, "-n", "--list-presets", "--encoder=x", "--trust-encoder=1", "--init-from=x", "--tracker=none"]
-        + ["--val-data=x", "--val-images=1", "--val-fraction=0.1", "--diagnose=1", "--plan"],
+        + ["--val-data=x", "--val-images=1", "--val-fraction=0.1", "--diagnose=1", "--plan", "--shard=1"],
     )
     config = EDM2Training.load(tmp_path / "training_options.json")
     expected = dict(
