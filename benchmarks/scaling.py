@@ -35,7 +35,14 @@ RESOLUTIONS = (8, 16, 32, 64, 128)
 CHANNELS = (16, 32, 64, 96, 128)
 ENTRIES = (1_000, 10_000, 100_000)
 READS = 1000
-TRAINED = {16: 24 * 1024, 64: 6 * 1024}  # images, by base channels
+# Trainings of the digits: family, options, images.
+TRAINED = {
+    "EDM2, 16 channels": ("edm2", ["--preset=digits"], 24 * 1024),
+    "EDM2, 64 channels": ("edm2", ["--preset=digits", "--channels=64"], 6 * 1024),
+    "score-SDE": ("score_sde", ["--preset=digits-vp", "--batch=128"], 6 * 1024),
+    "U-ViT": ("uvit", ["--preset=digits-uvit", "--batch=128"], 12 * 1024),
+    "NVAE": ("nvae", ["--preset=digits-nvae", "--batch=128"], 6 * 1024),
+}
 
 
 class Curve(NamedTuple):
@@ -113,21 +120,16 @@ def dataset_curve(folder: Path, repeats: int) -> Curve:
     return Curve("entries of a dataset (ZIP)", "entries", list(ENTRIES), "microseconds", costs)
 
 
-def training_speed(folder: Path, channels: int, processes: int, threads: int) -> float:
-    """Images per second of the digits preset: the median of the status intervals after the first."""
-    out = folder / f"training-{channels}-{processes}-{threads}"
+def training_speed(folder: Path, name: str, processes: int, threads: int) -> float:
+    """Images per second of one of TRAINED: the median of the status intervals after the first."""
+    family, options, images = TRAINED[name]
+    out = folder / f"training-{name.replace(', ', '-').replace(' ', '-')}-{processes}-{threads}"
     data = ROOT / "datasets" / "digits.zip"
     for old in out.glob("*"):
         old.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["train_edm2.py", f"--outdir={out.resolve()}", f"--data={data}", "--preset=digits", "--device=cpu"]
-    command += [
-        f"--channels={channels}",
-        f"--duration={TRAINED[channels]}",
-        "--status=1Ki",
-        "--snapshot=0",
-        "--checkpoint=0",
-    ]
+    command += [f"train_{family}.py", f"--outdir={out.resolve()}", f"--data={data}", *options, "--device=cpu"]
+    command += [f"--duration={images}", "--status=1Ki", "--snapshot=0", "--preview=0", "--checkpoint=0"]
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
@@ -157,11 +159,11 @@ def measure(folder: Path, repeats: int) -> tuple[list[Curve], dict[str, dict[str
         dataset_curve(folder, repeats),
     ]
     speeds = {
-        f"training of digits, batch 128, {channels} channels": {
-            f"{processes} x {threads}": training_speed(folder, channels, processes, threads)
+        f"training of digits, batch 128, {name}": {
+            f"{processes} x {threads}": training_speed(folder, name, processes, threads)
             for processes, threads in [(1, 1), (1, 2), (2, 1)]
         }
-        for channels in TRAINED
+        for name in TRAINED
     }
     return curves, speeds
 
@@ -172,7 +174,7 @@ def draw(path: Path, curves: list[Curve], speeds: dict[str, dict[str, float]]) -
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 3, figsize=(16, 9.6), layout="constrained")
+    fig, axes = plt.subplots(3, 3, figsize=(16, 14.4), layout="constrained")
     for place, curve in zip(axes.flat, curves, strict=False):
         for name, costs in curve.costs.items():
             place.plot(curve.sizes, costs, "o-", label=name)

@@ -40,6 +40,7 @@ def init(timeout_minutes: float | None = None) -> None:
     Raises:
         UserError: the environment names a rank, and not who else is there.
     """
+    global _patient
     if dist.is_initialized():
         return
     if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
@@ -62,8 +63,9 @@ def init(timeout_minutes: float | None = None) -> None:
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         store = dist.PrefixStore(group, store)
         dist.init_process_group(backend, store=store, rank=int(rank), world_size=int(world_size), timeout=timeout)
-    if get_world_size() > 1:
-        _begin_roll_call(group)
+        if get_world_size() > 1:
+            _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+            _begin_roll_call(group)
 
 
 def _take_ranks_of_srun() -> None:
@@ -94,6 +96,7 @@ def first_host(hosts: str) -> str:
 # torchrun's store outlives a group: one that is formed by the same processes later must not meet the addresses in it.
 _groups = itertools.count()
 _roll_call: RollCall | None = None
+_patient: Any = None  # connections without a timeout worth the name
 
 
 def _begin_roll_call(group: str) -> None:
@@ -162,13 +165,13 @@ def shutdown() -> None:
 _recent: deque[Any] = deque(maxlen=16)
 
 
-def _exchange(value: int, op: Any) -> int:
-    """The reduction of a number over all processes by a `dist.ReduceOp`."""
+def _exchange(value: int, op: Any, group: Any = None) -> int:
+    """The reduction of a number over all processes by a `dist.ReduceOp`; `group` = other connections of these."""
     if get_world_size() == 1:
         return value
     message = torch.tensor([value])  # on the CPU: no GPU needs to be chosen yet
     with naming_lost_processes():
-        work = dist.all_reduce(message, op=op, async_op=True)
+        work = dist.all_reduce(message, op=op, group=group, async_op=True)
         assert work is not None
         work.wait()
     _recent.append(work)
@@ -211,9 +214,7 @@ def wait_for_first() -> None:
 
     Exchanges, which have a timeout, come after it.
     """
-    if _roll_call is not None:
-        with naming_lost_processes():
-            _roll_call.wait_for_first()
+    _exchange(0, dist.ReduceOp.MAX, _patient)
 
 
 @contextmanager

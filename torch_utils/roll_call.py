@@ -63,7 +63,7 @@ class RollCall:
         self._store, self.rank, self.world_size = store, rank, world_size
         self._on_lost, self._beat, self._late = on_lost, beat, late
         self._arrivals, self._waited, self._longest = 0, 0.0, 0.0
-        self._waits, self._beats = 0, 0
+        self._beats = 0
         self._stopped = threading.Event()
         store.set(f"name/{rank}", f"{socket.gethostname()}, process id {os.getpid()}")
         store.set(f"arrivals/{rank}", "0")
@@ -96,23 +96,6 @@ class RollCall:
             return []
         late = [rank for rank in range(self.world_size) if int(self._store.get(f"arrivals/{rank}")) < arrivals]
         return late if self.rank == min(set(range(self.world_size)).difference(late)) else []
-
-    def wait_for_first(self) -> None:
-        """Return when the first process has called this as often as this one, however long that takes.
-
-        Raises:
-            RuntimeError: the first process is lost.
-        """
-        self._waits += 1
-        key = f"first/{self._waits}"
-        if self.rank == 0:
-            self._store.set(key, "")
-        pause = 0.001
-        while not self._store.check([key]):
-            if self._store.check(["lost/0"]):
-                raise RuntimeError("the remote process is lost")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.25)
 
     def missing(self) -> list[int]:
         """Processes that do not say that they are there; to be called by all that notice that something is wrong."""
