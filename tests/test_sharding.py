@@ -216,3 +216,36 @@ def test_groups_are_compared(tmp_path):
     done = torchrun(4, script)
     assert done.returncode != 0 and "the same so far" in done.stdout, done.stderr
     assert "process 3" in done.stderr and "holds other weights than the rest" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["pixels32-cpu", "pixels32-vp-cpu", "pixels32-uvit-cpu"])
+def test_the_plan_is_what_processes_allocate(preset, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import dataclasses
+            import sys
+
+            sys.path.insert(0, {str(ROOT)!r})
+
+            from benchmarks.memory import allocated, preset_of, train
+            from torch_utils import distributed
+            from training.planning.memory import Rehearsal, spec_of_preset
+
+            distributed.init()
+            preset = preset_of({preset!r})
+            config = dataclasses.replace(preset.config, run=dataclasses.replace(preset.config.run, shard=2))
+            plan = Rehearsal(config, spec_of_preset(preset, config.data.cond), "cpu")
+            planned = plan.kept.total + plan.step(4, "fp32", False)
+            found = allocated(lambda: train(preset, 4, False, shard=2))
+            distributed.print0(f"planned {{planned / 1e6:.1f}} MB, allocated {{found / 1e6:.1f}} MB")
+            assert abs(found / planned - 1) < 0.1
+            distributed.shutdown()
+            """
+        )
+    )
+    done = torchrun(2, script)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
