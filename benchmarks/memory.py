@@ -9,18 +9,21 @@ Allocated: what torch's allocator hands out, counted by its profiler. Resident: 
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from torch_utils.device import set_up_device
-from torch_utils.gradients import use_channels_last
 from training.config.training import Preset
 from training.families import ARCHITECTURES, trained_by
+from training.holding import Shared, Whole
+from training.networks.dropout import ImageMasks
 from training.planning.memory import Rehearsal, spec_of_preset
 from training.samplers.noise import StackedRandomGenerator
 
@@ -49,20 +52,27 @@ def preset_of(name: str) -> Preset:
     return next(entry.presets[name] for entry in ARCHITECTURES.values() if name in entry.presets)
 
 
-def train(preset: Preset, batch: int, checkpoint_activations: bool, steps: int = 2) -> None:
-    """A network of a preset, its averages and optimiser, and a few steps on noise, on the CPU in float32."""
+def train(preset: Preset, batch: int, checkpoint_activations: bool, steps: int = 2, shard: int = 1) -> None:
+    """A network of a preset, its averages and optimiser, and a few steps on noise, on the CPU in float32.
+
+    With `shard`, as many processes are to call it.
+    """
     config = preset.config
     spec, entry = spec_of_preset(preset, config.data.cond), trained_by(config)
     assert entry.ema is not None and entry.objective is not None and entry.optimizer is not None
     net = entry.build(config.network, spec).train()
-    use_channels_last(net)
-    entry.core(net).checkpoint_activations = checkpoint_activations
-    ema, objective, optimizer = entry.ema(net, config), entry.objective(net, config), entry.optimizer(net, config)
+    core: Any = entry.core(net)
+    core.checkpoint_activations = checkpoint_activations
+    holding = Whole(entry, net) if shard == 1 else Shared(entry, net, shard)
+    ema, objective = entry.ema(holding.held, config), entry.objective(net, config)
+    optimizer = entry.optimizer(holding.held, config)
+    holding.attach(optimizer)
     for nimg in range(0, steps * batch, batch):
         optimizer.zero_gradients()
         rnd = StackedRandomGenerator("cpu", range(batch))
         images, cond = rnd.randn([batch, *spec.shape]), torch.ones([batch, *spec.conditioning.shape])
-        with entry.step(net):
+        ImageMasks(net)(np.arange(nimg, nimg + batch), torch.device("cpu"))
+        with holding.step():
             objective(net, images, cond, rnd=rnd, nimg=nimg).sum().backward()
         optimizer.step(nimg)
         ema.update(nimg + batch, batch)
@@ -78,15 +88,20 @@ def measure(name: str, batch: int, checkpoint_activations: bool) -> Measured:
     before = resident("VmRSS")
     train(preset, batch, checkpoint_activations)
     grown = resident("VmHWM") - before
+    return Measured(planned, allocated(lambda: train(preset, batch, checkpoint_activations)), grown)
+
+
+def allocated(run: Callable[[], None]) -> int:
+    """The most bytes that a function has of torch's allocator at a time, on a CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        train(preset, batch, checkpoint_activations)
+        run()
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    now = allocated = 0
+    now = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
-            allocated = max(allocated, now)
-    return Measured(planned, allocated, grown)
+            most = max(most, now)
+    return most
 
 
 def resident(what: str) -> int:

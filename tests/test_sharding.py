@@ -151,6 +151,7 @@ def test_totals_count_all_pieces_and_what_is_whole_once(tmp_path):
             sys.path.insert(0, {str(ROOT)!r})
 
             from torch_utils import distributed
+            from torch_utils.gradients import replace_nonfinite_
             from training.config.edm2 import TRAINING_PRESETS
             from training.families import preset_network, trained_by
             from training.holding import Shared
@@ -168,7 +169,8 @@ def test_totals_count_all_pieces_and_what_is_whole_once(tmp_path):
             holding.attach(optimizer)
             for name, p in holding.held.named_parameters():
                 p.grad.copy_(holding.pieces.rows(name, whole[name]))
-            count = optimizer.totals.replace_nonfinite_(optimizer.gradients)
+            count = optimizer.totals.count_nonfinite(optimizer.gradients)
+            replace_nonfinite_(optimizer.gradients)
             bad = sum((~value.isfinite()).sum() for value in whole.values())
             norm = torch.stack([v.nan_to_num(0, 0, 0).norm() for v in whole.values()]).norm()
             assert count == bad > 1, (count, bad)
@@ -178,4 +180,72 @@ def test_totals_count_all_pieces_and_what_is_whole_once(tmp_path):
         )
     )
     done = torchrun(2, script)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_groups_are_compared(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+
+            import torch
+
+            sys.path.insert(0, {str(ROOT)!r})
+
+            from torch_utils import distributed
+            from training.config.edm2 import TRAINING_PRESETS
+            from training.families import preset_network, trained_by
+            from training.holding import Shared
+
+            distributed.init()
+            preset = TRAINING_PRESETS["digits"]
+            torch.manual_seed(0)
+            holding = Shared(trained_by(preset.config), preset_network(preset), 2)
+            holding.check_same("weights")
+            distributed.print0("the same so far")
+            if distributed.get_rank() == 3:
+                with torch.no_grad():
+                    holding.held.unet.emb_noise.weight[0, 0] += 1
+            holding.check_same("weights")
+            """
+        )
+    )
+    done = torchrun(4, script)
+    assert done.returncode != 0 and "the same so far" in done.stdout, done.stderr
+    assert "process 3" in done.stderr and "holds other weights than the rest" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["pixels32-cpu", "pixels32-vp-cpu", "pixels32-uvit-cpu"])
+def test_the_plan_is_what_processes_allocate(preset, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import dataclasses
+            import sys
+
+            sys.path.insert(0, {str(ROOT)!r})
+
+            from benchmarks.memory import allocated, preset_of, train
+            from torch_utils import distributed
+            from training.planning.memory import Rehearsal, spec_of_preset
+
+            distributed.init()
+            preset = preset_of({preset!r})
+            config = dataclasses.replace(preset.config, run=dataclasses.replace(preset.config.run, shard=2))
+            plan = Rehearsal(config, spec_of_preset(preset, config.data.cond), "cpu")
+            planned = plan.kept.total + plan.step(4, "fp32", False)
+            found = allocated(lambda: train(preset, 4, False, shard=2))
+            distributed.print0(f"planned {{planned / 1e6:.1f}} MB, allocated {{found / 1e6:.1f}} MB")
+            assert abs(found / planned - 1) < 0.1
+            distributed.shutdown()
+            """
+        )
+    )
+    done = torchrun(2, script)
+    print(done.stdout)
     assert done.returncode == 0, done.stderr

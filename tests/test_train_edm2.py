@@ -56,7 +56,7 @@ def test_all_training_options(tmp_path):
         "--channel-mult=1,2", "--num-blocks=2", "--attn-resolutions=4", "--noise-embedding=fourier", "--noise-bandwidth=0.5", "--ema-std=0.01,0.02,...,0.04", "--workers=1", "--resume", "--xflip=1", "--cache=1", "--verify=0",
         "--metrics=fd_pixels", f"--metrics-ref={ref}", "--metrics-num=2", "--compile=0",
         "--checkpoint-activations=1", "--preview=1024", "--preview-images=7", "--preview-steps=3", "--on-divergence=warn", "--timeout=5",
-        "--checkpoint-minutes=9", "--keep-checkpoints=3", "--milestones=2048", "--slice=4096", "--max-time=1",
+        "--checkpoint-minutes=9", "--shard=1", "--keep-checkpoints=3", "--milestones=2048", "--slice=4096", "--max-time=1",
         "--dropout-masks=round", "--on-nonfinite=skip",
     ]  # fmt: skip
     result = run_cli(train, *args)

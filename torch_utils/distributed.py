@@ -280,23 +280,28 @@ def gather_to_first(value: Any) -> list[Any]:
     return [] if parts is None else [part for part in parts if part is not None]
 
 
-def check_same(tensors: Iterable[torch.Tensor], what: str) -> None:
+def check_same(tensors: Sequence[torch.Tensor], what: str, places: int = 1) -> None:
     """Check that all processes hold the same numbers, by a digest of their bits.
 
     Args:
         what: the tensors are, for the message.
+        places: in groups of so many processes, each holds other numbers, and those at one place of all groups the same.
 
     Raises:
         RunError: one does not. On the first process, the others exit quietly.
     """
-    if get_world_size() == 1:
+    if get_world_size() == places or not tensors:
         return
     digests = [torch.zeros(1, dtype=torch.int64) for _ in range(get_world_size())]
     with naming_lost_processes():
         dist.all_gather(digests, _digest(tensors).cpu())
     values = [int(digest) for digest in digests]
-    usual = max(values, key=values.count)  # the first process's where none is the most frequent
-    different = [rank for rank, value in enumerate(values) if value != usual]
+    different = []
+    for place in range(places):
+        ranks = range(place, len(values), places)
+        found = [values[rank] for rank in ranks]
+        usual = max(found, key=found.count)  # the first process's where none is the most frequent
+        different += [rank for rank in ranks if values[rank] != usual]
     if not different:
         return
     if get_rank() > 0:

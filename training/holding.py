@@ -73,6 +73,14 @@ class Whole:
         """The parameters that are the same on all processes."""
         return list(self.net.parameters())
 
+    def check_same(self, what: str) -> None:
+        """Check that processes hold the same weights, as far as they should; to be called by all of them.
+
+        Raises:
+            RunError: they do not.
+        """
+        distributed.check_same(self.everywhere(), what)
+
     def save(self, states: StateWriter, nimg: int, state: dict[str, Any]) -> None:
         """Write a training state, in which the network is `held`; to be called by all processes."""
         if distributed.get_rank() == 0:
@@ -135,6 +143,10 @@ class Shared(Whole):
 
     def everywhere(self) -> list[torch.Tensor]:
         return self.pieces.whole_parameters()
+
+    def check_same(self, what: str) -> None:
+        super().check_same(what)
+        distributed.check_same(list(self.held.parameters()), what, places=self.pieces.size)
 
     def save(self, states: StateWriter, nimg: int, state: dict[str, Any]) -> None:
         size = self.pieces.size * bytes_of(state)

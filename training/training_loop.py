@@ -310,7 +310,7 @@ class TrainingRun:
             RunError: they do not hold the same weights.
         """
         self.incidents.check()
-        distributed.check_same(self.holding.everywhere(), f"weights at {self.nimg} images")
+        self.holding.check_same(f"weights at {self.nimg} images")
         self.holding.save(self.states, self.nimg, self.state_dict())
         distributed.wait_for_first()
 

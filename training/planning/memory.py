@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from torch_utils.gradients import flat_gradients, use_channels_last
 from training.conditioning import Conditioning, DataSpec
-from training.config.training import Preset, TrainConfig
+from training.config.training import BY_IMAGE, Preset, TrainConfig
 from training.families import trained_by
 from training.families.architecture import no_context
 from training.holding import sharing_of
 from training.monitoring.states import MOMENTS, stored_copies
 from training.monitoring.states import averages as averages_of
+from training.networks.dropout import ImageMasks
 from training.networks.nvae_layers import DataInitConv2d
 from training.samplers.noise import StackedRandomGenerator
 
@@ -150,6 +152,8 @@ class Rehearsal:
             images = torch.empty([batch, *spec.shape], device=self._device)
             cond = torch.empty([batch, *spec.conditioning.shape], device=self._device)
             with self._step(net):
+                if self.config.run.dropout_masks == BY_IMAGE:
+                    ImageMasks(net)(np.arange(batch), torch.device(self._device))
                 loss = self._objective(net, images, cond, rnd=_Draws(self._device), nimg=0)
                 loss.sum().backward()
         return memory.peak - start + self._gathered
