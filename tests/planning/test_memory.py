@@ -32,7 +32,7 @@ def rehearsal(preset, device: str = "cpu") -> Rehearsal:
     ("name", "twice"),
     [
         ("edm2.Precond", False),
-        ("uvit.UViTDenoiser", True),
+        pytest.param("uvit.UViTDenoiser", True, marks=pytest.mark.slow),
         *(pytest.param(name, False, marks=pytest.mark.slow) for name in TRAINED if name != "edm2.Precond"),
     ],
 )
@@ -41,7 +41,7 @@ def test_the_plan_is_what_training_allocates(name, twice):
     assert found.allocated == pytest.approx(found.planned, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["edm2.Precond", "uvit.UViTDenoiser"])
+@pytest.mark.parametrize("name", ["edm2.Precond", pytest.param("uvit.UViTDenoiser", marks=pytest.mark.slow)])
 def test_other_devices_and_precisions_are_rehearsed(name):
     gpu = rehearsal(TRAINED[name].presets[digits(name)], "cuda")
     full, half = gpu.step(64, "fp32", False), gpu.step(64, "fp16", False)
@@ -52,7 +52,7 @@ def test_other_devices_and_precisions_are_rehearsed(name):
 
 
 def test_computing_activations_twice_takes_less():
-    for name in ("edm2.Precond", "score_sde.ScoreSDE", "uvit.UViTDenoiser"):
+    for name in ("score_sde.ScoreSDE", "uvit.UViTDenoiser"):
         net = rehearsal(TRAINED[name].presets[digits(name)], "cuda")
         assert net.step(64, "fp32", True) < 0.8 * net.step(64, "fp32", False), name
 
@@ -60,8 +60,8 @@ def test_computing_activations_twice_takes_less():
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        ("train_edm2", ["--preset=digits", f"--data={DIGITS}", "--batch-gpu=4", "--device=cuda"]),
-        ("train_classifier", ["--preset=digits-classifier"]),
+        ("train_edm2", ["--preset=digits", f"--data={DIGITS}", "--batch-gpu=4", "--device=cuda", "--channels=8"]),
+        pytest.param("train_classifier", ["--preset=digits-classifier"], marks=pytest.mark.slow),
         pytest.param("train_score_sde", ["--preset=digits-vp", "--device=mps"], marks=pytest.mark.slow),
         pytest.param("train_uvit", ["--preset=digits-uvit", "--device=cpu"], marks=pytest.mark.slow),
         pytest.param("train_consistency", ["--preset=digits-ect", "--device=cuda"], marks=pytest.mark.slow),
