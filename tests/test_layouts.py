@@ -151,19 +151,24 @@ def test_a_run_of_an_earlier_version_keeps_its_masks(tmp_path):
 
 
 # Learning rates at which steps are larger than what differs between sums of float32 numbers in another order.
-GENTLE = {"edm2": 1e-3, "score_sde": 1e-3, "uvit": 1e-4, "nvae": 1e-4, "classifier": 1e-5}
+GENTLE = {
+    "edm2": ["--lr=1e-3"],
+    "score_sde": ["--lr=1e-3"],
+    "uvit": ["--lr=1e-4"],
+    "nvae": ["--lr=1e-5", "--learning_rate_min=1e-5"],
+    "classifier": ["--lr=1e-5"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", SMALL)
 def test_a_run_whose_number_of_processes_changes(forks, tmp_path, family, record_property):
     """1,000 steps by 1, 2, 4 and 3 processes, in rounds of different sizes, beside one process throughout."""
-    lr = f"--lr={GENTLE[family]}"
     sizes = [12, 6, 3, 4] if family == "nvae" else [4, 3, 1, 2]  # batch norm looks at a round of all processes
     for processes, batch_gpu, steps in zip([1, 2, 4, 3], sizes, [700, 800, 900, 1000], strict=True):
-        options = ["--batch=12", f"--batch-gpu={batch_gpu}", f"--duration={12 * steps}", lr]
+        options = ["--batch=12", f"--batch-gpu={batch_gpu}", f"--duration={12 * steps}", *GENTLE[family]]
         train_all(forks, processes, tmp_path / "changing", *options, families=[family])
-    train_all(forks, 1, tmp_path / "one", "--batch=12", "--duration=12000", lr, families=[family])
+    train_all(forks, 1, tmp_path / "one", "--batch=12", "--duration=12000", *GENTLE[family], families=[family])
     changing, one = (state(tmp_path / name, family) for name in ("changing", "one"))
     assert changing["nimg"] == one["nimg"] == 12000
     found = difference(changing, one, "weights")
