@@ -232,7 +232,8 @@ def test_the_plan_is_what_processes_allocate(preset, tmp_path):
 
             from benchmarks.memory import allocated, preset_of, train
             from torch_utils import distributed
-            from training.planning.memory import Rehearsal, spec_of_preset
+            from training.families import spec_of_preset
+            from training.planning.memory import Rehearsal
 
             distributed.init()
             preset = preset_of({preset!r})
