@@ -306,7 +306,7 @@ def chosen_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
-    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
+    if outdir is not None and list(outdir.glob("training-state-*")) and (outdir / OPTIONS_NAME).is_file():
         given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
     preset = presets[name].config
     batch = given.get("batch", preset.run.batch)
