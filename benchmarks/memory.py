@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from torch_utils.device import set_up_device
 from training.config.training import Preset
-from training.families import ARCHITECTURES, trained_by
+from training.families import ARCHITECTURES, spec_of_preset, trained_by
 from training.holding import Shared, Whole
 from training.networks.dropout import ImageMasks
-from training.planning.memory import Rehearsal, spec_of_preset
+from training.planning.memory import Rehearsal
 from training.samplers.noise import StackedRandomGenerator
 
 # Preset, --batch-gpu, whether activations are computed twice.

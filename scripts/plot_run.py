@@ -24,6 +24,7 @@ from dnnlib.cli import CommandLine
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write, read_records
 from dnnlib.util import code_version
+from torch_utils.pictures import check_picture
 from training.config.training import OPTIONS_NAME
 
 matplotlib.use("Agg")
@@ -40,6 +41,7 @@ OF_PARTS = {
     "weight_norm": "norm of the weights of each part",
 }
 COLUMNS = 3
+LINES = ("-", "--", ":", "-.")  # of profiles of the averaged weights
 SEGMENTS = 5  # of a run, whose losses by noise level are averaged
 LEAST = 20  # images of a noise level, below which their mean is left out
 Point = tuple[float, float]
@@ -63,14 +65,14 @@ class Run:
     """
 
     def __init__(self, path: Path, name: str):
-        stats = path / "stats.jsonl"
-        if not stats.is_file():
-            raise UserError(f"{path}: no run has reported anything there (stats.jsonl is missing)")
+        stats = records(path / "stats.jsonl")
+        if not stats:
+            raise UserError(f"{path}: no run has reported anything there (stats.jsonl is missing or empty)")
         self.name = name
         self.curves: dict[str, dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
         self.errors: list[Point] = []
         extras = set()
-        for record in records(stats):
+        for record in stats:
             extras |= {name for name in record if name in ("bpd", "kl", "recon", "accuracy")}
             self._add_curves(record, {**STATUS, **{name: name for name in sorted(extras)}})
         for file in sorted(path.glob("metric-*.jsonl")):
@@ -144,7 +146,7 @@ def differences(paths: list[Path]) -> list[str]:
 def draw_curves(runs: list[Run], panel: str, place: "Axes") -> None:
     """What was reported over time."""
     for number, run in enumerate(runs):
-        for style, (profile, points) in zip(("-", "--", ":", "-."), run.curves[panel].items(), strict=False):
+        for style, (profile, points) in zip(itertools.cycle(LINES), run.curves[panel].items(), strict=False):
             label = " ".join(filter(None, (run.name if len(runs) > 1 else "", profile)))
             place.plot(*zip(*points, strict=True), style, color=f"C{number}", marker=".", label=label or None)
         if panel == STATUS["loss"]:
@@ -245,6 +247,7 @@ def draw(path: Path, runs: list[Run], notes: list[str]) -> None:
 @click.argument("paths", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", help="Picture to write", metavar="FILE.png", type=click.Path(path_type=Path), required=True)
 def main(paths: tuple[Path, ...], out: Path) -> None:
+    check_picture("--out", out, {})
     common = os.path.commonpath([path.absolute().parent for path in paths])
     runs = [Run(path, os.path.relpath(path, common)) for path in paths]
     notes = differences(list(paths))

@@ -46,7 +46,12 @@ def test_picture(runs, tmp_path):
 
 
 def test_no_run(tmp_path):
-    fails_with(run_cli(main, tmp_path, f"--out={tmp_path / 'x.png'}"), "no run has reported anything there")
+    out = f"--out={tmp_path / 'x.png'}"
+    fails_with(run_cli(main, tmp_path, out), "no run has reported anything there")
+    (tmp_path / "stats.jsonl").touch()
+    fails_with(run_cli(main, tmp_path, out), "no run has reported anything there")
+    fails_with(run_cli(main, tmp_path, f"--out={tmp_path / 'x.pdf'}"), "x.pdf: is saved as PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.jsonl"]
 
 
 def diagnosis(nimg: int, loss: float) -> dict:

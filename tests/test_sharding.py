@@ -13,6 +13,7 @@ from conftest import DIGITS, ROOT, TINY, fails_with, run_cli, torchrun
 from torch_utils.sharded_state import load_pieces, load_rest
 from train_edm2 import main as train
 from train_nvae import main as train_nvae
+from training.config.training import OPTIONS_NAME
 from training.snapshot import load_network
 
 OPTIONS = [f"--data={DIGITS}", *TINY, "--batch=64", "--batch-gpu=16", "--device=cpu", "--preview=0"]
@@ -74,6 +75,12 @@ def test_another_number_of_processes_continues_a_state_in_pieces(shared, tmp_pat
     shutil.copytree(shared, tmp_path / "run")
     dry = run_cli(train, f"--outdir={tmp_path / 'run'}", *OPTIONS, "--duration=1Ki", "-n")
     assert "Would resume at 512 images" in dry.output, dry.output
+    options = tmp_path / "run" / OPTIONS_NAME
+    stored = options.read_text()
+    options.write_text(stored.replace('"dropout_masks": "image"', '"dropout_masks": "round"'))
+    dry = run_cli(train, f"--outdir={tmp_path / 'run'}", *OPTIONS, "--duration=1Ki", "-n")  # which it keeps
+    assert 'dropout_masks:    "round"' in dry.output, dry.output
+    options.write_text(stored)
     for run in ("run", "whole"):
         result = run_cli(train, f"--outdir={tmp_path / run}", *OPTIONS, "--duration=1Ki")
         assert result.exit_code == 0, result.output
@@ -232,7 +239,8 @@ def test_the_plan_is_what_processes_allocate(preset, tmp_path):
 
             from benchmarks.memory import allocated, preset_of, train
             from torch_utils import distributed
-            from training.planning.memory import Rehearsal, spec_of_preset
+            from training.families import spec_of_preset
+            from training.planning.memory import Rehearsal
 
             distributed.init()
             preset = preset_of({preset!r})

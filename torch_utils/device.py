@@ -1,10 +1,11 @@
 """Devices and what they compute in."""
 
 import functools
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
@@ -13,6 +14,7 @@ from dnnlib.errors import UserError, one_line
 from torch_utils import distributed
 from torch_utils.cpu_memory import keep_freed_memory
 
+NO_LIMIT = 1 << 62  # bytes
 TOLERATED = 1.05  # times as long, which may be an error of measurement
 
 
@@ -65,16 +67,32 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(psutil.virtual_memory().available, _left_by_control_group()) // distributed.get_local_world_size()
+    return min(psutil.virtual_memory().available, left_by_control_groups()) // distributed.get_local_world_size()
 
 
-def _left_by_control_group() -> int:
-    """Bytes that a container or cluster job leaves, as Linux says (control groups, version 2); huge = no limit."""
-    folder = Path("/sys/fs/cgroup")
+def left_by_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that a container or cluster job leaves, as Linux says (control groups, version 2); `NO_LIMIT` = any number.
+
+    Args:
+        root: holds what is known of the group at the top, and folders of those in it.
+        own: names the group of this process.
+    """
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # another system, or 'max'
-        return 1 << 62
+        named = re.search(r"^0::(/.*)$", own.read_text(), re.MULTILINE)
+    except OSError:  # another system
+        return NO_LIMIT
+    groups = PurePosixPath(named[1]).parts[1:] if named else ()
+    return min(_left_in(root.joinpath(*groups[:n])) for n in range(len(groups) + 1))
+
+
+def _left_in(group: Path) -> int:
+    """Bytes between what a group uses and its limit. What Linux keeps of files, and drops when needed, is free."""
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # not there, or 'max'
+        return NO_LIMIT
+    return limit - used + (int(files[1]) if files else 0)
 
 
 def check_compiler(device: torch.device) -> None:

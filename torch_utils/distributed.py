@@ -82,6 +82,8 @@ def _take_ranks_of_srun() -> None:
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(f"srun started several processes, but {missing[0]} is not set: start them with torchrun")
     os.environ.update({name: os.environ[theirs] for name, theirs in names.items()})
+    tasks = re.findall(r"(?:^|,)(\d+)", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))  # such as 8(x3),4
+    os.environ.setdefault("LOCAL_WORLD_SIZE", max(tasks, key=int, default="1"))
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     job, step = (int(os.environ.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     os.environ.setdefault("MASTER_PORT", str(15000 + (job * 16 + step) % 15000))  # below those that systems hand out
@@ -194,7 +196,7 @@ def get_local_rank() -> int:
 
 
 def get_local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Number of processes on this machine; of srun, on the machine with most of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 

@@ -98,7 +98,10 @@ def training_command(
         from training.training_loop import training_loop
 
         if plan:
-            print_plan(config_class, presets, opts, default_preset, outdir)
+            distributed.init(opts["timeout"])
+            with distributed.fail_together():
+                print_plan(config_class, presets, opts, default_preset, outdir)
+            distributed.shutdown()
             return
         if outdir is None:
             raise click.UsageError("Missing option '--outdir'.", click.get_current_context())
@@ -151,7 +154,7 @@ def print_plan(
     """Print how much memory a run takes; of data, the preset says what they look like where none are given."""
     from torch_utils import distributed
     from torch_utils.device import select_device
-    from training.planning.memory import spec_of_preset
+    from training.families import spec_of_preset
     from training.planning.report import plan_lines
 
     device, opts = opts["device"], {**opts, "device": None}  # which need not be here
@@ -303,7 +306,7 @@ def chosen_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
-    if outdir is not None and list(outdir.glob("training-state-*.pt")) and (outdir / OPTIONS_NAME).is_file():
+    if outdir is not None and list(outdir.glob("training-state-*")) and (outdir / OPTIONS_NAME).is_file():
         given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
     preset = presets[name].config
     batch = given.get("batch", preset.run.batch)

@@ -79,7 +79,7 @@ def test_an_image_that_is_not_finite_is_named(family, tmp_path, monkeypatch):
     result = run_cli(command, f"--outdir={tmp_path / 'run'}", *args)
     assert result.exit_code == 0, result.output
     assert f"gradients of the step at {STEP} images were not finite" in result.output
-    assert f"nor when it was repeated; by image {index} ({name})" in result.output
+    assert f"and were not when it was repeated; caused by image {index} ({name})" in result.output
     (incident,) = incidents(tmp_path / "run")
     assert incident["step"] == STEP and incident["repeated"] and incident["parameters"] and not incident["weights"]
     (found,) = incident["images"]
@@ -119,7 +119,7 @@ def test_a_fault_that_does_not_come_again(tmp_path, monkeypatch):
     monkeypatch.setattr(EDM2Loss, "__call__", fails_once)
     result = run_cli(train_edm2, f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, *RUN)
     assert "step at 64 images were not finite" in result.output
-    assert "but were so when it was repeated: the processor, its memory or a driver" in result.output
+    assert "but were when it was repeated: the processor, its memory or a driver" in result.output
     (incident,) = incidents(tmp_path)
     assert not incident["repeated"] and incident["images"] == [] and incident["layer"] is None
 
@@ -134,7 +134,11 @@ def test_weights_that_are_too_large(value, tmp_path, monkeypatch):
 
     monkeypatch.setattr(UViT, "__init__", spoiled)
     args = [f"--outdir={tmp_path}", f"--data={DIGITS}", *UVIT, *RUN, "--on-nonfinite=stop"]
-    cause = "weights are not finite: net.mid_block.mlp.fc1.weight" if value == torch.inf else "by every image"
+    cause = (
+        "weights are not finite: net.mid_block.mlp.fc1.weight"
+        if value == torch.inf
+        else "every image that was tried alone does it"
+    )
     fails_with(run_cli(train_uvit, *args), "first in layer net.mid_block.mlp.fc1; ", cause, exit_code=1)
 
 

@@ -132,6 +132,10 @@ def test_a_held_out_fraction(tmp_path, monkeypatch):
 
 def test_fractions_that_make_no_sense(tmp_path):
     args = [f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--preview=0", "--val-fraction=0.00001"]
-    fails_with(run_cli(train_edm2, *args), "what --val-fraction=1e-05 holds out of 1797 images is none", exit_code=2)
+    fails_with(
+        run_cli(train_edm2, *args), f"--val-fraction=1e-05 holds out none of 1797 images of {DIGITS}", exit_code=2
+    )
+    fails_with(run_cli(train_edm2, *args, "--val-fraction=0.999999"), "--val-fraction=0.999999 holds out all of 1797")
+    assert not list(tmp_path.iterdir())
     fails_with(run_cli(train_edm2, *args, f"--val-data={DIGITS}"), "--val-fraction=1e-05 and --val-data: give one")
     fails_with(run_cli(train_edm2, *args, "--val-fraction=1"), "--val-fraction must be at least 0 and less than 1")

@@ -4,17 +4,20 @@ import dataclasses
 import importlib
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
-from conftest import DIGITS, ROOT, TINY, fails_with, run_cli
+from conftest import DIGITS, ROOT, TINY, fails_with, run_cli, torchrun
 
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.memory import measure
+from dnnlib.errors import OUT_OF_MEMORY
 from train_edm2 import main as train
-from training.families import ARCHITECTURES
-from training.planning.batch import MARGIN, fitting_batch_gpu
-from training.planning.memory import Rehearsal, spec_of_preset
+from training.config.consistency import CONSISTENCY_PRESETS
+from training.families import ARCHITECTURES, spec_of_preset
+from training.planning.batch import MARGIN, fitting_batch_gpu, planned
+from training.planning.memory import Kept, Rehearsal
 
 NO_INTERVALS = {"status": 0, "snapshot": 0, "checkpoint": 0}
 TRAINED = {name: entry for name, entry in ARCHITECTURES.items() if entry.training is not None}
@@ -95,6 +98,39 @@ def test_the_largest_round_that_fits():
         fitting_batch_gpu(config, spec, "cuda", 1, 10**6)
 
 
+def test_a_state_is_copied_on_a_processor():
+    kept = Kept(weights=1, gradients=2, moments=3, averages=4, state=100)
+    assert planned(kept, 1000, "cuda", 1) == pytest.approx(MARGIN * 1010)
+    assert planned(kept, 1000, "cpu", 1) == pytest.approx(MARGIN * 1110)
+    assert planned(kept, 1000, "cpu", 2) == pytest.approx(MARGIN * 1010)
+
+
+def test_a_processor_has_no_fp16_to_save_memory_by():
+    preset = TRAINED["edm2.Precond"].presets["digits"]
+    whys = []
+    for precision in ("fp32", "fp16"):
+        run = dataclasses.replace(preset.config.run, precision=precision, batch=2, **NO_INTERVALS)
+        config = dataclasses.replace(preset.config, run=run)
+        whys.append(fitting_batch_gpu(config, spec_of_preset(preset), "cpu", 1, 10**12))
+    assert whys[0] == whys[1]
+
+
+def test_consistency_is_rehearsed_on_a_processor():
+    """Its loss draws a seed, which is a number."""
+    preset = CONSISTENCY_PRESETS["digits-ect"]
+    found = Rehearsal(preset.config, spec_of_preset(preset), "cpu")
+    assert found.step(8, "fp32", False) > found.step(4, "fp32", False) > 0
+
+
+@pytest.mark.slow
+def test_a_plan_of_two_processes_is_printed_once():
+    args = ["--plan", f"--data={DIGITS}", *TINY, "--device=cpu"]
+    result = torchrun(2, "train_edm2.py", *args)
+    assert result.returncode == 0, result.stderr
+    batches = re.findall(r"images, in GB:([ \d]+)", result.stdout)
+    assert len(batches) == 1 and batches[0].split()[-1] == "128"  # of 256
+
+
 def test_a_run_with_the_largest_round_continues_with_another(tmp_path, monkeypatch):
     monkeypatch.setattr("torch_utils.device.free_memory", lambda _device: 10**7)
     common = [f"--outdir={tmp_path}", f"--data={DIGITS}", *TINY, "--device=cpu"]
@@ -123,3 +159,17 @@ def test_a_timed_dry_run_says_what_a_run_takes_and_what_it_will_fail_at(tmp_path
     for warning in ("Warning: --metrics-ref=", "Warning: --val-data=", "Warning: that is not enough"):
         assert warning in result.output, result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_one_of_several_processes_lacks_ends_all(tmp_path, monkeypatch):
+    """The others are in the middle of a step."""
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("training.planning.preflight.images_per_second", fails)
+    options = [f"--outdir={tmp_path / 'x'}", f"--data={DIGITS}", *TINY, "--device=cpu", "--dry-run=timed"]
+    result = run_cli(train, *options)
+    assert result.exit_code == 0 and f"Warning: {OUT_OF_MEMORY}" in result.output, result.output
+    monkeypatch.setattr("training.planning.preflight.distributed", SimpleNamespace(get_world_size=lambda: 2))
+    fails_with(run_cli(train, *options), OUT_OF_MEMORY, exit_code=1)

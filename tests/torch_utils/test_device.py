@@ -9,7 +9,7 @@ import torch
 from conftest import AVX2_ALONE, ROOT
 
 from torch_utils import device
-from torch_utils.device import resolve_precision, speed_of_bf16
+from torch_utils.device import NO_LIMIT, left_by_control_groups, resolve_precision, speed_of_bf16
 
 CPU = torch.device("cpu")
 
@@ -58,3 +58,21 @@ def test_a_processor_with_avx2_alone():
     capability, auto, note, bf16, equal = result.stdout.splitlines()
     assert (capability, auto, bf16, equal) == ("AVX2", "fp32", "bf16", "True")
     assert note.startswith("Note: on this processor, a convolution in bf16 takes")
+
+
+def test_memory_that_control_groups_leave(tmp_path):
+    """The smallest of what the groups that a process is in leave; files that Linux keeps in memory do not count."""
+    own, root = tmp_path / "cgroup", tmp_path / "root"
+    limits = {"": ("max", 900, 0), "job_7": ("1000", 800, 100), "job_7/step": ("max", 700, 0)}
+    for name, (limit, used, files) in limits.items():
+        folder = root / name
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nactive_file 6\n")
+    assert left_by_control_groups(root, own) == NO_LIMIT  # another system
+    for group, left in {"/": NO_LIMIT, "/job_7": 300, "/job_7/step": 300, "/other": NO_LIMIT}.items():
+        own.write_text(f"4:memory:/x\n0::{group}\n")
+        assert left_by_control_groups(root, own) == left, group
+    own.write_text("4:memory:/x\n")  # version 1 alone
+    assert left_by_control_groups(root, own) == NO_LIMIT

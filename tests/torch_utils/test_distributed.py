@@ -24,6 +24,7 @@ try:
 except UserError as err:
     sys.exit(f"UserError: {err}")
 print("world", distributed.get_world_size(), flush=True)
+print("here", distributed.get_local_world_size(), flush=True)
 if distributed.get_world_size() > 1:
     distributed.barrier()
     if distributed.get_rank() == int(os.environ.get("LOST", 1)):
@@ -38,7 +39,7 @@ if distributed.get_world_size() > 1:
 
 
 def start(**variables: str) -> subprocess.Popen:
-    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    known = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TORCHELASTIC"))}
     env = {name: value for name, value in others.items() if name not in known} | variables
     return subprocess.Popen(
@@ -58,7 +59,7 @@ def start(**variables: str) -> subprocess.Popen:
 )
 def test_one_process(variables):
     output, errors = start(**variables).communicate(timeout=100)
-    assert output == "world 1\n", errors
+    assert output == "world 1\nhere 1\n", errors
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,10 @@ def test_a_lost_process_is_one_line():
 def test_processes_of_srun_find_each_other():
     """And name the first one, too, where that is lost, with all that they share."""
     common = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.[1-2],other", "LOST": "0"}
-    common |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
+    common |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x12),2,1"}
     processes = [start(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), **common) for rank in range(2)]
     outputs = [process.communicate(timeout=100) for process in processes]
-    assert all(output.startswith("world 2\n") for output, _ in outputs), outputs
+    assert all(output.startswith("world 2\nhere 2\n") for output, _ in outputs), outputs
     name = (
         f"RunError: process 0 of 2 ({socket.gethostname()}, process id {processes[0].pid}) ended or no longer answers"
     )

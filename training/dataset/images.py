@@ -98,10 +98,14 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
         indices = subset(len(listing.images), max_size, random_seed)
         if part is not None:
-            indices = indices[part.has(listing.images)[indices]]
-            if len(indices) == 0:
-                count = many(len(listing.images), "image")
-                raise UserError(f"{self.path}: {part} of {count} is none: give another share")
+            chosen = part.has(listing.images)[indices]
+            if chosen.all() or not chosen.any():
+                held_out = "all" if chosen.all() == part.held_out else "none"
+                count = many(len(indices), "image")
+                raise UserError(
+                    f"--val-fraction={part.fraction} holds out {held_out} of {count} of {self.path}: give another share"
+                )
+            indices = indices[chosen]
         self._files = np.array(listing.positions, np.int64)[indices]  # positions in the storage
         # Of all images, also those outside a subset.
         values = labels.values

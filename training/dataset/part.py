@@ -29,6 +29,3 @@ class Part:
         digests = (hashlib.sha256(f"{self.seed}\0{name}".encode("utf-8", "surrogateescape")) for name in names)
         drawn = np.array([int.from_bytes(digest.digest()[:8], "big") / 2**64 for digest in digests])
         return (drawn < self.fraction) == self.held_out
-
-    def __str__(self) -> str:
-        return f"what --val-fraction={self.fraction:g} {'holds out' if self.held_out else 'leaves'}"

@@ -11,6 +11,7 @@ from training.families.registry import (
     architecture_of,
     is_other_than_denoiser,
     preset_network,
+    spec_of_preset,
     trained_by,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "denoiser_inputs",
     "is_other_than_denoiser",
     "preset_network",
+    "spec_of_preset",
     "trained_by",
 ]

@@ -23,12 +23,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def spec_of_preset(preset: Preset, cond: bool = True) -> DataSpec:
+    """What the data look like that a preset is meant for, with or without conditions."""
+    text = preset.context[0] > 0
+    conditioning = Conditioning.of_text(*preset.context) if text else Conditioning.of_labels(cond * preset.classes)
+    return DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
+
+
 def preset_network(preset: Preset) -> Any:
     """A freshly initialised network of a training preset, for the data that the preset is meant for."""
-    text = preset.context[0] > 0
-    conditioning = Conditioning.of_text(*preset.context) if text else Conditioning.of_labels(preset.classes)
-    data = DataSpec(channels=preset.channels, resolution=preset.resolution, conditioning=conditioning)
-    return trained_by(preset.config).build(preset.config.network, data)
+    return trained_by(preset.config).build(preset.config.network, spec_of_preset(preset))
 
 
 def trained_by(config: TrainConfig) -> Architecture:

@@ -162,7 +162,7 @@ class Incidents:
         found.parameters = found.parameters or self._bad_gradients()  # on a GPU, those of the step are gone
         for images in filter(self._fails, rounds):
             found.layer = found.layer or self._layer(images)
-            if found.weights:
+            if found.weights or len(found.images) == MOST_IMAGES:
                 break
             for image in itertools.islice(self._failing(images), MOST_IMAGES - len(found.images)):
                 found.images.append(self._described(image))
@@ -235,18 +235,18 @@ def describe(found: Finding, nimg: int) -> str:
     if found.repeated is None:
         return f"{text}; with --shard, the step is not repeated"
     if not found.repeated:
-        return f"{text}, but were so when it was repeated: the processor, its memory or a driver has computed wrongly"
-    text += ", nor when it was repeated"
+        return f"{text}, but were when it was repeated: the processor, its memory or a driver has computed wrongly"
+    text += ", and were not when it was repeated"
     if found.layer:
         text += f"; first in layer {found.layer}"
     if found.weights:
         return f"{text}; weights are not finite: {', '.join(list(found.weights)[:SHOWN])}"
     if found.every:
-        return f"{text}; by every image that was tried alone: weights are too large, or --precision too low"
+        return f"{text}; every image that was tried alone does it: weights are too large, or --precision too low"
     if not found.images:
-        return f"{text}; by no image alone"
+        return f"{text}; no image alone does it"
     shown = [
         f"{image['index']} ({image['name']})" + (f" at sigma {image['sigma']:.4g}" if "sigma" in image else "")
         for image in found.images[:MOST_IMAGES]
     ]
-    return f"{text}; by {'image' if len(shown) == 1 else 'images'} {', '.join(shown)} of the data"
+    return f"{text}; caused by {'image' if len(shown) == 1 else 'images'} {', '.join(shown)}"

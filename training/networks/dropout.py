@@ -36,8 +36,9 @@ def keep(keys: torch.Tensor, shape: Sequence[int], p: float) -> torch.Tensor:
 
     Multiply-add hashing modulo 2^32 (Dietzfelbinger 1996, "Universal hashing and k-wise independent random variables
     via integer arithmetic without primes"): an activation goes if a x + b < 2^32 p, where (a, b) are the image's keys
-    in this layer and x is a number of its position, random to the eye. Where a and b are random, any two positions are
-    independent, and so are any two images.
+    in this layer and x is a number of its position, random to the eye. Where a and b are random, any two images are
+    independent, and so are nearly all pairs of positions: all but those whose numbers differ by a multiple of 2^27,
+    about one pair in 10^8.
 
     Args:
         keys: a, odd, and b of each image, int32 [2, N].

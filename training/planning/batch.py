@@ -1,12 +1,28 @@
 """The largest round of images that fits into memory."""
 
+import torch
+
 from dnnlib.errors import UserError
+from torch_utils.device import resolve_precision
 from training.conditioning import DataSpec
 from training.config.training import TrainConfig
-from training.planning.memory import Rehearsal
+from training.planning.memory import Kept, Rehearsal
 from training.planning.report import gigabytes
 
 MARGIN = 1.1  # what is planned for, over what the rehearsal finds: libraries and gaps take some, too
+MARGIN_TEXT = f"with a margin of {100 * (MARGIN - 1):.0f} %"
+
+
+def planned(kept: Kept, step: int, device: str, shard: int) -> float:
+    """Bytes of a device that a run is planned to take; on a CPU, the copy of a training state is among them, unless
+    processes share out the weights.
+
+    Args:
+        step: most bytes of a round, beside what is kept.
+        device: 'cpu', 'cuda' or 'mps'.
+        shard: processes that share out the weights.
+    """
+    return MARGIN * (kept.total + step + (kept.state if device == "cpu" and shard == 1 else 0))
 
 
 def fitting_batch_gpu(config: TrainConfig, spec: DataSpec, device: str, processes: int, free: int) -> tuple[int, str]:
@@ -25,12 +41,10 @@ def fitting_batch_gpu(config: TrainConfig, spec: DataSpec, device: str, processe
         UserError: not even a single image fits.
     """
     rehearsal, run = Rehearsal(config, spec, device), config.run
-    precision = run.precision if run.precision != "auto" else "fp32" if device == "cpu" else "fp16"
-    copied = device == "cpu" and run.shard == 1  # while a training state is written
-    fixed = rehearsal.kept.total + (rehearsal.kept.state if copied else 0)
+    precision = resolve_precision(run.precision, torch.device(device))
 
     def needs(batch: int) -> float:
-        return MARGIN * (fixed + rehearsal.step(batch, precision, run.checkpoint_activations))
+        return planned(rehearsal.kept, rehearsal.step(batch, precision, run.checkpoint_activations), device, run.shard)
 
     share = run.batch // processes
     divisors = [n for n in range(1, share + 1) if share % n == 0]
@@ -41,15 +55,14 @@ def fitting_batch_gpu(config: TrainConfig, spec: DataSpec, device: str, processe
         batch = divisors[middle - 1]
         found[batch] = needs(batch)
         low, high = (middle, high) if found[batch] <= free else (low, middle - 1)
-    margin = f"with a margin of {100 * (MARGIN - 1):.0f} %"
     if low == 0:
         raise UserError(
-            f"--batch-gpu=auto: a single image needs {gigabytes(found[1])} {margin}, and {gigabytes(free)} of the "
+            f"--batch-gpu=auto: a single image needs {gigabytes(found[1])} {MARGIN_TEXT}, and {gigabytes(free)} of the "
             f"{device} are free: try --checkpoint-activations=1, --shard or a smaller network, or see --plan"
         )
     chosen = divisors[low - 1]
     more = f"; {divisors[low]} would need {gigabytes(found[divisors[low]])}" if low < len(divisors) else ""
     return chosen, (
-        f"--batch-gpu=auto: {chosen}, which needs {gigabytes(found[chosen])} {margin}, of {gigabytes(free)} that are "
-        f"free{more}"
+        f"--batch-gpu=auto: {chosen}, which needs {gigabytes(found[chosen])} {MARGIN_TEXT}, of {gigabytes(free)} that "
+        f"are free{more}"
     )

@@ -13,6 +13,7 @@ from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
 from training.encoders import data_spec, encoder_for
 from training.metrics.reference import Reference
+from training.planning.batch import MARGIN_TEXT, planned
 from training.planning.memory import Rehearsal
 from training.planning.report import gigabytes, round_size
 from training.planning.timing import images_per_second
@@ -31,6 +32,8 @@ def preflight_lines(config: TrainConfig, dataset: ImageFolderDataset) -> Iterato
     try:
         speed, steps, images = images_per_second(config, dataset)
     except (MemoryError, torch.OutOfMemoryError):
+        if processes > 1:  # the others are in the middle of a step, and cannot go on without this one
+            raise
         yield f"Warning: {OUT_OF_MEMORY}"
         return
     seconds = config.run.duration / speed
@@ -51,14 +54,15 @@ def _memory_line(config: TrainConfig, dataset: ImageFolderDataset) -> str:
     spec = data_spec(dataset, encoder_for(dataset, config.data.encoder, config.data.trust_encoder))
     rehearsal, batch = Rehearsal(config, spec, device.type), round_size(config, processes)
     step = rehearsal.step(batch, resolve_precision(config.run.precision, device), config.run.checkpoint_activations)
-    total, free = rehearsal.kept.total + step, free_memory(device)
+    free = free_memory(device)
     text = (
         f"Memory:           {gigabytes(rehearsal.kept.total)} all the time, and {gigabytes(step)} more in a round of "
         f"{many(batch, 'image')}, by a rehearsal; {gigabytes(free)} are free"
     )
-    if total <= free:
+    if planned(rehearsal.kept, step, device.type, config.run.shard) <= free:
         return text
-    return f"{text}. Warning: that is not enough: try --batch-gpu=auto, --checkpoint-activations=1 or --shard"
+    advice = "try --batch-gpu=auto, --checkpoint-activations=1 or --shard"
+    return f"{text}. Warning: that is not enough {MARGIN_TEXT}: {advice}"
 
 
 def _missing_files(config: TrainConfig) -> Iterator[str]:
