@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -224,6 +225,7 @@ def test_averages_say_how_they_came_to_be(session):
         ({"setting": {"options": ["--steps=5000"]}}, ["--steps=5000: this page takes at most 4000"]),
         ({"setting": {"options": ["--class=11"]}}, ["--class=11 is out of range: the classes are 0 to 9"]),
         ({"setting": {"main": {"ema": "0.5"}}}, ["EMA length '0.5'", "between 0.001 and 0.289"]),
+        ({"setting": {"main": {"ema": "0.05,0.06"}}}, ["EMA length '0.05,0.06' is not one number"]),
         ({"setting": {"main": {"ema": "long"}}}, ["EMA length 'long': 'long' is not a number"]),
         ({"setting": {"main": {"kimg": 7, "ema": "0.05"}}}, ["there is no snapshot of that time", "from 1 to 3"]),
         ({"setting": {"main": {"network": 9}}}, ["no network 9 any more: reload the page"]),
@@ -290,6 +292,19 @@ def test_networks_of_unlimited_number_are_not_kept(tmp_path):
     assert shelf(str(paths[7])) is not kept[7]  # it has changed
 
 
+def test_a_guide_that_is_there_is_not_deleted_before_it_is_used(own_run, tmp_path):
+    """The network that comes first takes the place of the one that was used longest ago, which may be the guide."""
+    words = [f"--net={own_run}"]
+    session = Session(read_options(words), words, [], tmp_path)
+    session.shelf = Shelf(tmp_path, limit=0, at_least=4)
+    with contextlib.closing(session):
+        for main, guide in [("0.060", "0.070"), ("0.061", "0.071"), ("0.062", "0.060"), ("0.063", "0.071")]:
+            setting = {"main": {"ema": main}, "guiding": {"ema": guide}, "guide": "network"}
+            result = ask(session, setting={**setting, "options": ["--steps=1", "--guidance=2"]})
+            assert "error" not in result, result
+        assert len(list((tmp_path / "0").iterdir())) == 4
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What can be chosen
 
@@ -322,6 +337,20 @@ def test_averages_that_have_no_width(tmp_path):
         missing = ask(session, setting={"main": {"kimg": 1, "ema": "ema"}})["error"]
         assert "no snapshot 'ema' of 1 thousand images (there are 2)" in missing
         assert "cannot be made" in ask(session, setting={"main": {"ema": "0.05"}})["error"]
+
+
+def test_obstacles_pass(own_run, tmp_path):
+    """A snapshot that could not be read is there when the page is loaded again."""
+    folder = tmp_path / "run"
+    shutil.copytree(own_run, folder, ignore=shutil.ignore_patterns("phema*"))
+    damaged = folder / "network-snapshot-0000001-0.050.safetensors"
+    damaged.write_bytes(b"")
+    with session_of(folder) as session:
+        (network,) = session.describe()["networks"]
+        assert damaged.name in network["obstacle"] and network["tracked"] == []
+        shutil.copy(own_run / damaged.name, damaged)
+        (network,) = session.describe()["networks"]
+        assert network["obstacle"] == "" and network["tracked"] == [0.05, 0.1]
 
 
 def test_new_snapshots_are_found(own_run, tmp_path):
@@ -471,11 +500,14 @@ def test_who_hangs_up_waits_no_more(page, session, monkeypatch):
 # The command
 
 
-def test_the_command(own_run, nvae, tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(own_run, nvae, tmp_path, asked):
+    """It ends when it is asked to, with images under way, and leaves nothing."""
     before = {path: path.stat().st_mtime_ns for path in own_run.iterdir()}
     process = subprocess.Popen(
         [sys.executable, ROOT / "explore.py", f"--net={own_run}", f"--also={nvae}", "--port=0"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -486,7 +518,13 @@ def test_the_command(own_run, nvae, tmp_path):
         connection.request("GET", "/api/networks")
         assert len(json.loads(connection.getresponse().read())["networks"]) == 2
         connection.close()
-        process.send_signal(signal.SIGINT)
+        waiting = [http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=60) for _ in range(2)]
+        for pane, connection in enumerate(waiting):
+            request = {"pane": str(pane), "setting": {"main": {"ema": "0.07"}, "options": ["--steps=4000"]}}
+            body = json.dumps(request).encode()
+            connection.request("POST", "/api/images", body, {"Content-Type": "application/json"})
+            assert "progress" in json.loads(connection.getresponse().readline())
+        process.send_signal(asked)
         _, errors = process.communicate(timeout=60)
         assert (process.returncode, errors) == (0, "")
     finally:

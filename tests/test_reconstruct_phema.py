@@ -238,11 +238,20 @@ def test_reconstruction_overwrites_nothing_but_reconstructions(run, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     fails_with(
         run_cli(reconstruct, *args, "--outprefix=network-snapshot"),
-        "network-snapshot-0000003-0.100.safetensors exists and is no reconstruction",
+        "network-snapshot-0000003-0.100.safetensors exists, and does not say that it is a reconstruction",
     )
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     for _again in range(2):
         assert run_cli(reconstruct, *args).exit_code == 0
+
+
+def test_reconstructions_are_no_snapshots(run, tmp_path):
+    args = [f"--indir={run}", f"--outdir={tmp_path}", "--outstd=0.08"]
+    assert run_cli(reconstruct, *args).exit_code == 0
+    fails_with(
+        run_cli(reconstruct, f"--indir={tmp_path}", "--outstd=0.1"),
+        f"--indir={tmp_path}: only reconstructions (phema-0000003-0.080.safetensors)",
+    )
 
 
 def test_snapshots_of_two_runs(run, tmp_path):

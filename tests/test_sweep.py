@@ -76,6 +76,29 @@ def test_nothing_is_measured_twice(swept, run):
     assert result.output.count("of 6]") == 1 and "--budget=200 is used up" in result.output
 
 
+def test_other_values_in_the_same_folder(run, digits_ref, tmp_path):
+    """What earlier starts have measured counts for the best, and stands in the table and the picture."""
+    args = [f"--net={run}", *QUICK, f"--ref={digits_ref}"]
+    golden = ["--search=golden", "--tolerance=0.5", "--vary=rho=5,7"]
+    assert sweep(tmp_path, *args, *golden, "--vary=sampler=heun,euler").exit_code == 0
+    result = sweep(tmp_path, *args, *golden, "--vary=sampler=dpmpp-2m,euler")
+    assert result.exit_code == 0 and {row["setting"]["sampler"] for row in records(tmp_path)[1:]} == {
+        "heun", "euler", "dpmpp-2m",
+    }  # fmt: skip
+    fails_with(sweep(tmp_path, *args, "--vary=rho=8,9", "--vary=sampler=heun", "--budget=10"), "--budget=10 is less")
+    result = sweep(tmp_path, *args, "--vary=rho=8,9", "--vary=sampler=heun")
+    assert result.exit_code == 0 and "[1 of 2] rho=8" in result.output and "[2 of 2] rho=9" in result.output
+
+
+def test_the_end_of_a_range(run, digits_ref, tmp_path):
+    """Only a search that has come to its end can say that it is there."""
+    args = [f"--net={run}", "--vary=sigma_max=80,2000", *QUICK, f"--ref={digits_ref}", "--search=golden"]
+    note = re.compile(r"^Note: sigma_max=\S+ is next to the end of its range", re.MULTILINE)
+    result = sweep(tmp_path, *args, "--budget=100")
+    assert "is used up" in result.output and "Note: sigma_max" not in result.output
+    assert note.search(sweep(tmp_path, *args, "--tolerance=0.4").output)
+
+
 def test_other_sweeps_are_refused(swept, run):
     outdir, _ = swept
     result = sweep(outdir, f"--net={run}", "--vary=ema-std=0.05,0.15", "--vary=rho=5,7", "--seed=1")

@@ -29,7 +29,7 @@ class Shelf:
     ) -> Snapshot:
         """As `load_image_network`; a network is read again when its file has changed."""
         path = os.fspath(path_or_url)
-        key = path, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
+        key = _key(path)
         if key not in self.kept:
             self.kept[key] = load_image_network(path, device, arch)
         self.kept.move_to_end(key)
@@ -38,6 +38,19 @@ class Shelf:
             if self.workdir is not None and Path(old).is_relative_to(self.workdir):
                 Path(old).unlink(missing_ok=True)
         return self.kept[key]
+
+    def hold(self, path: str) -> None:
+        """Have a network, if it is kept, be dropped last.
+
+        To be called before several are loaded of which some are kept: the first would take the place of another one,
+        whose file may be deleted.
+        """
+        if _key(path) in self.kept:
+            self.kept.move_to_end(_key(path))
+
+
+def _key(path: str) -> tuple[str, int]:
+    return path, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0
 
 
 def _size(snapshot: Snapshot) -> int:

@@ -93,7 +93,11 @@ def test_options_of_state_dicts(tmp_path):
     assert run_cli(reconstruct, *args).exit_code == 0
     args[-2] = "--format=pt"
     assert run_cli(reconstruct, *args).exit_code == 0
-    fails_with(run_cli(reconstruct, *args), "phema-0000300-0.100.pt exists and is no reconstruction", "--skip")
+    fails_with(
+        run_cli(reconstruct, *args),
+        "phema-0000300-0.100.pt exists, and does not say that it is a reconstruction",
+        "--skip",
+    )
     assert run_cli(reconstruct, *args, "--skip").exit_code == 0
 
 

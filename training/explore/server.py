@@ -7,7 +7,8 @@ has another Origin, a form cannot send JSON, and a name of theirs that leads her
 import contextlib
 import errno
 import json
-from concurrent.futures import wait
+import signal
+from concurrent.futures import CancelledError, wait
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -102,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._line({"progress": job.progress})
             try:
                 self._line(job.future.result())
-            except SupersededError:
+            except (SupersededError, CancelledError):  # the latter when the session ends
                 self._line({"superseded": True})
         except (ConnectionError, TimeoutError):  # the page has gone
             job.cancel()
@@ -164,11 +165,16 @@ class PageServer(ThreadingHTTPServer):
 
 
 def serve(session: Session, port: int) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C, or until the process is asked to end, as when its terminal is closed.
 
     Raises:
         UserError: see `PageServer`.
     """
+    # Averages take disk space, and are to be deleted by whoever made their folder, however this ends.
+    for name in ("SIGTERM", "SIGHUP"):  # the latter not on Windows
+        asked = getattr(signal, name, None)
+        if asked is not None and signal.getsignal(asked) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(asked, signal.default_int_handler)
     with contextlib.closing(session), PageServer(session, port) as server, contextlib.suppress(KeyboardInterrupt):
         print(f"Open {server.url} in a browser. Ctrl-C ends.", flush=True)
         server.serve_forever()

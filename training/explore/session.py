@@ -115,6 +115,8 @@ class Session:
             if setting.guide == "network" and config.sampling.guidance.acts:
                 guide = self._find(setting.guiding)
                 config = self.options.read(words, main.path, guide.path)
+            for network in filter(None, (main, guide)):
+                self.shelf.hold(network.path)
             loaded = load(config, self.shelf)
         made = self._images(job, loaded, seeds, request.path_of)
         notes = [network.note for network in (main, guide) if network is not None and network.note]

@@ -62,7 +62,7 @@ class Source:
         # Of a time and average, '.safetensors' comes last, and stays.
         self.saved = {(int(match[1]), match[2].removeprefix("-")): path for match, path in found if match is not None}
         try:
-            self.averages = list_averages(Path(self.address))
+            self.averages, self.obstacle = list_averages(Path(self.address)), ""
         except UserError as err:
             self.averages, self.obstacle = [], str(err)
 
@@ -146,7 +146,9 @@ def _width(text: str) -> float:
         UserError: it is none.
     """
     try:
-        (std,) = parse_std_list(text)
+        stds = parse_std_list(text)
     except ValueError as err:
         raise UserError(f"EMA length {one_line(err)}") from None
-    return float(f"{std:.3f}")
+    if len(stds) != 1:
+        raise UserError(f"EMA length {one_line(text)!r} is not one number, such as 0.073")
+    return float(f"{stds[0]:.3f}")

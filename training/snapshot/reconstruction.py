@@ -61,6 +61,7 @@ def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] 
     paths = sorted(path for path in indir.iterdir() if path.is_file())
     allow_open_files(2 * len(paths) + OTHER_FILES)  # pickles stay open twice
     found: list[StoredAverage] = []
+    left_out: list[str] = []
     for path in paths:
         match = NAME.fullmatch(path.name)
         if match is None or (prefix is not None and match[1] != prefix):
@@ -69,6 +70,7 @@ def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] 
             continue  # its converted copy is there
         average, reconstructed = _open(path, match)
         if prefix is None and reconstructed:
+            left_out.append(path.name)
             continue
         twin = next((avg for avg in found if (avg.nimg, avg.std) == (average.nimg, average.std)), None)
         if twin is not None:
@@ -76,6 +78,11 @@ def list_averages(indir: Path, prefix: str | None = None, stds: Sequence[float] 
                 f"{twin.path} and {path} are of the same time and width: keep one of them, or choose by --inprefix"
             )
         found.append(average)
+    if not found and left_out:
+        raise UserError(
+            f"--indir={indir}: only reconstructions ({_some(left_out, '')}): give the folder of the snapshots that "
+            f"they were made of"
+        )
     if not found:
         names = [path.name for path in paths]
         there, name = _some([name for name in names if name.endswith(SUFFIXES)] or names, "no files"), prefix or "NAME"
@@ -205,7 +212,8 @@ def reconstruct_phema(
     for path in paths.values():
         if path.is_file() and not skip and not results.may_replace(path):
             raise UserError(
-                f"{path} exists and is no reconstruction: choose another --outprefix or --outdir, or --skip it"
+                f"{path} exists, and does not say that it is a reconstruction: choose another --outprefix or --outdir, "
+                f"remove it, or --skip it"
             )
     todo = [std for std in outstds if not (skip and paths[std].is_file())]
     if not todo:

@@ -1,6 +1,5 @@
 """Sweeps from their settings to what the user gets: a table, the best setting, and a picture."""
 
-import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -24,10 +23,11 @@ def run(sweep: Sweep, search: str, budget: int | None, tolerance: float = TOLERA
         search: 'grid', 'coordinate' or 'golden'.
         budget: images that this start may make; None = any number.
         tolerance: of 'golden', see `by_golden_section`.
+
+    Raises:
+        UserError: nothing can be measured within the budget, or `search` and the axes do not go together.
     """
     axes, num_images = sweep.axes, len(sweep.seeds)
-    if budget is not None and budget < num_images and not sweep.results:
-        raise UserError(f"--budget={budget} is less than the {num_images} images of one setting")
     name = ""
 
     def loss(setting: Setting) -> float:
@@ -39,11 +39,13 @@ def run(sweep: Sweep, search: str, budget: int | None, tolerance: float = TOLERA
         "coordinate": lambda: by_coordinates(axes, loss),
         "golden": lambda: by_golden_section(axes, loss, tolerance),
     }[search]()
-    total = "" if search == "golden" else f" of {math.prod(len(axis.values) for axis in axes)}"
+    listed = [] if search == "golden" else list(grid(axes))
     complete = True
     for setting in settings:
         known = sweep.knows(setting)
         if budget is not None and sweep.measured + sweep.costs(setting) > budget:
+            if sweep.measured == 0:
+                raise UserError(f"--budget={budget} is less than the {num_images} images of one setting")
             complete = False
             break
         results = sweep(setting)
@@ -51,9 +53,11 @@ def run(sweep: Sweep, search: str, budget: int | None, tolerance: float = TOLERA
         text = " ".join(f"{key}={value}" for key, value in setting.items())
         values = ", ".join(f"{key} {value:.5g}" for key, value in results.items())
         if not known:
-            distributed.print0(f"[{len(sweep.results)}{total}] {text}: {values}")
+            count = f"{sum(map(sweep.knows, listed))} of {len(listed)}" if listed else len(sweep.results)
+            distributed.print0(f"[{count}] {text}: {values}")
     rows = [(record["setting"], record["results"]) for record in sweep.results.values()]
     best = min((setting for setting, _ in rows), key=loss)
+    ranges = [axis.name for axis in axes if search == "golden" and axis.is_range]
     if search == "golden":
         axes = [_measured(axis, rows) for axis in axes]
     shown = [best | {axes[0].name: value} for value in _thinned(axes[0].values)]
@@ -64,10 +68,10 @@ def run(sweep: Sweep, search: str, budget: int | None, tolerance: float = TOLERA
         if not complete:
             print(f"--budget={budget} is used up; repeat the command to continue.")
         for axis in axes:
-            if len(axis.values) > 1 and best[axis.name] in (axis.values[0], axis.values[-1]):
-                print(
-                    f"Note: {axis.name}={best[axis.name]} is at the end of its values; beyond, it may be better still"
-                )
+            at_end = len(axis.values) > 1 and best[axis.name] in (axis.values[0], axis.values[-1])
+            if at_end and (complete or axis.name not in ranges):  # else the search was still on its way
+                where = "next to the end of its range" if axis.name in ranges else "at the end of its values"
+                print(f"Note: {axis.name}={best[axis.name]} is {where}; beyond, it may be better still")
         command = " ".join(["python generate_images.py", *map(shlex.quote, words), "--outdir=out"])
         value = sweep(best)[name]
         print(f"Best {name}, {value:.5g}:\n{command}")
@@ -95,11 +99,11 @@ def is_better_larger(name: str) -> bool:
 
 
 def _measured(axis: Axis, rows: Sequence[tuple[Setting, Mapping[str, float]]]) -> Axis:
-    """An axis with the values that a search has tried, in order."""
-    values = {setting[axis.name] for setting, _ in rows}
-    return Axis(
-        axis.name, tuple(sorted(values, key=float) if axis.is_range else (v for v in axis.values if v in values))
-    )
+    """An axis with the values that searches have tried, in order; at the end those of earlier starts alone."""
+    values = dict.fromkeys(setting[axis.name] for setting, _ in rows)
+    if axis.is_range:
+        return Axis(axis.name, tuple(sorted(values, key=float)))
+    return Axis(axis.name, tuple(dict.fromkeys([*(v for v in axis.values if v in values), *values])))
 
 
 def _thinned(values: Sequence[str]) -> list[str]:
