@@ -504,32 +504,31 @@ def test_who_hangs_up_waits_no_more(page, session, monkeypatch):
 def test_the_command(own_run, nvae, tmp_path, asked):
     """It ends when it is asked to, with images under way, and leaves nothing."""
     before = {path: path.stat().st_mtime_ns for path in own_run.iterdir()}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, ROOT / "explore.py", f"--net={own_run}", f"--also={nvae}", "--port=0"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        match = re.fullmatch(r"Open http://127\.0\.0\.1:(\d+) in a browser\. Ctrl-C ends\.\n", line)
-        assert match, process.communicate(timeout=60)
-        connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=60)
-        connection.request("GET", "/api/networks")
-        assert len(json.loads(connection.getresponse().read())["networks"]) == 2
-        connection.close()
-        waiting = [http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=60) for _ in range(2)]
-        for pane, connection in enumerate(waiting):
-            request = {"pane": str(pane), "setting": {"main": {"ema": "0.07"}, "options": ["--steps=4000"]}}
-            body = json.dumps(request).encode()
-            connection.request("POST", "/api/images", body, {"Content-Type": "application/json"})
-            assert "progress" in json.loads(connection.getresponse().readline())
-        process.send_signal(asked)
-        _, errors = process.communicate(timeout=60)
-        assert (process.returncode, errors) == (0, "")
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            match = re.fullmatch(r"Open http://127\.0\.0\.1:(\d+) in a browser\. Ctrl-C ends\.\n", line)
+            assert match, process.communicate(timeout=120)
+            connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=120)
+            connection.request("GET", "/api/networks")
+            assert len(json.loads(connection.getresponse().read())["networks"]) == 2
+            connection.close()
+            waiting = [http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=120) for _ in range(2)]
+            for pane, connection in enumerate(waiting):
+                request = {"pane": str(pane), "setting": {"main": {"ema": "0.07"}, "options": ["--steps=4000"]}}
+                body = json.dumps(request).encode()
+                connection.request("POST", "/api/images", body, {"Content-Type": "application/json"})
+                assert "progress" in json.loads(connection.getresponse().readline())
+            process.send_signal(asked)
+            _, errors = process.communicate(timeout=120)
+            assert (process.returncode, errors) == (0, "")
+        finally:
+            process.kill()
     assert {path: path.stat().st_mtime_ns for path in own_run.iterdir()} == before and not any(tmp_path.iterdir())
 
 

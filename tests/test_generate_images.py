@@ -218,7 +218,7 @@ def test_bad_generation_options(snapshot_file, tmp_path, options, fragments):
     [
         (dict(img_resolution=16), "--gnet has resolution 16, but --net has 8"),
         (dict(img_channels=3), "--gnet has number of channels 3, but --net has 1"),
-        (dict(label_dim=7), "--gnet has 7 classes, but --net has 10"),
+        (dict(label_dim=7), "--gnet follows 7 classes, but --net follows 10 classes"),
     ],
 )
 def test_guide_that_does_not_fit(snapshot_file, tmp_path, kwargs, fragment):
