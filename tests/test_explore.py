@@ -508,6 +508,7 @@ def test_the_command(own_run, nvae, tmp_path, asked):
         [sys.executable, ROOT / "explore.py", f"--net={own_run}", f"--also={nvae}", "--port=0"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background ignore
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
