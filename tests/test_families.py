@@ -26,7 +26,8 @@ from training.snapshot import load_network, save_network
 TRAINED = [name for name, architecture in ARCHITECTURES.items() if architecture.training is not None]
 GENERATORS = [name for name in TRAINED if ARCHITECTURES[name].makes_images]
 DENOISERS = [name for name in GENERATORS if ARCHITECTURES[name].is_denoiser]
-DEEP = ("nvae-celeba64", "nvae-imagenet32", "nvae-celeba256", "nvae-ffhq256")  # hundreds of layers, which take seconds to make
+# Of hundreds of layers, which take seconds to make.
+DEEP = ("nvae-celeba64", "nvae-imagenet32", "nvae-celeba256", "nvae-ffhq256")
 PRESETS = [
     pytest.param(name, preset, marks=[pytest.mark.slow] * (preset in DEEP))
     for name in ARCHITECTURES
