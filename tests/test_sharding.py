@@ -3,6 +3,7 @@
 import importlib
 import pickle
 import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -145,82 +146,77 @@ def test_families_train_as_on_one_process(script, preset, processes, shard, opti
     assert_same_training(tmp_path / "pieces", tmp_path / "whole")
 
 
+def run_together(processes: int, folder: Path, code: str) -> subprocess.CompletedProcess:
+    """Run lines of Python in several processes, which can import the project."""
+    script = folder / "script.py"
+    script.write_text(f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\n{textwrap.dedent(code)}")
+    return torchrun(processes, script)
+
+
 @pytest.mark.slow
 def test_totals_count_all_pieces_and_what_is_whole_once(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
+    done = run_together(
+        2,
+        tmp_path,
+        """
+        import torch
 
-            import torch
+        from torch_utils import distributed
+        from torch_utils.gradients import replace_nonfinite_
+        from training.config.edm2 import TRAINING_PRESETS
+        from training.families import preset_network, trained_by
+        from training.holding import Shared
 
-            sys.path.insert(0, {str(ROOT)!r})
-
-            from torch_utils import distributed
-            from torch_utils.gradients import replace_nonfinite_
-            from training.config.edm2 import TRAINING_PRESETS
-            from training.families import preset_network, trained_by
-            from training.holding import Shared
-
-            distributed.init()
-            preset = TRAINING_PRESETS["digits"]
-            entry, config = trained_by(preset.config), preset.config
-            torch.manual_seed(0)
-            net = preset_network(preset)
-            whole = {{name: torch.randn_like(p) for name, p in net.named_parameters()}}
-            whole["unet.out_gain"].fill_(float("nan"))  # of all processes
-            whole["unet.out_conv.weight"].fill_(float("inf"))  # of which one has the only row
-            holding = Shared(entry, net, 2)
-            optimizer = entry.optimizer(holding.held, config)
-            holding.attach(optimizer)
-            for name, p in holding.held.named_parameters():
-                p.grad.copy_(holding.pieces.rows(name, whole[name]))
-            count = optimizer.totals.count_nonfinite(optimizer.gradients)
-            replace_nonfinite_(optimizer.gradients)
-            bad = sum((~value.isfinite()).sum() for value in whole.values())
-            norm = torch.stack([v.nan_to_num(0, 0, 0).norm() for v in whole.values()]).norm()
-            assert count == bad > 1, (count, bad)
-            torch.testing.assert_close(optimizer.totals.norm(optimizer.gradients), norm)
-            distributed.shutdown()
-            """
-        )
+        distributed.init()
+        preset = TRAINING_PRESETS["digits"]
+        entry, config = trained_by(preset.config), preset.config
+        torch.manual_seed(0)
+        net = preset_network(preset)
+        whole = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+        whole["unet.out_gain"].fill_(float("nan"))  # of all processes
+        whole["unet.out_conv.weight"].fill_(float("inf"))  # of which one has the only row
+        holding = Shared(entry, net, 2)
+        optimizer = entry.optimizer(holding.held, config)
+        holding.attach(optimizer)
+        for name, p in holding.held.named_parameters():
+            p.grad.copy_(holding.pieces.rows(name, whole[name]))
+        count = optimizer.totals.count_nonfinite(optimizer.gradients)
+        replace_nonfinite_(optimizer.gradients)
+        bad = sum((~value.isfinite()).sum() for value in whole.values())
+        norm = torch.stack([v.nan_to_num(0, 0, 0).norm() for v in whole.values()]).norm()
+        assert count == bad > 1, (count, bad)
+        torch.testing.assert_close(optimizer.totals.norm(optimizer.gradients), norm)
+        distributed.shutdown()
+        """,
     )
-    done = torchrun(2, script)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_groups_are_compared(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import sys
+    done = run_together(
+        4,
+        tmp_path,
+        """
+        import torch
 
-            import torch
+        from torch_utils import distributed
+        from training.config.edm2 import TRAINING_PRESETS
+        from training.families import preset_network, trained_by
+        from training.holding import Shared
 
-            sys.path.insert(0, {str(ROOT)!r})
-
-            from torch_utils import distributed
-            from training.config.edm2 import TRAINING_PRESETS
-            from training.families import preset_network, trained_by
-            from training.holding import Shared
-
-            distributed.init()
-            preset = TRAINING_PRESETS["digits"]
-            torch.manual_seed(0)
-            holding = Shared(trained_by(preset.config), preset_network(preset), 2)
-            holding.check_same("weights")
-            distributed.print0("the same so far")
-            if distributed.get_rank() == 3:
-                with torch.no_grad():
-                    holding.held.unet.emb_noise.weight[0, 0] += 1
-            holding.check_same("weights")
-            """
-        )
+        distributed.init()
+        preset = TRAINING_PRESETS["digits"]
+        torch.manual_seed(0)
+        holding = Shared(trained_by(preset.config), preset_network(preset), 2)
+        holding.check_same("weights")
+        distributed.print0("the same so far")
+        if distributed.get_rank() == 3:
+            with torch.no_grad():
+                holding.held.unet.emb_noise.weight[0, 0] += 1
+        holding.check_same("weights")
+        """,
     )
-    done = torchrun(4, script)
     assert done.returncode != 0 and "the same so far" in done.stdout, done.stderr
     assert "process 3" in done.stderr and "holds other weights than the rest" in done.stderr, done.stderr
 
@@ -228,32 +224,27 @@ def test_groups_are_compared(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["pixels32-cpu", "pixels32-vp-cpu", "pixels32-uvit-cpu"])
 def test_the_plan_is_what_processes_allocate(preset, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import dataclasses
-            import sys
+    done = run_together(
+        2,
+        tmp_path,
+        f"""
+        import dataclasses
 
-            sys.path.insert(0, {str(ROOT)!r})
+        from benchmarks.memory import allocated, preset_of, train
+        from torch_utils import distributed
+        from training.families import spec_of_preset
+        from training.planning.memory import Rehearsal
 
-            from benchmarks.memory import allocated, preset_of, train
-            from torch_utils import distributed
-            from training.families import spec_of_preset
-            from training.planning.memory import Rehearsal
-
-            distributed.init()
-            preset = preset_of({preset!r})
-            config = dataclasses.replace(preset.config, run=dataclasses.replace(preset.config.run, shard=2))
-            plan = Rehearsal(config, spec_of_preset(preset, config.data.cond), "cpu")
-            planned = plan.kept.total + plan.step(4, "fp32", False)
-            found = allocated(lambda: train(preset, 4, False, shard=2))
-            distributed.print0(f"planned {{planned / 1e6:.1f}} MB, allocated {{found / 1e6:.1f}} MB")
-            assert abs(found / planned - 1) < 0.1
-            distributed.shutdown()
-            """
-        )
+        distributed.init()
+        preset = preset_of({preset!r})
+        config = dataclasses.replace(preset.config, run=dataclasses.replace(preset.config.run, shard=2))
+        plan = Rehearsal(config, spec_of_preset(preset, config.data.cond), "cpu")
+        planned = plan.kept.total + plan.step(4, "fp32", False)
+        found = allocated(lambda: train(preset, 4, False, shard=2))
+        distributed.print0(f"planned {{planned / 1e6:.1f}} MB, allocated {{found / 1e6:.1f}} MB")
+        assert abs(found / planned - 1) < 0.1
+        distributed.shutdown()
+        """,
     )
-    done = torchrun(2, script)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
