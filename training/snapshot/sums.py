@@ -169,6 +169,34 @@ class _Workspace:
         return self._views[key]
 
 
+def _in_order(
+    pool: ThreadPoolExecutor,
+    jobs: Iterable[tuple[Callable[[], list[Piece]], int]],
+    ahead: int,
+    read: Callable[[int], object],
+) -> Iterator[Piece]:
+    """The pieces of jobs, in the order of these, of which up to `ahead` are worked at before they are asked for.
+
+    Args:
+        jobs: what makes pieces, and the bytes that it reads.
+        read: called with these when it has.
+    """
+    under_way: deque[tuple[Future[list[Piece]], int]] = deque()
+
+    def finished() -> list[Piece]:
+        future, size = under_way.popleft()
+        pieces = future.result()
+        read(size)
+        return pieces
+
+    for job, size in jobs:
+        under_way.append((pool.submit(job), size))
+        if len(under_way) > ahead:
+            yield from finished()
+    while under_way:
+        yield from finished()
+
+
 @contextmanager
 def weighted_sums(
     files: Sequence[SnapshotFile],
@@ -233,25 +261,9 @@ def weighted_sums(
                     stop = min(start + part_size, run[-1].stop)
                     yield partial(part_of, run, groups, start, stop), row_bytes * (stop - start)
 
-    def get_pieces(names: Iterable[str]) -> Iterator[Piece]:
-        under_way: deque[tuple[Future[list[Piece]], int]] = deque()
-
-        def finished() -> list[Piece]:
-            future, size = under_way.popleft()
-            pieces = future.result()
-            read(size)
-            return pieces
-
-        for job, size in jobs(names):
-            under_way.append((pool.submit(job), size))
-            if len(under_way) > num_threads:
-                yield from finished()
-        while under_way:
-            yield from finished()
-
     # One thread per part, and not several as torch would: they would wait for each other after every operation.
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            yield get_pieces
+            yield lambda names: _in_order(pool, jobs(names), num_threads, read)
         finally:
             torch.set_num_threads(torch_threads)  # which threads that start later take over
