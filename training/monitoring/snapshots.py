@@ -44,14 +44,15 @@ class SnapshotWriter:
         """
         average_batch_statistics_(net)
         averaged: Sequence = list(zip(ema.stds, ema.get(), strict=True))
+        dtypes = []
         with distributed.fail_together():
             for _, (ema_net, _) in averaged:
                 name = weight_beyond_float16(ema_net)
                 object_to(None if name is None else f"{name} holds values that float16 cannot", nimg)
+                dtypes.append(torch.float16 if name is None else torch.float32)
         if distributed.get_rank() == 0:
-            for std, (ema_net, suffix) in averaged:
+            for (std, (ema_net, suffix)), dtype in zip(averaged, dtypes, strict=True):
                 path = self.outdir / snapshot_name(nimg, suffix)
-                dtype = torch.float16 if weight_beyond_float16(ema_net) is None else torch.float32
                 save_network(path, ema_net, self.encoder, {"nimg": nimg, "ema_std": std, **self.described}, dtype)
         distributed.wait_for_first()
 
