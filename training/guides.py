@@ -11,7 +11,7 @@ from torch_utils.device import resolve_precision
 from training.conditioning import DataSpec
 from training.config.generation import NetworksConfig, SamplingConfig
 from training.encoders import same_latents
-from training.families import ARCHITECTURES, architecture_of
+from training.families import ARCHITECTURES, Architecture, architecture_of
 from training.networks.classifier import NoisyClassifier
 from training.snapshot import Snapshot, load_network, open_snapshot
 
@@ -33,20 +33,27 @@ def load_image_network(
         UserError: also if it makes none.
     """
     snapshot = load_with_note(path_or_url, device, arch)
-    if not architecture_of(snapshot.net).makes_images:
-        raise UserError(f"{path_or_url}: holds a {type(snapshot.net).__name__}, which makes no images")
+    check_makes_images(architecture_of(snapshot.net), path_or_url)
     return snapshot
 
 
-def check_makes_images(net: str, arch: str | None) -> None:
-    """Check the same before anything is read but what a file says of itself.
+def check_makes_images(architecture: Architecture, source: str | Path) -> None:
+    """Check that networks of an architecture can be asked for images.
 
     Raises:
-        UserError: it makes none, or cannot be read.
+        UserError: they cannot; the message names `source`, which holds one.
     """
-    name = open_snapshot(net, preset=arch).description.architecture.name
-    if name in ARCHITECTURES and not ARCHITECTURES[name].makes_images:
-        raise UserError(f"{net}: holds a {ARCHITECTURES[name].network_class.__name__}, which makes no images")
+    if not architecture.makes_images:
+        raise UserError(f"{source}: holds a {architecture.network_class.__name__}, which makes no images")
+
+
+def architecture_of_file(path_or_url: str, arch: str | None) -> Architecture | None:
+    """The architecture that a snapshot names, of which nothing else is read; None = it is unknown here.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return ARCHITECTURES.get(open_snapshot(path_or_url, preset=arch).description.architecture.name)
 
 
 def check_denoiser(snapshot: Snapshot, net: str) -> None:

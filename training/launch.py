@@ -21,13 +21,12 @@ from dnnlib.files import check_not_input
 from training.config.consistency import ConsistencyTraining
 from training.config.fields import all_fields, click_options
 from training.config.names import unknown_preset
-from training.config.training import AUTO, INTERVALS, OPTIONS_NAME, Preset, TrainConfig
+from training.config.training import AUTO, INTERVALS, Preset, TrainConfig
 
 # While there is nothing to save: what is said, and the signals. Ctrl-C then interrupts at once.
 UNTIL_TRAINING = ("there is nothing to save yet.", (signal.SIGTERM, signal.SIGUSR1))
 
 if TYPE_CHECKING:
-    from training.conditioning import DataSpec
     from training.dataset.images import ImageFolderDataset
 
 
@@ -155,6 +154,7 @@ def print_plan(
     from torch_utils import distributed
     from torch_utils.device import select_device
     from training.families import spec_of_preset
+    from training.planning.memory import spec_of
     from training.planning.report import plan_lines
 
     device, opts = opts["device"], {**opts, "device": None}  # which need not be here
@@ -170,13 +170,6 @@ def print_plan(
         distributed.print0(line)
 
 
-def spec_of(config: TrainConfig, dataset: ImageFolderDataset) -> DataSpec:
-    """What a network sees of a dataset."""
-    from training.encoders import data_spec, encoder_for
-
-    return data_spec(dataset, encoder_for(dataset, config.data.encoder, config.data.trust_encoder))
-
-
 def with_fitting_batch(config: TrainConfig, dataset: ImageFolderDataset) -> TrainConfig:
     """The configuration with as many images per round as fit into memory; says how many and why.
 
@@ -186,6 +179,7 @@ def with_fitting_batch(config: TrainConfig, dataset: ImageFolderDataset) -> Trai
     from torch_utils import distributed
     from torch_utils.device import free_memory, select_device
     from training.planning.batch import fitting_batch_gpu
+    from training.planning.memory import spec_of
 
     device = select_device(config.run.device)
     free = distributed.smallest(free_memory(device))
@@ -306,8 +300,9 @@ def chosen_config(
         if given.get("precision", "auto") not in ("auto", "fp32"):
             raise UserError(f"--fp16=0 contradicts --precision={given['precision']}: give one of them")
         given["precision"] = "fp32"
-    if outdir is not None and list(outdir.glob("training-state-*")) and (outdir / OPTIONS_NAME).is_file():
-        given.setdefault("dropout_masks", config_class.load(outdir / OPTIONS_NAME).run.dropout_masks)
+    begun = None if outdir is None else config_class.of_begun(outdir)
+    if begun is not None:
+        given.setdefault("dropout_masks", begun.run.dropout_masks)
     preset = presets[name].config
     batch = given.get("batch", preset.run.batch)
     check_processes(batch, given.get("batch_gpu", preset.run.batch_gpu))

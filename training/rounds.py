@@ -13,6 +13,12 @@ def image_seeds(seed: int, run_indices: np.ndarray) -> np.ndarray:
     return (seed * 0x9E3779B1 % 2**32 + run_indices) % 2**32
 
 
+def round_size(config: TrainConfig, processes: int) -> int:
+    """Images of a round: all of a process's share of a batch, or `batch_gpu` of them."""
+    share = config.run.batch // processes
+    return min(config.run.batch_gpu or share, share)
+
+
 @dataclass(frozen=True)
 class Share:
     """The part of each optimiser step that this process computes: rounds of `batch_gpu` of its images.
@@ -29,7 +35,7 @@ class Share:
     def of(config: TrainConfig) -> "Share":
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         batch_process = config.run.batch // world_size
-        batch_gpu = min(config.run.batch_gpu or batch_process, batch_process)
+        batch_gpu = round_size(config, world_size)
         rounds = batch_process // batch_gpu
         assert config.run.batch == batch_gpu * rounds * world_size
         return Share(rounds, batch_gpu, (rank * batch_process, (rank + 1) * batch_process))

@@ -7,7 +7,7 @@ from typing import Any
 from dnnlib.errors import UserError
 from training.conditioning import DataSpec
 from training.config.consistency import NETWORKS, ConsistencyTraining
-from training.config.training import OPTIONS_NAME, TrainConfig
+from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.encoders import data_spec, encoder_for
 from training.families import architecture_name, architecture_of
@@ -36,8 +36,8 @@ def with_tuned_network(
     source = config.run.init_from
     if not source:
         raise UserError("which network is to be tuned? Give its snapshot by --init-from")
-    if outdir is not None and list(outdir.glob("training-state-*")) and (outdir / OPTIONS_NAME).is_file():
-        begun = ConsistencyTraining.load(outdir / OPTIONS_NAME)
+    begun = None if outdir is None else ConsistencyTraining.of_begun(outdir)
+    if begun is not None:
         conditions = {"cond": begun.data.cond, "captions": begun.data.captions}
         return dataclasses.replace(config.from_flat(conditions, config), network=begun.network), None
     net: Any = build_for(open_snapshot(source))[0]

@@ -331,6 +331,16 @@ class TrainConfig(Config):
         except (ValueError, RecursionError) as err:
             raise UserError(f"{path}: not the options of a training run ({err}): choose another --outdir") from None
 
+    @classmethod
+    def of_begun(cls: type[T], outdir: Path) -> T | None:
+        """The configuration of the run in a folder; None = none has begun there.
+
+        Raises:
+            UserError: its file is damaged or of another version.
+        """
+        path = outdir / OPTIONS_NAME
+        return cls.load(path) if path.is_file() and any(outdir.glob("training-state-*")) else None
+
     def check_resumable(self, stored: "TrainConfig", outdir: Path) -> None:
         """Check that a run in `outdir` of the stored options may continue with these.
 

@@ -15,10 +15,9 @@ from training.config.data import EDIT_NAME
 from training.config.generation import GenerationConfig
 from training.editing import vae
 from training.editing.images import Editor
-from training.families import ARCHITECTURES
 from training.generation import fetch, load
+from training.guides import architecture_of_file
 from training.provenance import format_seeds
-from training.snapshot import open_snapshot
 
 FLOW_SOLVER = "rk45"  # what carries images to noise, and back
 
@@ -40,8 +39,8 @@ def works_with_denoiser(opts: dict[str, Any]) -> bool:
     """Whether the network is a denoiser, rather than an NVAE."""
     if opts["net"] is None:
         return True  # a preset
-    name = open_snapshot(opts["net"], preset=opts["arch"]).description.architecture.name
-    return name not in ARCHITECTURES or ARCHITECTURES[name].is_denoiser
+    architecture = architecture_of_file(opts["net"], opts["arch"])
+    return architecture is None or architecture.is_denoiser
 
 
 def open_vae(opts: dict[str, Any]) -> vae.Editor:

@@ -9,6 +9,7 @@ from dnnlib.errors import UserError, one_line
 from training.config.ema import parse_std_list
 from training.config.explore import NetworkChoice
 from training.families import architecture_of
+from training.guides import check_makes_images
 from training.snapshot import SnapshotFile, build_for, open_snapshot
 from training.snapshot.layout import RUN_SNAPSHOT, newest_of_run
 from training.snapshot.profiles import LARGE, expected_errors
@@ -51,8 +52,7 @@ class Source:
         self.refresh()
         self.file: SnapshotFile = open_snapshot(address, preset=arch)
         self.net: Any = build_for(self.file)[0]
-        if not architecture_of(self.net).makes_images:
-            raise UserError(f"{address}: holds a {type(self.net).__name__}, which makes no images")
+        check_makes_images(architecture_of(self.net), address)
 
     def refresh(self) -> None:
         """Look for the snapshots of a run, of which there may be new ones."""

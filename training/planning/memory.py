@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch_utils.gradients import flat_gradients, use_channels_last
 from training.conditioning import DataSpec
 from training.config.training import BY_IMAGE, TrainConfig
+from training.dataset.images import ImageFolderDataset
+from training.encoders import data_spec, encoder_for
 from training.families import trained_by
 from training.families.architecture import no_context
 from training.holding import sharing_of
@@ -25,6 +27,11 @@ from training.monitoring.states import averages as averages_of
 from training.networks.dropout import ImageMasks
 from training.networks.nvae_layers import DataInitConv2d
 from training.samplers.noise import StackedRandomGenerator
+
+
+def spec_of(config: TrainConfig, dataset: ImageFolderDataset) -> DataSpec:
+    """What a network sees of a dataset."""
+    return data_spec(dataset, encoder_for(dataset, config.data.encoder, config.data.trust_encoder))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from torch_utils.device import free_memory, resolve_precision, select_device
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.dataset.listing import many
-from training.encoders import data_spec, encoder_for
 from training.metrics.reference import Reference
 from training.planning.batch import MARGIN_TEXT, planned
-from training.planning.memory import Rehearsal
-from training.planning.report import gigabytes, round_size
+from training.planning.memory import Rehearsal, spec_of
+from training.planning.report import gigabytes
 from training.planning.timing import images_per_second
+from training.rounds import round_size
 
 
 def preflight_lines(config: TrainConfig, dataset: ImageFolderDataset) -> Iterator[str]:
@@ -51,8 +51,7 @@ def preflight_lines(config: TrainConfig, dataset: ImageFolderDataset) -> Iterato
 def _memory_line(config: TrainConfig, dataset: ImageFolderDataset) -> str:
     """Memory of the first process beside what is free."""
     device, processes = select_device(config.run.device), distributed.get_world_size()
-    spec = data_spec(dataset, encoder_for(dataset, config.data.encoder, config.data.trust_encoder))
-    rehearsal, batch = Rehearsal(config, spec, device.type), round_size(config, processes)
+    rehearsal, batch = Rehearsal(config, spec_of(config, dataset), device.type), round_size(config, processes)
     step = rehearsal.step(batch, resolve_precision(config.run.precision, device), config.run.checkpoint_activations)
     free = free_memory(device)
     text = (

@@ -6,6 +6,7 @@ from training.conditioning import DataSpec
 from training.config.training import TrainConfig
 from training.flops import count_parameters
 from training.planning.memory import Rehearsal
+from training.rounds import round_size
 
 COLUMNS = 5  # batches, at most
 GROUPS = (2, 4, 8)  # processes that share weights out
@@ -57,12 +58,6 @@ def plan_lines(config: TrainConfig, spec: DataSpec, device: str, processes: int)
         if rehearsal.architecture.sharing is not None:
             in_pieces = (f"{n}: {gigabytes(rehearsal.kept_in_pieces(n).total)}" for n in GROUPS)
             yield f"Kept all the time with --shard={', '.join(in_pieces)}."
-
-
-def round_size(config: TrainConfig, processes: int) -> int:
-    """Images of a round: all of a process's share of a batch, or `batch_gpu` of them."""
-    share = config.run.batch // processes
-    return min(config.run.batch_gpu or share, share)
 
 
 def batch_columns(largest: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch_utils import distributed
 from training.config.training import TrainConfig
 from training.dataset.images import ImageFolderDataset
 from training.monitoring.journal import Journal
-from training.planning.report import round_size
+from training.rounds import round_size
 from training.training_loop import TrainingRun
 
 SECONDS, STEPS = 3.0, 3  # that are timed, at least

@@ -16,7 +16,7 @@ from torch_utils import distributed
 from training.config.fields import click_options
 from training.config.generation import KEPT_NETWORKS, GenerationConfig
 from training.generation import LoadedGenerator, load
-from training.guides import check_makes_images
+from training.guides import architecture_of_file, check_makes_images
 from training.metrics.evaluation import Evaluation
 from training.shelf import Shelf
 from training.snapshot.reconstruction import list_averages, reconstruct_phema
@@ -102,8 +102,8 @@ class Sweep:
                 option = NETWORKS.get(axis.name)
                 if option is not None and not (self.runs[option] and Path(self.runs[option]).is_dir()):
                     raise UserError(f"--vary={axis.name}: needs --{option}=DIR, the folder of a training run")
-            if base.net is not None:
-                check_makes_images(base.net, base.arch)
+            if base.net is not None and (architecture := architecture_of_file(base.net, base.arch)) is not None:
+                check_makes_images(architecture, base.net)
             self._read(task)
 
     def _read(self, task: Mapping[str, Any]) -> None:
