@@ -110,7 +110,7 @@ class Shared(Whole):
         self.architecture, self.net, self.sharing = architecture, net, sharing_of(architecture, size)
         check_sharding(size)
         core = architecture.core(net)
-        self.blocks = [module for module in core.modules() if isinstance(module, self.sharing.blocks)]
+        self.blocks = self.sharing.blocks_of(core)
         self.pieces = Pieces(net, core, self.blocks, size, self.sharing.acting(net))
         self.held: Any = self.pieces.held
         self.names = {name for name, _ in self.held.named_parameters()}

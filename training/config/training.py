@@ -235,6 +235,11 @@ class RunConfig(Config):
         default_text=f"{BY_IMAGE}; that of the run that is continued",
     )
 
+    @property
+    def preview_interval(self) -> int:
+        """Images between previews; 0 = there are none."""
+        return self.snapshot if self.preview is None else self.preview
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_metrics(self.metrics)

@@ -51,6 +51,10 @@ class Sharing:
     acting: Callable[[nn.Module], dict[str, torch.Tensor | None]] = as_they_are
     hold: Callable[[nn.Module], None] = lambda _net: None
 
+    def blocks_of(self, core: nn.Module) -> list[nn.Module]:
+        """The modules of these classes, in the order of the network."""
+        return [module for module in core.modules() if isinstance(module, self.blocks)]
+
 
 def denoiser_inputs(net: Any, batch: int, device: torch.device | str) -> Inputs:
     """Noisy images, noise levels and null conditions of one evaluation of a denoiser."""

@@ -48,7 +48,6 @@ class Observers:
         self.run, self.stop = run, stop
         self.owes = distributed.from_first(is_owed(journal.outdir, run, nimg))  # since the start before
         self.journal, self.outdir, self.duration = journal, journal.outdir, run.duration
-        self.preview_interval = run.snapshot if run.preview is None else run.preview  # in images; 0 = none
         self.preview_seconds = 0.0  # that the last preview took
         self.evaluation: SnapshotEvaluation | None = None
         self.validation: Validation | None = None
@@ -63,7 +62,7 @@ class Observers:
             if run.tracker != "none" and distributed.get_rank() == 0:
                 journal.report_to(Tracker(run.tracker, self.outdir, config.to_json(), journal.log))
         with distributed.fail_together():
-            if distributed.get_rank() == 0 and self.preview_interval != 0:
+            if distributed.get_rank() == 0 and run.preview_interval != 0:
                 shown = (config.sampler(run.preview_steps), run.preview_images)
                 self.previews = Previews(dataset, encoder, device, self.outdir, journal.log, *shown)
                 journal.show(self.outdir / "reals.png", nimg)
@@ -78,7 +77,7 @@ class Observers:
         owed, self.owes = self.owes, False
         seconds = 0.0
         picture_owed = owed and distributed.from_first(owes_picture(self.outdir, self.run, nimg))
-        if picture_owed or (self.preview_interval != 0 and due(self.preview_interval)):
+        if picture_owed or (self.run.preview_interval != 0 and due(self.run.preview_interval)):
             seconds += self.draw(ema, nimg)
         if self.evaluation is not None and (due(self.run.snapshot) or owed):
             seconds += self.measure(self.evaluation, ema, nimg)
@@ -125,5 +124,5 @@ class Observers:
 
     def seconds_of_previews_left(self, nimg: int) -> float:
         """How long the previews still to come will take, going by the last one."""
-        interval, left = self.preview_interval, self.duration - nimg
+        interval, left = self.run.preview_interval, self.duration - nimg
         return -(-left // interval) * self.preview_seconds if interval > 0 else 0.0

@@ -42,7 +42,7 @@ def is_owed(outdir: Path, run: RunConfig, nimg: int) -> bool:
 
 def owes_picture(outdir: Path, run: RunConfig, nimg: int) -> bool:
     """Whether there is no picture of `nimg` images, where there should be one."""
-    interval = run.snapshot if run.preview is None else run.preview
+    interval = run.preview_interval
     here = interval > 0 and nimg > 0 and (nimg % interval == 0 or nimg == run.duration)
     return here and not (outdir / picture_name(nimg)).is_file()
 

@@ -110,8 +110,7 @@ class Rehearsal:
             UserError: those of the family are not.
         """
         sharing, core = sharing_of(self.architecture, size), self.architecture.core(self.net)
-        blocks = [module for module in core.modules() if isinstance(module, sharing.blocks)]
-        sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+        sizes = [sum(p.nbytes for p in block.parameters()) for block in sharing.blocks_of(core)]
         outside = sum(p.nbytes for p in core.parameters()) - sum(sizes)
         self.kept = self.kept_in_pieces(size)
         acting = self.kept.gradients - self.kept.moments // MOMENTS
